@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=bash
+#
+# Our own builds, all inside the build root and outside the checkout: the
+# module from a synchronised copy, userspace into a target directory of its own.
+
+axv_target=x86_64-unknown-linux-gnu
+axv_programs=(axvmm axvcpu-guests axvcpu-abuse)
+
+# module_path RELEASE: where the module for that kernel is.
+module_path() { printf '%s/module/%s/axvcpu.ko\n' "$axv_cache" "$1"; }
+
+# program_path NAME
+program_path() {
+	printf '%s/target/lab/%s/release/%s\n' "$axv_cache" "$axv_target" "$1"
+}
+
+# make and cargo know best what is out of date: both always run, and are quick
+# when nothing changed.
+build_module() {
+	timed "module-$1" "Module for $1" build_module_make "$1"
+}
+
+build_module_make() {
+	local dir
+	dir=$(dirname "$(module_path "$1")")
+	mkdir -p "$dir"
+	in_root rsync --archive --delete --filter=':- .gitignore' \
+		--exclude=/.git "$axv_top/" "$dir/"
+	in_root make "-j$(nproc)" -C "$(kernel_headers "$1")" "M=$dir"
+	[[ -f $dir/axvcpu.ko ]] || {
+		echo "the build left no axvcpu.ko in $dir"
+		return 1
+	}
+}
+
+build_programs() {
+	timed programs "axvmm and the test programs" build_programs_cargo
+}
+
+build_programs_cargo() {
+	cd "$axv_top"
+	CARGO_TARGET_DIR=$axv_cache/target/lab RUSTFLAGS="-C target-feature=+crt-static" \
+		in_root cargo build --release --locked --target "$axv_target" --workspace --bins
+	local name
+	for name in "${axv_programs[@]}"; do
+		[[ -x $(program_path "$name") ]] || {
+			echo "the workspace built no program named $name"
+			return 1
+		}
+	done
+}

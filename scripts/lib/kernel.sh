@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=bash
+#
+# Stock Debian kernels: which one, its files, and headers that can build Rust.
+#
+# No kernel is compiled. Debian's headers package lacks the metadata of the
+# kernel's Rust crates; `make prepare` in the matching source tree makes it
+# again with the very compiler Debian used, and it is copied into the headers.
+
+axv_kernel_pin=7.3.4+deb13-cloud-amd64
+axv_kernel_second=7.2 # newest of this series, for `scripts/test kernels`
+
+# kernel_dir RELEASE: vmlinuz and lib/modules of a kernel.
+kernel_dir() { printf '%s/kernels/%s\n' "$axv_cache" "$1"; }
+
+# kernel_headers RELEASE: its object directory, as seen inside the root.
+kernel_headers() { printf '/usr/src/linux-headers-%s\n' "$1"; }
+
+# Releases the archive offers, newest first, optionally of one series.
+kernel_releases() {
+	in_root_as_root apt-cache pkgnames linux-headers- |
+		sed -n "s/^linux-headers-\(${1-[0-9]*}[0-9.]*+deb13-cloud-amd64\)$/\1/p" |
+		sort --version-sort --reverse
+}
+
+# Takes the pinned kernel, else the newest one with CONFIG_RUST. The choice is
+# kept in a file: a kernel once set up stays until the pin changes.
+kernel_choose() {
+	step kernel-choice "$(key_of "$axv_kernel_pin" "$(code_of kernel_choose_main)" </dev/null)" \
+		"Kernel choice" kernel_choose_main
+	axv_kernel=$(<"$axv_cache/kernel-main")
+	[[ $axv_kernel == "$axv_kernel_pin" ]] ||
+		say "Kernel $axv_kernel_pin is gone from the archive; using $axv_kernel."
+}
+
+kernel_choose_main() {
+	in_root_as_root apt-get update
+	local -a candidates
+	mapfile -t candidates < <(kernel_releases)
+	printf 'offered: %s\n' "${candidates[*]}"
+	local release
+	for release in "$axv_kernel_pin" "${candidates[@]}"; do
+		[[ " ${candidates[*]} " == *" $release "* ]] || continue
+		kernel_install_headers "$release"
+		if grep -qx 'CONFIG_RUST=y' "$axv_root$(kernel_headers "$release")/.config"; then
+			kernel_record kernel-main "$release"
+			return
+		fi
+	done
+	echo "trixie-backports offers no cloud kernel with CONFIG_RUST=y"
+	return 1
+}
+
+kernel_choose_second() {
+	step kernel-second "$(key_of "$axv_kernel_second" "$(code_of kernel_choose_series)" </dev/null)" \
+		"Second kernel choice" kernel_choose_series
+	axv_kernel2=$(<"$axv_cache/kernel-second")
+}
+
+kernel_choose_series() {
+	in_root_as_root apt-get update
+	local release
+	release=$(kernel_releases "${axv_kernel_second/./\\.}\\." | head -n 1)
+	[[ -n $release ]] || {
+		echo "trixie-backports offers no $axv_kernel_second cloud kernel"
+		return 1
+	}
+	kernel_install_headers "$release"
+	kernel_record kernel-second "$release"
+}
+
+kernel_record() {
+	printf '%s\n' "$2" >"$axv_cache/$1.tmp"
+	mv "$axv_cache/$1.tmp" "$axv_cache/$1"
+}
+
+kernel_install_headers() {
+	in_root_as_root apt-get install --yes "linux-headers-$1"
+}
+
+# kernel_prepare RELEASE: everything the lab needs of one kernel.
+kernel_prepare() {
+	step "kernel-$1" "$(key_of "$1" "$(code_of kernel_unpack)" </dev/null)" \
+		"Kernel $1" kernel_unpack "$1"
+	step "metadata-$1" "$(key_of "$1" "$(code_of kernel_metadata)" </dev/null)" \
+		"Rust metadata for its headers" kernel_metadata "$1"
+}
+
+# The stock vmlinuz and modules, unpacked; modules stay compressed.
+kernel_unpack() {
+	local release=$1 dir tmp package
+	dir=$(kernel_dir "$release") tmp=$dir.tmp
+	rm -rf "$dir" "$tmp"
+	mkdir -p "$tmp/debs"
+	cd "$tmp/debs"
+	in_root_as_root apt-get -o APT::Sandbox::User=root download \
+		"linux-binary-$release" "linux-modules-$release"
+	for package in *.deb; do
+		in_root dpkg-deb --extract "$package" "$tmp/tree"
+	done
+	cd "$tmp"
+	mkdir lib
+	mv tree/usr/lib/modules lib/modules
+	mv "lib/modules/$release/vmlinuz" vmlinuz
+	rm -rf debs tree
+	in_root depmod --basedir "$tmp" "$release"
+	cd /
+	mv "$tmp" "$dir"
+}
+
+kernel_metadata() {
+	local release=$1 headers version series work
+	headers=$(kernel_headers "$release")
+	# shellcheck disable=SC2016 # a dpkg format
+	version=$(in_root dpkg-query -W -f '${Version}' "linux-headers-$release")
+	series=$(cut -d. -f1,2 <<<"$release")
+	work=$axv_cache/source-$release.tmp
+	rm -rf "$work"
+	mkdir -p "$work/deb"
+	cd "$work"
+	in_root_as_root apt-get -o APT::Sandbox::User=root download \
+		"linux-source-$series=$version"
+	in_root dpkg-deb --extract linux-source-*.deb deb
+	in_root tar --extract --strip-components=1 --file deb/usr/src/linux-source-*.tar.xz
+	cp "$axv_root$headers/.config" .config
+	local -a make=(make "-j$(nproc)" CC=x86_64-linux-gnu-gcc-14)
+	in_root "${make[@]}" olddefconfig
+	in_root "${make[@]}" prepare
+	in_root_as_root mkdir -p "$headers/rust" "$headers/scripts"
+	in_root_as_root sh -c 'cp rust/*.rmeta rust/*.so "$1/rust/" && cp scripts/target.json "$1/scripts/"' \
+		sh "$headers"
+	cd /
+	rm -rf "$work"
+}

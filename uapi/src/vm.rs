@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! Arguments of the ioctls of a VM.
+
+use crate::layout::abi_struct;
+
+abi_struct! {
+    /// `CREATE_ADDRESS_SPACE`.
+    pub struct CreateAddressSpace: 8 {
+        /// No flag is defined: zero.
+        pub flags: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+abi_struct! {
+    /// `CREATE_VCPU`.
+    pub struct CreateVcpu: 8 {
+        /// The vCPU's number, unique in the VM, below [`crate::system::SystemInfo::max_vcpus`]. On x86 it is also the initial
+        /// local APIC id, and vCPU 0 is the boot processor.
+        pub id: u32,
+        /// No flag is defined: zero.
+        pub flags: u32,
+    }
+}
+
+abi_struct! {
+    /// `SIGNAL_MSI`: an interrupt message in the format of the architecture (x86: SDM vol. 3 section 12.11,
+    /// APM vol. 2 section 16.11; trigger mode in bit 15 of the data).
+    pub struct Msi: 16 {
+        /// Message address. On x86 bits 31:20 are 0xfee; bits 63:40 may hold bits 31:8 of the destination (x2APIC format).
+        pub address: u64,
+        /// Message data.
+        pub data: u32,
+        /// No flag is defined: zero.
+        pub flags: u32,
+    }
+}
+
+abi_struct! {
+    /// `VM_STATS`: counters since the VM was created.
+    pub struct VmStats: 64 {
+        /// vCPUs that exist.
+        pub vcpus: u32,
+        /// Address spaces that exist.
+        pub address_spaces: u32,
+        /// Guest pages that are mapped now by 4 KiB leaves, over all address spaces.
+        pub pages_4k: u64,
+        /// Guest pages that are mapped now by 2 MiB leaves.
+        pub pages_2m: u64,
+        /// Pages that nested page tables occupy now, of 4 KiB.
+        pub table_pages: u64,
+        /// Nested page faults that the module resolved.
+        pub faults: u64,
+        /// Invalidations by the host's memory management (MMU notifier) that removed a mapping.
+        pub invalidations: u64,
+        /// TLB shoot-downs that had to interrupt a running vCPU.
+        pub shootdowns: u64,
+        /// Zero.
+        pub reserved: u64,
+    }
+}
