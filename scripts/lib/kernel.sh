@@ -127,6 +127,7 @@ kernel_metadata() {
 	in_root "${make[@]}" olddefconfig
 	in_root "${make[@]}" prepare
 	in_root_as_root mkdir -p "$headers/rust" "$headers/scripts"
+	# shellcheck disable=SC2016 # expanded by the inner shell
 	in_root_as_root sh -c 'cp rust/*.rmeta rust/*.so "$1/rust/" && cp scripts/target.json "$1/scripts/"' \
 		sh "$headers"
 	cd /

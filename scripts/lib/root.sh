@@ -38,7 +38,7 @@ root_make() {
 root_bootstrap() {
 	local tmp=$axv_root.tmp
 	local -a skip=()
-	root_can_mount || skip=(--skip=check/canmount,chroot/mount)
+	root_can_mount || skip=("--skip=check/canmount,chroot/mount")
 	as_root rm -rf --one-file-system "$tmp" "$axv_root"
 	as_root mmdebstrap --mode=root "${skip[@]}" --variant=buildd \
 		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=bash
+#
+# The lab host: a stock Debian kernel in QEMU with our module and programs. One
+# boot runs one session (a shell script) and comes back with its status.
+#
+# QEMU is the build root's, started through that root's own dynamic loader: no
+# chroot, no mount, no privilege, and one version on every machine.
+#
+# Three channels lead out of the host: hvc0 is the session's terminal or output,
+# ttyS0 the kernel's messages (a log file), and a virtio port tells what became
+# of it all (see scripts/lab/host-init).
+
+# What a boot is made of; callers set these before host_boot.
+host_kernel=    # release; the main kernel if empty
+host_cpus=2
+host_memory=2048 # MiB
+host_share=     # directory to show at /share
+host_kvm=       # not empty: load KVM as well
+host_terminal=  # not empty: the session gets this terminal
+host_check=     # not empty: remove the module at the end
+host_limit=0    # seconds until the watchdog ends the host, 0 for none
+declare -A host_files=() # path in the host -> file here
+
+# What host_boot found out.
+host_status=    # the session's exit status, empty if it never ended
+host_trouble=   # why there is no status, or why the run is not clean
+host_log=       # the kernel's messages
+
+# Lines in the kernel's messages that no run may leave.
+host_bad_lines='BUG:|WARNING:|Oops:|Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
+
+# A program of the build root, run straight from there.
+root_program() {
+	local program=$1
+	shift
+	QEMU_MODULE_DIR=$axv_root/usr/lib/x86_64-linux-gnu/qemu \
+		"$axv_root/lib64/ld-linux-x86-64.so.2" \
+		--library-path "$axv_root/usr/lib/x86_64-linux-gnu" \
+		"$axv_root/$program" "$@"
+}
+
+# KVM is of use only where it passes the virtualization extension on.
+host_can_nest() {
+	local vendor
+	[[ -r /dev/kvm && -w /dev/kvm ]] || return 1
+	for vendor in amd intel; do
+		[[ $(cat "/sys/module/kvm_$vendor/parameters/nested" 2>/dev/null) == [Y1]* ]] && return
+	done
+	return 1
+}
+
+# The per-boot part of the host's initramfs: module, programs, session.
+host_overlay() {
+	local tree=$1/tree session=$2 name
+	mkdir -p "$tree/lab/bin"
+	if [[ -f $(module_path "$host_kernel") ]]; then
+		cp "$(module_path "$host_kernel")" "$tree/lab/"
+	fi
+	for name in "${axv_programs[@]}"; do
+		[[ ! -x $(program_path "$name") ]] || cp "$(program_path "$name")" "$tree/lab/bin/"
+	done
+	for name in "${!host_files[@]}"; do
+		mkdir -p "$tree$(dirname "$name")"
+		cp "${host_files[$name]}" "$tree$name"
+	done
+	printf '%s\n' "$session" >"$tree/lab/session"
+	{
+		printf 'SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
+			"${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
+		if [[ -n $host_terminal ]]; then
+			printf 'TERM=%q ROWS=%q COLUMNS=%q\n' "${TERM:-vt100}" \
+				"$(stty size | cut -d' ' -f1)" "$(stty size | cut -d' ' -f2)"
+		fi
+	} >"$tree/lab/session.env"
+	image_pack "$tree" "$1/overlay.img"
+	cat "$(kernel_dir "$host_kernel")/host.img" "$1/overlay.img" >"$1/initrd.img"
+	rm -rf "$tree" "$1/overlay.img"
+}
+
+# host_boot SESSION: boots, runs the script text SESSION, sets the results above.
+# Returns 0 whatever the session did: callers look at host_status and
+# host_trouble.
+host_boot() {
+	local session=$1 run status=0 fs_pid=
+	: "${host_kernel:=$axv_kernel}"
+	mkdir -p "$axv_cache/runs"
+	run=$(mktemp -d "$axv_cache/runs/XXXXXX")
+	# shellcheck disable=SC2064 # this run's name, now
+	trap "host_cleanup '$run'" EXIT
+	host_overlay "$run" "$session"
+	host_log=$axv_logs/host-$(date +%m%d-%H%M%S)-${run##*/}.log
+	touch "$host_log" "$run/control"
+
+	local -a qemu=(
+		-nodefaults -no-user-config -display none -no-reboot
+		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
+		-smp "$host_cpus" -m "$host_memory"
+		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
+		-append "console=ttyS0 loglevel=7 panic=-1 oops=panic"
+		-chardev "file,id=log,path=$host_log" -serial chardev:log
+		-device virtio-serial-pci
+		-device "virtconsole,chardev=session"
+		-chardev "file,id=control,path=$run/control"
+		-device "virtserialport,chardev=control,name=axvcpu.control"
+		-device virtio-rng-pci
+	)
+	if host_can_nest; then
+		qemu+=(-accel kvm -cpu host)
+	else
+		qemu+=(-accel tcg -cpu EPYC)
+	fi
+	if [[ -n $host_terminal ]]; then
+		qemu+=(-chardev "stdio,id=session,mux=on,signal=off"
+			-mon chardev=session -echr 0x1e)
+	else
+		qemu+=(-chardev "stdio,id=session,signal=off")
+	fi
+	if [[ -n $host_share ]]; then
+		root_program usr/libexec/virtiofsd --sandbox none --log-level error \
+			--socket-path "$run/share" --shared-dir "$host_share" \
+			>"$run/share.log" 2>&1 </dev/null &
+		fs_pid=$!
+		qemu+=(-object "memory-backend-memfd,id=ram,size=${host_memory}M,share=on"
+			-machine memory-backend=ram
+			-chardev "socket,id=share,path=$run/share"
+			-device "vhost-user-fs-pci,chardev=share,tag=share")
+		host_wait_for "$run/share" "$fs_pid" || die "virtiofsd did not start: $(<"$run/share.log")"
+	fi
+
+	local -a guard=()
+	((host_limit == 0)) || guard=(timeout --foreground --kill-after=5 "$host_limit")
+	if [[ -n $host_terminal ]]; then
+		host_qemu "${guard[@]}" -- "${qemu[@]}" 2>"$run/qemu.log" || status=$?
+	else
+		host_qemu "${guard[@]}" -- "${qemu[@]}" 2>"$run/qemu.log" </dev/null || status=$?
+	fi
+	[[ -z $fs_pid ]] || wait "$fs_pid" || true
+	host_conclude "$run" "$status"
+	host_cleanup "$run"
+	trap - EXIT
+}
+
+# host_qemu [GUARD...] -- ARGUMENTS
+host_qemu() {
+	local -a guard=()
+	while [[ $1 != -- ]]; do
+		guard+=("$1")
+		shift
+	done
+	shift
+	QEMU_MODULE_DIR=$axv_root/usr/lib/x86_64-linux-gnu/qemu \
+		"${guard[@]}" "$axv_root/lib64/ld-linux-x86-64.so.2" \
+		--library-path "$axv_root/usr/lib/x86_64-linux-gnu" \
+		"$axv_root/usr/bin/qemu-system-x86_64" "$@"
+}
+
+# Waits up to five seconds for a socket to appear while its maker lives.
+host_wait_for() {
+		for _ in {1..100}; do
+		[[ ! -S $1 ]] || return 0
+		kill -0 "$2" 2>/dev/null || return 1
+		sleep 0.05
+	done
+	return 1
+}
+
+host_cleanup() {
+	local job
+	for job in $(jobs -p); do kill "$job" 2>/dev/null || true; done
+	rm -rf "$1"
+	# The last fifty logs are enough to look back.
+	find "$axv_logs" -name 'host-*.log' -printf '%T@ %p\n' | sort -n |
+		head -n -50 | cut -d' ' -f2- | xargs -r rm -f
+}
+
+# What became of the run: from QEMU's status, the control port and the log.
+host_conclude() {
+	local run=$1 status=$2 fact
+	host_status='' host_trouble=''
+	fact=$(sed -n 's/^status \([0-9]*\)$/\1/p' "$run/control")
+	if [[ -n $fact ]]; then
+		host_status=$fact
+	elif fact=$(sed -n 's/^broken //p' "$run/control") && [[ -n $fact ]]; then
+		host_trouble="the lab host could not be set up: $fact"
+	elif ((status == 124 || status == 137)); then
+		host_trouble="the lab host did not finish in $host_limit s"
+	elif ((status != 0)); then
+		host_trouble="QEMU ended with status $status: $(tail -n 1 "$run/qemu.log")"
+	elif grep -qi 'kernel panic - ' "$host_log"; then
+		host_trouble="the lab host's kernel died: $(grep -m 1 -i 'kernel panic - ' "$host_log")"
+	else
+		host_trouble="the lab host stopped before the session's end"
+	fi
+	[[ -z $host_trouble && -n $host_check ]] || return 0
+	if ! grep -qx unloaded "$run/control"; then
+		host_trouble="the module did not unload: $(sed -n 's/^stuck //p' "$run/control")"
+	fi
+	if fact=$(grep -m 3 -i -E "$host_bad_lines" "$host_log"); then
+		host_trouble="the lab host's kernel complained: $fact"
+	fi
+}
