@@ -20,6 +20,8 @@ extern crate std;
 
 pub mod addr;
 pub mod aspace;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod exit;
 pub mod ioctl;
 mod layout;
