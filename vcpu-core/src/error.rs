@@ -61,6 +61,8 @@ errors! {
     WrongCpu => 18 "the vCPU is bound to another CPU",
     /// The vCPU is being run. `EALREADY`.
     Running => 114 "the vCPU is running",
+    /// The vCPU is asleep and must be woken first. `EINPROGRESS`.
+    Blocked => 115 "the vCPU is asleep",
     /// The vCPU has failed for good. `ENOTRECOVERABLE`.
     Failed => 131 "the vCPU has failed",
     /// Another hypervisor owns the CPU's virtualization extension. `EBUSY`.

@@ -15,6 +15,7 @@ mod arch;
 mod error;
 mod hal;
 pub mod npt;
+pub mod regions;
 mod vcpu;
 
 pub use addr::HostPhysAddr;

@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! The tables and every change that can be made to them.
+//!
+//! Two primitives do the work. `place` puts one entry at one address and makes the tables that it needs, filled from the
+//! large leaf that they replace, bottom-up, so that one store shows all of it to the hardware. `sweep` visits the entries of
+//! a range, and frees the tables that it leaves empty.
+
+use core::marker::PhantomData;
+
+use super::{
+    descend, Entry, Flush, Format, Leaf, LeafCount, Leaves, Level, Levels, Mapping, MemoryType, PageSize, Permissions,
+    Slot, Span, TableMemory, ENTRIES, MAX_TABLES_PER_MAP, PHYS_LIMIT,
+};
+use crate::{AxError, AxResult, GuestPhysAddr, HostPhysAddr};
+
+/// A nested page table of format `F`.
+///
+/// The value is a handle: the tables live in a [`TableMemory`], which must be the same one at every call, and they are freed
+/// by [`free_all`](Self::free_all) only, not by dropping the handle.
+///
+/// # Invariants
+/// - Each table but the root is linked exactly once, and has an entry that is not empty.
+/// - The counts are those of the tables linked.
+#[derive(Debug)]
+pub struct NestedPageTable<F> {
+    root: HostPhysAddr,
+    levels: Levels,
+    leaves: LeafCount,
+    tables: u64,
+    format: PhantomData<fn() -> F>,
+}
+
+/// What [`NestedPageTable::sweep`] does with a leaf.
+enum Action {
+    Keep,
+    Drop,
+    Set(Leaf),
+}
+
+impl<F: Format> NestedPageTable<F> {
+    /// Makes an empty table: a root.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`].
+    pub fn new<M: TableMemory>(levels: Levels, mem: &mut M) -> AxResult<Self> {
+        let root = mem.alloc().ok_or(AxError::NoMemory)?;
+        Ok(Self { root, levels, leaves: LeafCount::default(), tables: 1, format: PhantomData })
+    }
+
+    /// The root table, for the hardware and for [`walk`](super::walk). It stays the same.
+    #[inline]
+    pub fn root(&self) -> HostPhysAddr {
+        self.root
+    }
+
+    /// The number of levels.
+    #[inline]
+    pub fn levels(&self) -> Levels {
+        self.levels
+    }
+
+    /// How many leaves there are.
+    pub fn leaf_count(&self) -> LeafCount {
+        self.leaves
+    }
+
+    /// How many frames are in use, the root included.
+    pub fn table_count(&self) -> u64 {
+        self.tables
+    }
+
+    /// How many frames [`map`](Self::map) with the same address and size could allocate now: 0 to
+    /// [`MAX_TABLES_PER_MAP`]. It allocates them all or none.
+    pub fn tables_needed<M: TableMemory>(&self, gpa: GuestPhysAddr, size: PageSize, mem: &M) -> usize {
+        if gpa.as_u64() >= self.levels.limit() {
+            return 0;
+        }
+        let slot = self.slot(gpa.as_u64(), size.level(), mem);
+        usize::from(slot.level.number().saturating_sub(size.level().number()))
+    }
+
+    /// Maps the page of `size` at `gpa` to `hpa`, and replaces whatever was there: a leaf is overwritten, a larger leaf is
+    /// split and keeps its other parts, and smaller leaves are dropped with their tables.
+    ///
+    /// Mapping what is mapped already changes nothing, even if it is part of a larger leaf: of two vCPUs that fault on the same
+    /// page, the second does not undo what the first has done. Adding permissions needs no flush. The accessed and
+    /// dirty bits survive if the host page stays the same.
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    /// - [`AxError::InvalidInput`]: an address is not a multiple of the size, or too high; or `perms` lacks
+    ///   [`Permissions::READ`], without which no format can be written to.
+    /// - [`AxError::NoMemory`]: not all of [`tables_needed`](Self::tables_needed) could be allocated.
+    pub fn map<M: TableMemory>(
+        &mut self,
+        gpa: GuestPhysAddr,
+        hpa: HostPhysAddr,
+        size: PageSize,
+        perms: Permissions,
+        memory_type: MemoryType,
+        mem: &mut M,
+    ) -> AxResult<Flush> {
+        let hpa_end = hpa.checked_add(size.bytes()).ok_or(AxError::InvalidInput)?;
+        if !gpa.is_aligned(size.bytes())
+            || gpa.as_u64() >= self.levels.limit()
+            || !hpa.is_aligned(size.bytes())
+            || hpa_end.as_u64() > PHYS_LIMIT
+            || !perms.contains(Permissions::READ)
+        {
+            return Err(AxError::InvalidInput);
+        }
+        let slot = self.slot(gpa.as_u64(), size.level(), mem);
+        let mut leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
+        let flush = match slot.entry {
+            Entry::Empty => Flush::NotNeeded,
+            Entry::Leaf(old) if slot.level == size.level() && old.hpa == hpa => {
+                leaf.accessed = old.accessed;
+                leaf.dirty = old.dirty;
+                if leaf == old {
+                    return Ok(Flush::NotNeeded);
+                }
+                Flush::needed_if(!perms.contains(old.perms) || memory_type != old.memory_type)
+            }
+            Entry::Leaf(large) if same_translation(piece(large, slot.level, gpa.as_u64()), leaf) => {
+                return Ok(Flush::NotNeeded);
+            }
+            Entry::Leaf(_) | Entry::Table(_) => Flush::Needed,
+        };
+        self.place(slot, gpa.as_u64(), leaf, size, mem)?;
+        Ok(flush)
+    }
+
+    /// Unmaps exactly the `size` bytes at `gpa`; what is not mapped there is skipped. Leaves that reach across an end of the
+    /// range are split. Returns how many leaves were dropped, not counting the pieces of split ones that stay. If there
+    /// are any, the TLBs must be flushed.
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    /// - [`AxError::InvalidInput`]: the range is empty, not in multiples of 4096, or too high.
+    /// - [`AxError::NoMemory`]: no frames to split with.
+    pub fn unmap<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: u64, mem: &mut M) -> AxResult<LeafCount> {
+        let span = Span::exact(gpa, size, self.levels)?;
+        self.cut(span, |_| true, mem)?;
+        Ok(self.drop_leaves(span, mem))
+    }
+
+    /// Drops every leaf that has a byte in the `size` bytes at `gpa`, the whole leaf each time: for what can be mapped again on
+    /// a fault. Never allocates, cannot fail, and takes any range. Returns how many leaves were dropped. If there are any,
+    /// the TLBs must be flushed.
+    #[must_use = "the TLBs must be flushed if anything was dropped"]
+    pub fn zap<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: u64, mem: &mut M) -> LeafCount {
+        self.drop_leaves(Span::covering(gpa, size, self.levels), mem)
+    }
+
+    /// Sets the permissions of what is mapped in the `size` bytes at `gpa`, exactly; what is not mapped is skipped. Leaves that
+    /// reach across an end of the range are split, if they change.
+    ///
+    /// This gives permissions too: write permission must not be given to a host page that was looked up for reading
+    /// (it may be shared, like the zero page). To only take permissions away, use [`restrict`](Self::restrict).
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    /// - [`AxError::InvalidInput`]: the range is empty, not in multiples of 4096, or too high, or `perms` lacks
+    ///   [`Permissions::READ`].
+    /// - [`AxError::NoMemory`]: no frames to split with.
+    pub fn protect<M: TableMemory>(
+        &mut self,
+        gpa: GuestPhysAddr,
+        size: u64,
+        perms: Permissions,
+        mem: &mut M,
+    ) -> AxResult<Flush> {
+        self.change_permissions(gpa, size, perms, |_| perms, mem)
+    }
+
+    /// Takes all permissions but `perms` away from what is mapped in the `size` bytes at `gpa`, exactly, and gives none.
+    /// Otherwise as [`protect`](Self::protect).
+    ///
+    /// # Errors
+    /// As [`protect`](Self::protect).
+    pub fn restrict<M: TableMemory>(
+        &mut self,
+        gpa: GuestPhysAddr,
+        size: u64,
+        perms: Permissions,
+        mem: &mut M,
+    ) -> AxResult<Flush> {
+        self.change_permissions(gpa, size, perms, |old| old.intersection(perms), mem)
+    }
+
+    /// Splits the leaf around `gpa` until the page around `gpa` has `size`. Does nothing if leaves there are not larger.
+    /// Translations do not change.
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    /// - [`AxError::NotMapped`]: there is no leaf.
+    /// - [`AxError::NoMemory`]: no frame for the tables.
+    pub fn split<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: PageSize, mem: &mut M) -> AxResult<Flush> {
+        if gpa.as_u64() >= self.levels.limit() {
+            return Err(AxError::NotMapped);
+        }
+        let gpa = gpa.align_down(size.bytes()).as_u64();
+        let slot = self.slot(gpa, size.level(), mem);
+        match slot.entry {
+            Entry::Empty => Err(AxError::NotMapped),
+            Entry::Leaf(large) if slot.level > size.level() => {
+                self.place(slot, gpa, piece(large, slot.level, gpa), size, mem)?;
+                Ok(Flush::Needed)
+            }
+            Entry::Leaf(_) | Entry::Table(_) => Ok(Flush::NotNeeded),
+        }
+    }
+
+    /// Replaces the 512 leaves of the next smaller size around `gpa` by one of `size` (2 MiB or 1 GiB) and frees their table, if
+    /// they are all there, contiguous in host memory, aligned to `size`, and equal in permissions and memory type.
+    /// Otherwise does nothing. Translations do not change.
+    ///
+    /// Returns [`Flush::Needed`] if it has merged.
+    pub fn merge<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: PageSize, mem: &mut M) -> Flush {
+        if gpa.as_u64() >= self.levels.limit() {
+            return Flush::NotNeeded;
+        }
+        let gpa = gpa.align_down(size.bytes()).as_u64();
+        let slot = self.slot(gpa, size.level(), mem);
+        let (Entry::Table(table), Some(below)) = (slot.entry, slot.level.below()) else {
+            return Flush::NotNeeded;
+        };
+        let Some(leaf) = whole(decoded::<F, M>(table, below, mem), size, below) else {
+            return Flush::NotNeeded;
+        };
+        self.fold(slot, leaf, size, mem);
+        Flush::Needed
+    }
+
+    /// What `gpa` translates to.
+    pub fn query<M: TableMemory>(&self, gpa: GuestPhysAddr, mem: &M) -> Option<Mapping> {
+        super::walk::<F>(self.root, self.levels, |table, index| mem.read(table, index), gpa)
+    }
+
+    /// The leaves that intersect the `size` bytes at `gpa`.
+    pub fn leaves<'a, M: TableMemory>(&self, gpa: GuestPhysAddr, size: u64, mem: &'a M) -> Leaves<'a, F, M> {
+        Leaves::new(self.root, self.levels, Span::covering(gpa, size, self.levels), mem)
+    }
+
+    /// Clears the accessed bits in the `size` bytes at `gpa`, and tells whether one was set. Of a leaf that reaches
+    /// across an end of the range, the bit counts as well. A CPU that has the translation cached sets the bit again
+    /// only after a TLB flush; without one, the answer of the next call errs towards "not accessed".
+    pub fn clear_accessed<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: u64, mem: &mut M) -> bool {
+        let mut accessed = false;
+        self.sweep(Span::covering(gpa, size, self.levels), mem, |leaf, _| {
+            if !leaf.accessed {
+                return Action::Keep;
+            }
+            accessed = true;
+            Action::Set(Leaf { accessed: false, ..leaf })
+        });
+        accessed
+    }
+
+    /// Frees all tables, the root included. The hardware must not use the root any more.
+    pub fn free_all<M: TableMemory>(mut self, mem: &mut M) {
+        let everything = Span { start: 0, end: self.levels.limit() };
+        self.drop_leaves(everything, mem);
+        mem.free(self.root);
+    }
+
+    fn slot<M: TableMemory>(&self, gpa: u64, lowest: Level, mem: &M) -> Slot {
+        descend::<F>(self.root, self.levels, |table, index| mem.read(table, index), gpa, lowest)
+    }
+
+    /// Puts `leaf` of `size` at `gpa`, below or in `slot`, which is what [`Self::slot`] has found on the way to it. Either all
+    /// happens or, without frames, nothing.
+    fn place<M: TableMemory>(&mut self, slot: Slot, gpa: u64, leaf: Leaf, size: PageSize, mem: &mut M) -> AxResult {
+        let missing = usize::from(slot.level.number().saturating_sub(size.level().number()));
+        let mut frames = [None; MAX_TABLES_PER_MAP];
+        for frame in frames.iter_mut().take(missing) {
+            *frame = mem.alloc();
+            if frame.is_none() {
+                frames.iter().flatten().for_each(|&unused| mem.free(unused));
+                return Err(AxError::NoMemory);
+            }
+        }
+
+        // From the bottom: each table gets its entry for `gpa`, and around it the pieces of the large leaf, if that is what
+        // the tables replace.
+        let mut entry = F::encode_leaf(leaf, size);
+        let mut level = size.level();
+        for &table in frames.iter().flatten() {
+            if let (Entry::Leaf(large), Some(piece_size)) = (slot.entry, level.page_size()) {
+                let mut at = gpa & !(level.span() * ENTRIES as u64 - 1);
+                for index in 0..ENTRIES {
+                    if index != level.index(gpa) {
+                        mem.write(table, index, F::encode_leaf(piece(large, slot.level, at), piece_size));
+                    }
+                    at = at.wrapping_add(level.span());
+                }
+                self.leaves.add(piece_size, ENTRIES as u64 - 1);
+            }
+            mem.write(table, level.index(gpa), entry);
+            entry = F::encode_table(table);
+            self.tables = self.tables.wrapping_add(1);
+            level = Level(level.0.wrapping_add(1));
+        }
+
+        // One store shows all of it.
+        mem.write(slot.table, slot.index, entry);
+        self.leaves.add(size, 1);
+        match (slot.entry, slot.level.page_size(), slot.level.below()) {
+            (Entry::Leaf(_), Some(old_size), _) => self.leaves.sub(old_size, 1),
+            (Entry::Table(old), _, Some(below)) => self.release(old, below, mem),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Splits the leaves that reach across the ends of `span`, if they are `affected`, as far as needed: all or, without
+    /// frames, none. Returns whether there were any.
+    fn cut<M: TableMemory>(&mut self, span: Span, affected: impl Fn(Leaf) -> bool, mem: &mut M) -> AxResult<bool> {
+        let start = self.split_at(span.start, &affected, mem)?;
+        match self.split_at(span.end, &affected, mem) {
+            Ok(end) => Ok(start.is_some() || end.is_some()),
+            Err(error) => {
+                if let Some((slot, large, size)) = start {
+                    self.fold(slot, large, size, mem);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes `at` a boundary between leaves, unless the leaf there is not `affected`. Returns the leaf that was split, and
+    /// where it was.
+    fn split_at<M: TableMemory>(
+        &mut self,
+        at: u64,
+        affected: impl Fn(Leaf) -> bool,
+        mem: &mut M,
+    ) -> AxResult<Option<(Slot, Leaf, PageSize)>> {
+        if at >= self.levels.limit() {
+            return Ok(None);
+        }
+        let slot = self.slot(at, Level::LEAVES, mem);
+        let (Entry::Leaf(large), Some(large_size)) = (slot.entry, slot.level.page_size()) else { return Ok(None) };
+        if at & (large_size.bytes() - 1) == 0 || !affected(large) {
+            return Ok(None);
+        }
+        let size = if at & (PageSize::Size2M.bytes() - 1) == 0 { PageSize::Size2M } else { PageSize::Size4K };
+        self.place(slot, at, piece(large, slot.level, at), size, mem)?;
+        Ok(Some((slot, large, large_size)))
+    }
+
+    /// Puts `leaf` of `size` into the entry at `slot` and frees the tables below.
+    fn fold<M: TableMemory>(&mut self, slot: Slot, leaf: Leaf, size: PageSize, mem: &mut M) {
+        let old = F::decode(mem.read(slot.table, slot.index), slot.level);
+        mem.write(slot.table, slot.index, F::encode_leaf(leaf, size));
+        self.leaves.add(size, 1);
+        if let (Entry::Table(table), Some(below)) = (old, slot.level.below()) {
+            self.release(table, below, mem);
+        }
+    }
+
+    fn drop_leaves<M: TableMemory>(&mut self, span: Span, mem: &mut M) -> LeafCount {
+        let mut dropped = LeafCount::default();
+        self.sweep(span, mem, |_, size| {
+            dropped.add(size, 1);
+            Action::Drop
+        });
+        dropped
+    }
+
+    fn change_permissions<M: TableMemory>(
+        &mut self,
+        gpa: GuestPhysAddr,
+        size: u64,
+        perms: Permissions,
+        new: impl Fn(Permissions) -> Permissions,
+        mem: &mut M,
+    ) -> AxResult<Flush> {
+        let span = Span::exact(gpa, size, self.levels)?;
+        if !perms.contains(Permissions::READ) {
+            return Err(AxError::InvalidInput);
+        }
+        // A leaf that keeps its permissions need not be split.
+        let split = self.cut(span, |leaf| new(leaf.perms) != leaf.perms, mem)?;
+        let mut lost = false;
+        self.sweep(span, mem, |leaf, _| {
+            let perms = new(leaf.perms);
+            if perms == leaf.perms {
+                return Action::Keep;
+            }
+            lost |= !perms.contains(leaf.perms);
+            Action::Set(Leaf { perms, ..leaf })
+        });
+        Ok(Flush::needed_if(lost || split))
+    }
+
+    /// Calls `decide` for each leaf that intersects `span`, does what it says, and frees the tables that become empty.
+    fn sweep<M: TableMemory>(&mut self, span: Span, mem: &mut M, mut decide: impl FnMut(Leaf, PageSize) -> Action) {
+        let mut gpa = span.start;
+        while gpa < span.end {
+            let Slot { table, level, index: first, .. } = self.slot(gpa, Level::LEAVES, mem);
+            let mut in_table = gpa;
+            let mut dropped = false;
+            // The rest of the table, up to an entry that leads further down.
+            for index in first..ENTRIES {
+                if gpa >= span.end {
+                    break;
+                }
+                match (F::decode(mem.read(table, index), level), level.page_size()) {
+                    (Entry::Leaf(leaf), Some(size)) => match decide(leaf, size) {
+                        Action::Keep => {}
+                        Action::Set(leaf) => mem.write(table, index, F::encode_leaf(leaf, size)),
+                        Action::Drop => {
+                            mem.write(table, index, 0);
+                            self.leaves.sub(size, 1);
+                            dropped = true;
+                        }
+                    },
+                    (Entry::Table(_), _) => break,
+                    _ => {}
+                }
+                in_table = gpa;
+                gpa = (gpa & !(level.span() - 1)).saturating_add(level.span());
+            }
+            if dropped {
+                self.prune(in_table, mem);
+            }
+        }
+    }
+
+    /// Frees the empty tables on the way to `gpa`, lowest first. The root stays.
+    fn prune<M: TableMemory>(&mut self, gpa: u64, mem: &mut M) {
+        let mut slot = self.slot(gpa, Level::LEAVES, mem);
+        while slot.level < self.levels.top() && is_empty::<F, M>(slot.table, slot.level, mem) {
+            let parent = self.slot(gpa, Level(slot.level.0.wrapping_add(1)), mem);
+            mem.write(parent.table, parent.index, 0);
+            mem.free(slot.table);
+            self.tables = self.tables.wrapping_sub(1);
+            slot = parent;
+        }
+    }
+
+    /// Frees an unlinked table of level 1 or 2 and what is below it.
+    fn release<M: TableMemory>(&mut self, table: HostPhysAddr, level: Level, mem: &mut M) {
+        for index in 0..ENTRIES {
+            match (F::decode(mem.read(table, index), level), level.page_size()) {
+                (Entry::Leaf(_), Some(size)) => self.leaves.sub(size, 1),
+                (Entry::Table(lowest), _) => {
+                    let leaves = decoded::<F, M>(lowest, Level::LEAVES, mem).filter(|e| *e != Entry::Empty).count();
+                    self.leaves.sub(PageSize::Size4K, leaves as u64);
+                    mem.free(lowest);
+                    self.tables = self.tables.wrapping_sub(1);
+                }
+                _ => {}
+            }
+        }
+        mem.free(table);
+        self.tables = self.tables.wrapping_sub(1);
+    }
+}
+
+/// Whether two leaves differ in nothing but what the CPU has noted in them.
+fn same_translation(a: Leaf, b: Leaf) -> bool {
+    a.hpa == b.hpa && a.perms == b.perms && a.memory_type == b.memory_type
+}
+
+/// The part of `large`, a leaf of `level`, that begins at `gpa`.
+fn piece(large: Leaf, level: Level, gpa: u64) -> Leaf {
+    // The leaf is aligned to its size, so the offset fills zero bits.
+    Leaf { hpa: HostPhysAddr::new(large.hpa.as_u64() | (gpa & (level.span() - 1))), ..large }
+}
+
+/// The leaf of `size` that `entries`, those of a table of level `below`, are the parts of.
+fn whole(mut entries: impl Iterator<Item = Entry>, size: PageSize, below: Level) -> Option<Leaf> {
+    let Some(Entry::Leaf(mut whole)) = entries.next() else { return None };
+    if !whole.hpa.is_aligned(size.bytes()) {
+        return None;
+    }
+    let mut offset = 0u64;
+    for entry in entries {
+        let Entry::Leaf(part) = entry else { return None };
+        offset = offset.wrapping_add(below.span());
+        if !same_translation(part, Leaf { hpa: HostPhysAddr::new(whole.hpa.as_u64() | offset), ..whole }) {
+            return None;
+        }
+        whole.accessed |= part.accessed;
+        whole.dirty |= part.dirty;
+    }
+    Some(whole)
+}
+
+fn decoded<F: Format, M: TableMemory>(table: HostPhysAddr, level: Level, mem: &M) -> impl Iterator<Item = Entry> + '_ {
+    (0..ENTRIES).map(move |index| F::decode(mem.read(table, index), level))
+}
+
+fn is_empty<F: Format, M: TableMemory>(table: HostPhysAddr, level: Level, mem: &M) -> bool {
+    decoded::<F, M>(table, level, mem).all(|entry| entry == Entry::Empty)
+}
