@@ -384,3 +384,6 @@ impl<A: AxArchVCpu, H: AxVCpuHal> fmt::Debug for AxVCpu<A, H> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
