@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! Tests of the engine, and the memory they run in: [`Frames`] refuses double frees and uses after a free, fails when told to,
+//! and shows every store to an observer.
+
+mod encoding;
+mod engine;
+mod model;
+
+use std::boxed::Box;
+use std::collections::BTreeMap;
+use std::vec::Vec;
+
+use super::*;
+
+/// Where frames come from: far from every page that the tests map, so that a table taken for a page is noticed.
+const FIRST_FRAME: u64 = 0x000f_0000_0000_0000;
+
+type Observer = Box<dyn FnMut(&Frames)>;
+
+#[derive(Default)]
+pub(super) struct Frames {
+    live: BTreeMap<u64, Box<[u64; ENTRIES]>>,
+    allocated: u64,
+    /// How many more allocations succeed; `None` for all.
+    budget: Option<usize>,
+    observer: Option<Observer>,
+}
+
+impl Frames {
+    fn live_count(&self) -> u64 {
+        self.live.len() as u64
+    }
+
+    fn observe(&mut self) {
+        if let Some(mut observer) = self.observer.take() {
+            observer(self);
+            self.observer = Some(observer);
+        }
+    }
+}
+
+impl TableMemory for Frames {
+    fn alloc(&mut self) -> Option<HostPhysAddr> {
+        match &mut self.budget {
+            Some(0) => return None,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        // An address is given once only, so that a stale one never seems good.
+        let addr = FIRST_FRAME + self.allocated * FRAME_SIZE;
+        self.allocated += 1;
+        self.live.insert(addr, Box::new([0; ENTRIES]));
+        Some(HostPhysAddr::new(addr))
+    }
+
+    fn free(&mut self, table: HostPhysAddr) {
+        assert!(self.live.remove(&table.as_u64()).is_some(), "{table:?} freed, but not allocated");
+        self.observe();
+    }
+
+    fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
+        self.live.get(&table.as_u64()).unwrap_or_else(|| panic!("{table:?} read, but not allocated"))[index]
+    }
+
+    fn write(&mut self, table: HostPhysAddr, index: usize, entry: u64) {
+        let frame =
+            self.live.get_mut(&table.as_u64()).unwrap_or_else(|| panic!("{table:?} written, but not allocated"));
+        frame[index] = entry;
+        self.observe();
+    }
+}
+
+/// What a walk of everything under a root finds.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Census {
+    leaves: Vec<(u64, Mapping)>,
+    tables: Vec<u64>,
+    empty_tables: usize,
+}
+
+impl Census {
+    fn take<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Self {
+        let mut census = Self::default();
+        census.visit::<F>(table.root(), table.levels().top(), 0, mem);
+        census
+    }
+
+    fn visit<F: Format>(&mut self, table: HostPhysAddr, level: Level, first: u64, mem: &Frames) {
+        self.tables.push(table.as_u64());
+        let mut empty = true;
+        for index in 0..ENTRIES {
+            let gpa = first + ((index as u64) << level.shift());
+            match F::decode(mem.read(table, index), level) {
+                Entry::Empty => continue,
+                Entry::Table(next) => self.visit::<F>(next, Level(level.0 - 1), gpa, mem),
+                Entry::Leaf(leaf) => self.leaves.push((gpa, Mapping::new(leaf, level.page_size().unwrap(), gpa))),
+            }
+            empty = false;
+        }
+        self.empty_tables += usize::from(empty && self.tables[0] != table.as_u64());
+    }
+}
+
+/// Asserts the invariants of the table and of the memory that it alone uses.
+#[track_caller]
+fn assert_sound<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Census {
+    let census = Census::take(table, mem);
+    assert_eq!(census.empty_tables, 0, "an empty table is still linked");
+    let mut tables = census.tables.clone();
+    tables.sort_unstable();
+    assert!(tables.iter().eq(mem.live.keys()), "a table is linked twice, or leaked");
+    assert_eq!(table.table_count(), census.tables.len() as u64, "table count");
+    let mut leaves = LeafCount::default();
+    for (_, leaf) in &census.leaves {
+        leaves.add(leaf.size, 1);
+    }
+    assert_eq!(table.leaf_count(), leaves, "leaf count");
+    let listed = table.leaves(GuestPhysAddr::new(0), u64::MAX, mem).map(|(gpa, leaf)| (gpa.as_u64(), leaf));
+    assert!(listed.eq(census.leaves.iter().copied()), "iteration misses or invents a leaf");
+    census
+}
+
+const K4: PageSize = PageSize::Size4K;
+const M2: PageSize = PageSize::Size2M;
+const G1: PageSize = PageSize::Size1G;
+const RW: Permissions = Permissions::READ.union(Permissions::WRITE);
+const RX: Permissions = Permissions::READ.union(Permissions::EXECUTE);
+const RWX: Permissions = Permissions::ALL;
+const R: Permissions = Permissions::READ;
+const WB: MemoryType = MemoryType::WriteBack;
+const UC: MemoryType = MemoryType::Uncacheable;
+
+fn gpa(addr: u64) -> GuestPhysAddr {
+    GuestPhysAddr::new(addr)
+}
+
+fn hpa(addr: u64) -> HostPhysAddr {
+    HostPhysAddr::new(addr)
+}
