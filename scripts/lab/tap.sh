@@ -25,8 +25,20 @@ show() { tail -n "${2:-15}" "$1" | sed 's/^/  | /'; }
 # Milliseconds since boot.
 now() { awk '{ printf "%d\n", $1 * 1000 }' /proc/uptime; }
 
-# wait_all PID... waits for each; status of the last.
-wait_limited() { # PID SECONDS: waits, kills it when the time is over
+# guest_config FILE MEMORY: the lab's guest with that much memory, which reports
+# and powers off.
+guest_config() {
+	sed -e 's/^cmdline = "/&lab=report /' -e "s/^memory = .*/memory = \"$2\"/" \
+		/lab/vm.toml >"$1"
+}
+
+# Whether the guest's output in a file is that of a whole run.
+reported() {
+	grep -q '^Linux guest ' "$1" && grep -q 'model name' "$1" && grep -q '^Mem:' "$1"
+}
+
+# wait_limited PID SECONDS: its status, or 124 after killing it.
+wait_limited() {
 	waited=0
 	while kill -0 "$1" 2>/dev/null; do
 		if [ "$waited" -ge $(($2 * 10)) ]; then
@@ -38,4 +50,26 @@ wait_limited() { # PID SECONDS: waits, kills it when the time is over
 		waited=$((waited + 1))
 	done
 	wait "$1"
+}
+
+# guest_run NAME CONFIG SECONDS: one guest from start to power-off, a result.
+guest_run() {
+	axvmm --config "$2" >/tmp/guest.out 2>&1 </dev/null &
+	guest_judge "$1" $! "$3" /tmp/guest.out
+}
+
+# guest_judge NAME PID SECONDS OUTPUT: waits for a guest already running.
+guest_judge() {
+	wait_limited "$2" "$3"
+	guest_status=$?
+	if [ $guest_status -ne 0 ]; then
+		not_ok "$1" "axvmm ended with status $guest_status"
+		show "$4"
+		return 1
+	elif ! reported "$4"; then
+		not_ok "$1" "the guest did not print what it should"
+		show "$4"
+		return 1
+	fi
+	ok "$1"
 }

@@ -8,11 +8,11 @@ axv_target=x86_64-unknown-linux-gnu
 axv_programs=(axvmm axvcpu-guests axvcpu-abuse)
 
 # module_path RELEASE: where the module for that kernel is.
-module_path() { printf '%s/module/%s/axvcpu.ko\n' "$axv_cache" "$1"; }
+module_path() { printf '%s/module/%s/axvcpu.ko\n' "$axv_work" "$1"; }
 
 # program_path NAME
 program_path() {
-	printf '%s/target/lab/%s/release/%s\n' "$axv_cache" "$axv_target" "$1"
+	printf '%s/target/lab/%s/release/%s\n' "$axv_work" "$axv_target" "$1"
 }
 
 # make and cargo know best what is out of date: both always run, and are quick
@@ -40,7 +40,7 @@ build_programs() {
 
 build_programs_cargo() {
 	cd "$axv_top"
-	CARGO_TARGET_DIR=$axv_cache/target/lab RUSTFLAGS="-C target-feature=+crt-static" \
+	CARGO_TARGET_DIR=$axv_work/target/lab RUSTFLAGS="-C target-feature=+crt-static" \
 		in_root cargo build --release --locked --target "$axv_target" --workspace --bins
 	local name
 	for name in "${axv_programs[@]}"; do

@@ -6,6 +6,7 @@
 axv_top=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 axv_cache=${XDG_CACHE_HOME:-$HOME/.cache}/axvcpu
 axv_root=$axv_cache/root
+axv_work=$axv_cache/work
 axv_logs=$axv_cache/logs
 
 # Messages go to stderr: stdout belongs to what runs in the lab.

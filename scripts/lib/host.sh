@@ -4,8 +4,7 @@
 # The lab host: a stock Debian kernel in QEMU with our module and programs. One
 # boot runs one session (a shell script) and comes back with its status.
 #
-# QEMU is the build root's, started through that root's own dynamic loader: no
-# chroot, no mount, no privilege, and one version on every machine.
+# QEMU is the build root's (see root_program): one version on every machine.
 #
 # Three channels lead out of the host: hvc0 is the session's terminal or output,
 # ttyS0 the kernel's messages (a log file), and a virtio port tells what became
@@ -29,16 +28,6 @@ host_log=       # the kernel's messages
 
 # Lines in the kernel's messages that no run may leave.
 host_bad_lines='BUG:|WARNING:|Oops:|Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
-
-# A program of the build root, run straight from there.
-root_program() {
-	local program=$1
-	shift
-	QEMU_MODULE_DIR=$axv_root/usr/lib/x86_64-linux-gnu/qemu \
-		"$axv_root/lib64/ld-linux-x86-64.so.2" \
-		--library-path "$axv_root/usr/lib/x86_64-linux-gnu" \
-		"$axv_root/$program" "$@"
-}
 
 # KVM is of use only where it passes the virtualization extension on.
 host_can_nest() {
@@ -128,31 +117,19 @@ host_boot() {
 		host_wait_for "$run/share" "$fs_pid" || die "virtiofsd did not start: $(<"$run/share.log")"
 	fi
 
-	local -a guard=()
-	((host_limit == 0)) || guard=(timeout --foreground --kill-after=5 "$host_limit")
+	root_program_words usr/bin/qemu-system-x86_64
+	qemu=("${root_words[@]}" "${qemu[@]}")
+	((host_limit == 0)) ||
+		qemu=(timeout --foreground --kill-after=5 "$host_limit" "${qemu[@]}")
 	if [[ -n $host_terminal ]]; then
-		host_qemu "${guard[@]}" -- "${qemu[@]}" 2>"$run/qemu.log" || status=$?
+		"${qemu[@]}" 2>"$run/qemu.log" || status=$?
 	else
-		host_qemu "${guard[@]}" -- "${qemu[@]}" 2>"$run/qemu.log" </dev/null || status=$?
+		"${qemu[@]}" 2>"$run/qemu.log" </dev/null || status=$?
 	fi
 	[[ -z $fs_pid ]] || wait "$fs_pid" || true
 	host_conclude "$run" "$status"
 	host_cleanup "$run"
 	trap - EXIT
-}
-
-# host_qemu [GUARD...] -- ARGUMENTS
-host_qemu() {
-	local -a guard=()
-	while [[ $1 != -- ]]; do
-		guard+=("$1")
-		shift
-	done
-	shift
-	QEMU_MODULE_DIR=$axv_root/usr/lib/x86_64-linux-gnu/qemu \
-		"${guard[@]}" "$axv_root/lib64/ld-linux-x86-64.so.2" \
-		--library-path "$axv_root/usr/lib/x86_64-linux-gnu" \
-		"$axv_root/usr/bin/qemu-system-x86_64" "$@"
 }
 
 # Waits up to five seconds for a socket to appear while its maker lives.

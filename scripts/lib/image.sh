@@ -22,7 +22,7 @@ image_pack() {
 # image_base RELEASE: the unchanging parts for that kernel, in its directory:
 # guest.img, and host.img with the guest inside.
 image_base() {
-	step "image-$1" "$(cat "$axv_top"/scripts/lab/* |
+	step "image-$1" "$(cat "$axv_top"/scripts/lab/*.sh "$axv_top"/scripts/lab/*-init "$axv_top"/scripts/lab/*.toml |
 		key_of "$1" "${axv_host_modules[*]}" "$(code_of image_make image_pack)")" \
 		"Images for $1" image_make "$1"
 }
@@ -43,7 +43,9 @@ image_make() {
 	install -m 755 "$axv_top/scripts/lab/host-init" "$tree/host/init"
 	printf 'root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n' >"$tree/host/etc/passwd"
 	printf 'root:x:0:\nuser:x:1000:\n' >"$tree/host/etc/group"
+	mkdir -p "$tree/host/lab/tests"
 	cp "$axv_top"/scripts/lab/*.toml "$tree/host/lab/"
+	cp "$axv_top"/scripts/lab/*.sh "$tree/host/lab/tests/"
 	cp "$dir/vmlinuz" "$dir/guest.img" "$tree/host/lab/guest/"
 	mv "$tree/host/lab/guest/guest.img" "$tree/host/lab/guest/initrd.img"
 	image_modules "$release" "$tree/host"

@@ -11,7 +11,7 @@ axv_kernel_pin=7.3.4+deb13-cloud-amd64
 axv_kernel_second=7.2 # newest of this series, for `scripts/test kernels`
 
 # kernel_dir RELEASE: vmlinuz and lib/modules of a kernel.
-kernel_dir() { printf '%s/kernels/%s\n' "$axv_cache" "$1"; }
+kernel_dir() { printf '%s/kernels/%s\n' "$axv_work" "$1"; }
 
 # kernel_headers RELEASE: its object directory, as seen inside the root.
 kernel_headers() { printf '/usr/src/linux-headers-%s\n' "$1"; }
@@ -93,7 +93,7 @@ kernel_unpack() {
 	rm -rf "$dir" "$tmp"
 	mkdir -p "$tmp/debs"
 	cd "$tmp/debs"
-	in_root_as_root apt-get -o APT::Sandbox::User=root download \
+	in_root_as_root apt-get download \
 		"linux-binary-$release" "linux-modules-$release"
 	for package in *.deb; do
 		in_root dpkg-deb --extract "$package" "$tmp/tree"
@@ -114,11 +114,11 @@ kernel_metadata() {
 	# shellcheck disable=SC2016 # a dpkg format
 	version=$(in_root dpkg-query -W -f '${Version}' "linux-headers-$release")
 	series=$(cut -d. -f1,2 <<<"$release")
-	work=$axv_cache/source-$release.tmp
+	work=$axv_work/source-$release.tmp
 	rm -rf "$work"
 	mkdir -p "$work/deb"
 	cd "$work"
-	in_root_as_root apt-get -o APT::Sandbox::User=root download \
+	in_root_as_root apt-get download \
 		"linux-source-$series=$version"
 	in_root dpkg-deb --extract linux-source-*.deb deb
 	in_root tar --extract --strip-components=1 --file deb/usr/src/linux-source-*.tar.xz

@@ -12,7 +12,6 @@ packages_missing() {
 		/usr/bin/flock:util-linux
 		/etc/ssl/certs/ca-certificates.crt:ca-certificates
 	)
-	root_can_mount || want+=(/usr/bin/proot:proot)
 	local pair
 	for pair in "${want[@]}"; do
 		[[ -e ${pair%%:*} ]] || printf '%s\n' "${pair#*:}"
@@ -22,6 +21,10 @@ packages_missing() {
 packages_check_machine() {
 	[[ $(uname -s) == Linux && $(uname -m) == x86_64 ]] ||
 		die "the lab runs on x86-64 Linux only, this is $(uname -s) on $(uname -m)"
+	[[ $axv_top$axv_cache != *[[:space:],:]* ]] ||
+		die "QEMU and make take no path with blanks, commas or colons: $axv_top, $axv_cache"
+	[[ $axv_cache/ != "$axv_top"/* ]] ||
+		die "the cache must not lie inside the checkout: $axv_cache"
 	command -v apt-get >/dev/null ||
 		die "the lab sets itself up with apt: use a Debian 12 or 13 machine"
 }

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=dash
+#
+# On the lab host: an unmodified Linux guest boots to userspace and powers off,
+# whatever happens around it, and leaves nothing behind.
+
+# shellcheck source=tap.sh
+. /lab/tests/tap.sh
+
+limit=120 # seconds for one boot; some ten times what it takes
+
+guest_config /tmp/vm.toml 256M
+
+# The first boot also says how long one takes.
+begin=$(now)
+guest_run "boots to userspace and powers off" /tmp/vm.toml $limit
+boot_ms=$(($(now) - begin))
+echo "one guest, start to power-off: $boot_ms ms"
+
+# Every thread of axvmm hops between the host's CPUs as fast as taskset can.
+axvmm --config /tmp/vm.toml >/tmp/hop.out 2>&1 </dev/null &
+vmm=$!
+(
+	hops=0 cpu=1
+	while kill -0 $vmm 2>/dev/null; do
+		for thread in "/proc/$vmm/task"/*; do
+			taskset -p $cpu "${thread##*/}" >/dev/null 2>&1 && hops=$((hops + 1))
+		done
+		cpu=$((3 - cpu))
+		usleep 10000
+		echo $hops >/tmp/hops
+	done
+) &
+hopper=$!
+guest_judge "boots while its threads move between CPUs" $vmm $((limit * 2)) /tmp/hop.out
+wait $hopper
+hops=$(cat /tmp/hops)
+if [ "$hops" -ge 100 ]; then
+	ok "its threads moved often enough ($hops times)"
+else
+	not_ok "its threads moved often enough" "only $hops times"
+fi
+
+# Two at once.
+axvmm --config /tmp/vm.toml >/tmp/one.out 2>&1 </dev/null &
+one=$!
+axvmm --config /tmp/vm.toml >/tmp/two.out 2>&1 </dev/null &
+two=$!
+guest_judge "two guests at once: the first" $one $((limit * 2)) /tmp/one.out
+guest_judge "two guests at once: the second" $two $((limit * 2)) /tmp/two.out
+
+# Sizes: the guest must see what it was given, less what its kernel takes.
+for mib in 128 512 1024 1536; do
+	guest_config /tmp/size.toml "${mib}M"
+	guest_run "boots with $mib MiB" /tmp/size.toml $limit || continue
+	kib=$(awk '/^Mem:/ { print $2 }' /tmp/guest.out)
+	if [ "$kib" -gt $((mib * 1024 * 2 / 3)) ] && [ "$kib" -le $((mib * 1024)) ]; then
+		ok "sees its $mib MiB ($kib KiB free to use)"
+	else
+		not_ok "sees its $mib MiB" "it reports $kib KiB"
+	fi
+done
+
+# Free memory and kernel objects, in KiB, with the module out and caches empty.
+settle() {
+	rmmod axvcpu || return 1
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	sleep 1
+	echo 3 >/proc/sys/vm/drop_caches
+	free_kib=$(awk '/^MemFree:/ { print $2 }' /proc/meminfo)
+	slab_kib=$(awk '/^SUnreclaim:/ { print $2 }' /proc/meminfo)
+}
+
+# kill -9 anywhere in a boot, 20 times.
+settle
+free_before=$free_kib slab_before=$slab_kib
+insmod /lab/axvcpu.ko
+killed=0
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+	axvmm --config /tmp/vm.toml >/tmp/kill.out 2>&1 </dev/null &
+	vmm=$!
+	usleep $(($(od -An -N4 -tu4 /dev/urandom) % boot_ms * 1000))
+	kill -9 $vmm 2>/dev/null
+	wait $vmm 2>/dev/null
+	[ $? -eq 137 ] && killed=$((killed + 1))
+done
+if [ $killed -ge 15 ]; then
+	ok "killed $killed of 20 guests while they ran"
+else
+	not_ok "killed 20 guests while they ran" "only $killed of them still ran"
+fi
+if settle; then
+	ok "the module unloads after that"
+	# Per-CPU lists and a late RCU callback may hold a little; a leaked guest or
+	# page table would be far more.
+	if [ $((free_before - free_kib)) -le 4096 ]; then
+		ok "free memory returns ($free_before KiB before, $free_kib KiB after)"
+	else
+		not_ok "free memory returns" "$free_before KiB before, $free_kib KiB after"
+	fi
+	if [ $((slab_kib - slab_before)) -le 1024 ]; then
+		ok "kernel objects return ($slab_before KiB before, $slab_kib KiB after)"
+	else
+		not_ok "kernel objects return" "$slab_before KiB before, $slab_kib KiB after"
+	fi
+	insmod /lab/axvcpu.ko
+	guest_run "boots after all that" /tmp/vm.toml $limit
+else
+	not_ok "the module unloads after that" "rmmod failed"
+fi
+
+plan
