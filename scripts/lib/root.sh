@@ -7,7 +7,7 @@
 # own, so no mount outlives it whatever happens. Without (root in an
 # unprivileged container) it runs by plain chroot, with a copy of the checkout;
 # the work directory then really lies inside the root and outside is a link to
-# it. The tools get by without /proc.
+# it. The tools get by almost without /proc.
 
 axv_mirror=http://deb.debian.org
 axv_root_packages=(
@@ -71,6 +71,9 @@ root_work() {
 	fi
 	as_root mkdir -p "$axv_root$axv_work" "$axv_root$axv_top"
 	as_root chown "$(id -u):$(id -g)" "$axv_root$axv_work" "$axv_root$axv_top"
+	# The one thing of /proc that a build insists on: objtool asks for its stack.
+	as_root mkdir -p "$axv_root/proc/self"
+	as_root cp --no-preserve=all /proc/self/limits "$axv_root/proc/self/limits"
 	[[ -L $axv_work ]] || rm -rf "$axv_work"
 	ln -sfn "$axv_root$axv_work" "$axv_work"
 }
