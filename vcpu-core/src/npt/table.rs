@@ -84,7 +84,7 @@ impl<F: Format> NestedPageTable<F> {
     ///
     /// Mapping what is mapped already changes nothing, even if it is part of a larger leaf: of two vCPUs that fault on the same
     /// page, the second does not undo what the first has done. Adding permissions needs no flush. The accessed and
-    /// dirty bits survive if the host page stays the same.
+    /// dirty bits survive if the host page stays the same, except those of smaller leaves.
     ///
     /// # Errors
     /// Nothing has changed then.
@@ -113,18 +113,19 @@ impl<F: Format> NestedPageTable<F> {
         let mut leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
         let flush = match slot.entry {
             Entry::Empty => Flush::NotNeeded,
-            Entry::Leaf(old) if slot.level == size.level() && old.hpa == hpa => {
-                leaf.accessed = old.accessed;
-                leaf.dirty = old.dirty;
-                if leaf == old {
+            Entry::Leaf(large) => {
+                let old = piece(large, slot.level, gpa.as_u64());
+                if same_translation(old, leaf) {
                     return Ok(Flush::NotNeeded);
                 }
-                Flush::needed_if(!perms.contains(old.perms) || memory_type != old.memory_type)
+                if old.hpa == hpa {
+                    leaf.accessed = old.accessed;
+                    leaf.dirty = old.dirty;
+                }
+                let grown = old.hpa == hpa && old.memory_type == memory_type && perms.contains(old.perms);
+                Flush::needed_if(!grown || slot.level > size.level())
             }
-            Entry::Leaf(large) if same_translation(piece(large, slot.level, gpa.as_u64()), leaf) => {
-                return Ok(Flush::NotNeeded);
-            }
-            Entry::Leaf(_) | Entry::Table(_) => Flush::Needed,
+            Entry::Table(_) => Flush::Needed,
         };
         self.place(slot, gpa.as_u64(), leaf, size, mem)?;
         Ok(flush)

@@ -15,7 +15,7 @@ fn four() -> (Table, Frames) {
 }
 
 /// As the hardware does when the guest touches a page.
-fn touch<F: Format>(table: &NestedPageTable<F>, mem: &mut Frames, addr: u64, write: bool) {
+pub(super) fn touch<F: Format>(table: &NestedPageTable<F>, mem: &mut Frames, addr: u64, write: bool) {
     let slot = descend::<F>(table.root(), table.levels(), |t, i| mem.read(t, i), addr, Level::LEAVES);
     let Entry::Leaf(leaf) = slot.entry else { panic!("{addr:#x} is not mapped") };
     let leaf = Leaf { accessed: true, dirty: leaf.dirty | write, ..leaf };
@@ -60,7 +60,7 @@ fn the_ends_of_the_address_space_can_be_mapped_and_nothing_beyond() {
         assert!(table.map(gpa(last), hpa((1 << 52) - G1.bytes()), G1, RWX, WB, &mut mem).is_ok());
         assert_eq!(table.map(gpa(limit), hpa(0), K4, RWX, WB, &mut mem), Err(AxError::InvalidInput));
         assert_eq!(table.map(gpa(0), hpa(1 << 52), K4, RWX, WB, &mut mem), Err(AxError::InvalidInput));
-        assert_eq!(table.map(gpa(0), hpa(u64::MAX & !0xfff), K4, RWX, WB, &mut mem), Err(AxError::InvalidInput));
+        assert_eq!(table.map(gpa(0), hpa(!0xfff), K4, RWX, WB, &mut mem), Err(AxError::InvalidInput));
         assert_eq!(table.query(gpa(limit - 1), &mem).unwrap().hpa, hpa((1 << 52) - 1));
         assert_eq!(table.query(gpa(limit), &mem), None);
         assert_eq!(table.tables_needed(gpa(limit), K4, &mem), 0);
@@ -69,7 +69,7 @@ fn the_ends_of_the_address_space_can_be_mapped_and_nothing_beyond() {
         // The last page alone: its end is the limit itself.
         assert_eq!(table.unmap(gpa(limit - 4096), 4096, &mut mem).unwrap().of(K4), 1);
         assert_eq!(table.unmap(gpa(limit - 4096), 8192, &mut mem), Err(AxError::InvalidInput));
-        assert_eq!(table.unmap(gpa(u64::MAX & !0xfff), 4096, &mut mem), Err(AxError::InvalidInput));
+        assert_eq!(table.unmap(gpa(!0xfff), 4096, &mut mem), Err(AxError::InvalidInput));
         assert_sound(&table, &mem);
     }
 }
@@ -86,7 +86,7 @@ fn malformed_arguments_are_refused() {
         assert_eq!(table.map(gpa(0), hpa(0), K4, perms, WB, &mut mem), Err(AxError::InvalidInput));
         assert_eq!(table.protect(gpa(0), 4096, perms, &mut mem), Err(AxError::InvalidInput));
     }
-    for (addr, size) in [(0, 0), (0, 1), (1, 4096), (0x1000, 0x1800), (0x1000, u64::MAX & !0xfff), (0, 1 << 49)] {
+    for (addr, size) in [(0, 0), (0, 1), (1, 4096), (0x1000, 0x1800), (0x1000, !0xfff), (0, 1 << 49)] {
         assert_eq!(table.unmap(gpa(addr), size, &mut mem), Err(AxError::InvalidInput), "{addr:#x} {size:#x}");
         assert_eq!(table.protect(gpa(addr), size, RWX, &mut mem), Err(AxError::InvalidInput));
         assert_eq!(table.restrict(gpa(addr), size, RWX, &mut mem), Err(AxError::InvalidInput));
