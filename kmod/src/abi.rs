@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! Moving ABI structures between the caller's memory and ours, and turning errors into errnos.
+
+use axvcpu_uapi::AbiStruct;
+use kernel::{
+    prelude::*,
+    transmute::{AsBytes, FromBytes},
+    uaccess::{UserPtr, UserSlice},
+};
+use vcpu_core::AxError;
+
+/// An ABI structure as bytes.
+#[repr(transparent)]
+struct Wire<T>(T);
+
+// SAFETY: `AbiStruct` is sealed and implemented for structures of integers only, for which every bit pattern is valid.
+unsafe impl<T: AbiStruct> FromBytes for Wire<T> {}
+// SAFETY: `AbiStruct` is sealed and its implementer asserts that there is no padding.
+unsafe impl<T: AbiStruct> AsBytes for Wire<T> {}
+
+/// Reads a structure of the caller's.
+///
+/// # Errors
+/// `EFAULT`.
+pub(crate) fn read<T: AbiStruct>(addr: usize) -> Result<T> {
+    Ok(UserSlice::new(UserPtr::from_addr(addr), T::SIZE).reader().read::<Wire<T>>()?.0)
+}
+
+/// Writes a structure to the caller.
+///
+/// # Errors
+/// `EFAULT`.
+pub(crate) fn write<T: AbiStruct>(addr: usize, value: T) -> Result {
+    UserSlice::new(UserPtr::from_addr(addr), T::SIZE).writer().write(&Wire(value))
+}
+
+/// The address of element `index` of an array of `T` at `base` in the caller's memory.
+///
+/// # Errors
+/// `EFAULT` if it is beyond the address space.
+pub(crate) fn element<T: AbiStruct>(base: u64, index: usize) -> Result<usize> {
+    let addr = index.checked_mul(T::SIZE).and_then(|offset| offset.checked_add(usize::try_from(base).ok()?));
+    addr.ok_or(EFAULT)
+}
+
+/// Refuses reserved fields and flags that are not zero.
+///
+/// # Errors
+/// `EINVAL`.
+pub(crate) fn must_be_zero(fields: &[u64]) -> Result {
+    if fields.iter().all(|field| *field == 0) {
+        Ok(())
+    } else {
+        Err(EINVAL)
+    }
+}
+
+/// The errno of an error of the core.
+pub(crate) fn errno(error: AxError) -> Error {
+    Error::from_errno(-error.errno())
+}
+
+/// `EXDEV`: the object belongs to another process (address space) than the caller's.
+pub(crate) fn other_process() -> Error {
+    Error::from_errno(-(kernel::bindings::EXDEV as i32))
+}

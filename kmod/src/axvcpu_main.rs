@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The kernel module: `/dev/axvcpu`.
+//!
+//! What is where: `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
+//! that runs a guest, `regs` register sets, `shared` what threads and interrupts may touch of a vCPU at any time,
+//! `timer` and `clock` its time, `notifier` and `tables` what an address space is made of, `backends`, `percpu` and
+//! `hal` the host as the backends see it, `ffi` the calls into C. The backends themselves are the crate `x86_vcpu`, the rules of the trait
+//! and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
+//!
+//! Locks, outermost first: `Vm::creation`, `Vcpu::inner` (never both), `AddressSpace::state`.
+
+use kernel::{
+    miscdevice::{MiscDeviceOptions, MiscDeviceRegistration},
+    prelude::*,
+};
+
+mod abi;
+mod aspace;
+mod backends;
+mod clock;
+mod fd;
+mod ffi;
+mod hal;
+mod notifier;
+mod percpu;
+mod regs;
+mod run;
+mod runpage;
+mod shared;
+mod system;
+mod tables;
+mod timer;
+mod vcpu;
+mod vm;
+
+module! {
+    type: Axvcpu,
+    name: "axvcpu",
+    authors: ["The axvcpu developers"],
+    description: "CPU virtualization through AxArchVCpu backends",
+    license: "GPL",
+}
+
+#[pin_data]
+struct Axvcpu {
+    // First, so that nobody can open the device any more when the rest goes.
+    #[pin]
+    device: MiscDeviceRegistration<system::System>,
+    backends: Option<backends::Backends>,
+}
+
+impl kernel::InPlaceModule for Axvcpu {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            backends: backends::Backends::new()?,
+            device <- MiscDeviceRegistration::register(MiscDeviceOptions { name: c"axvcpu" }),
+        })
+    }
+}

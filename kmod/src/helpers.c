@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * C side of ffi.rs: inline functions and macros of the kernel that Rust cannot
+ * call, and functions that the kernel's bindings leave out. One call each, no
+ * policy; what a function may be called from is said in ffi.rs.
+ */
+#include <linux/anon_inodes.h>
+#include <linux/entry-virt.h>
+#include <linux/gfp.h>
+#include <linux/irqflags.h>
+#include <linux/mm.h>
+#include <linux/pgtable.h>
+#include <linux/preempt.h>
+#include <linux/rcuwait.h>
+#include <linux/sched/mm.h>
+#include <linux/smp.h>
+#include <linux/swap.h>
+#include <linux/uaccess.h>
+#include <asm/tsc.h>
+
+#include "helpers.h"
+
+unsigned long axvcpu_alloc_pages(unsigned int order)
+{
+	return __get_free_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN, order);
+}
+
+void axvcpu_free_pages(unsigned long addr, unsigned int order)
+{
+	free_pages(addr, order);
+}
+
+u64 axvcpu_virt_to_phys(unsigned long addr)
+{
+	return __pa(addr);
+}
+
+void *axvcpu_phys_to_virt(u64 addr)
+{
+	return __va(addr);
+}
+
+u64 axvcpu_page_to_phys(struct page *page)
+{
+	return page_to_phys(page);
+}
+
+void axvcpu_mark_guest_page(struct page *page, bool dirty)
+{
+	/*
+	 * The host must know before the guest can write: a nested page table has
+	 * no dirty bit that it looks at, and it drops clean pages without a word.
+	 */
+	if (dirty)
+		set_page_dirty_lock(page);
+	mark_page_accessed(page);
+}
+
+void axvcpu_put_guest_page(struct page *page)
+{
+	put_page(page);
+}
+
+bool axvcpu_access_ok(unsigned long addr, unsigned long size)
+{
+	return access_ok((void __user *)addr, size);
+}
+
+int axvcpu_insert_page(struct vm_area_struct *vma, unsigned long addr)
+{
+	return vm_insert_page(vma, vma->vm_start, virt_to_page((void *)addr));
+}
+
+/*
+ * The size of the host's own mapping of @addr, as log2 bytes, or 0. Interrupts
+ * are off during the walk, which keeps the tables from being freed, as in
+ * gup_fast; see host_pfn_mapping_level() in arch/x86/kvm/mmu/mmu.c.
+ */
+unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr)
+{
+	unsigned int shift = 0;
+	unsigned long flags;
+	pgd_t pgd;
+	p4d_t p4d;
+	pud_t pud;
+	pmd_t pmd;
+
+	local_irq_save(flags);
+	pgd = READ_ONCE(*pgd_offset(mm, addr));
+	if (pgd_none(pgd))
+		goto out;
+	p4d = READ_ONCE(*p4d_offset(&pgd, addr));
+	if (p4d_none(p4d) || !p4d_present(p4d))
+		goto out;
+	pud = READ_ONCE(*pud_offset(&p4d, addr));
+	if (pud_none(pud) || !pud_present(pud))
+		goto out;
+	if (pud_leaf(pud)) {
+		shift = PUD_SHIFT;
+		goto out;
+	}
+	pmd = READ_ONCE(*pmd_offset(&pud, addr));
+	if (pmd_none(pmd) || !pmd_present(pmd))
+		goto out;
+	shift = pmd_leaf(pmd) ? PMD_SHIFT : PAGE_SHIFT;
+out:
+	local_irq_restore(flags);
+	return shift;
+}
+
+int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private)
+{
+	return anon_inode_getfd(name, fops, private, O_RDWR | O_CLOEXEC);
+}
+
+void axvcpu_preempt_disable(void)
+{
+	preempt_disable();
+}
+
+void axvcpu_preempt_enable(void)
+{
+	preempt_enable();
+}
+
+void axvcpu_irq_disable(void)
+{
+	local_irq_disable();
+}
+
+void axvcpu_irq_enable(void)
+{
+	local_irq_enable();
+}
+
+bool axvcpu_work_pending(void)
+{
+	return xfer_to_guest_mode_work_pending();
+}
+
+int axvcpu_handle_work(void)
+{
+	if (!__xfer_to_guest_mode_work_pending())
+		return 0;
+	return xfer_to_guest_mode_handle_work();
+}
+
+void axvcpu_send_ipi(int cpu)
+{
+	if (get_cpu() != cpu && cpu_online(cpu))
+		arch_smp_send_reschedule(cpu);
+	put_cpu();
+}
+
+static void axvcpu_nothing(void *unused)
+{
+}
+
+void axvcpu_interrupt_and_wait(int cpu)
+{
+	/* -ENXIO: the CPU is going down and runs no task of ours. */
+	smp_call_function_single(cpu, axvcpu_nothing, NULL, 1);
+}
+
+int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *data)
+{
+	return rcuwait_wait_event(wait, ready(data), TASK_INTERRUPTIBLE);
+}
+
+void axvcpu_wake(struct rcuwait *wait)
+{
+	rcuwait_wake_up(wait);
+}
+
+unsigned int axvcpu_tsc_khz(void)
+{
+	return tsc_khz;
+}
+
+bool axvcpu_tsc_stable(void)
+{
+	return !check_tsc_unstable();
+}

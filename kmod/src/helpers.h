@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Prototypes of helpers.c, for the C compiler; Rust's are in ffi.rs. */
+#ifndef AXVCPU_HELPERS_H
+#define AXVCPU_HELPERS_H
+
+#include <linux/types.h>
+
+struct file_operations;
+struct mm_struct;
+struct page;
+struct rcuwait;
+struct vm_area_struct;
+
+unsigned long axvcpu_alloc_pages(unsigned int order);
+void axvcpu_free_pages(unsigned long addr, unsigned int order);
+u64 axvcpu_virt_to_phys(unsigned long addr);
+void *axvcpu_phys_to_virt(u64 addr);
+u64 axvcpu_page_to_phys(struct page *page);
+void axvcpu_mark_guest_page(struct page *page, bool dirty);
+void axvcpu_put_guest_page(struct page *page);
+bool axvcpu_access_ok(unsigned long addr, unsigned long size);
+int axvcpu_insert_page(struct vm_area_struct *vma, unsigned long addr);
+unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr);
+int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private);
+void axvcpu_preempt_disable(void);
+void axvcpu_preempt_enable(void);
+void axvcpu_irq_disable(void);
+void axvcpu_irq_enable(void);
+bool axvcpu_work_pending(void);
+int axvcpu_handle_work(void);
+void axvcpu_send_ipi(int cpu);
+void axvcpu_interrupt_and_wait(int cpu);
+int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *data);
+void axvcpu_wake(struct rcuwait *wait);
+unsigned int axvcpu_tsc_khz(void);
+bool axvcpu_tsc_stable(void);
+
+#endif

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! `RUN`: the loop between the guest and its user.
+//!
+//! A *window* is a stretch with the vCPU bound to the CPU, preemption off, its FPU and debug state loaded. Inside it,
+//! interrupts stay off; an external interrupt ends the guest's turn and the window, and is taken by the host as soon as
+//! the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done between windows.
+
+use core::sync::atomic::Ordering;
+
+use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
+use kernel::prelude::*;
+use vcpu_core::{AxError, AxVCpuHal};
+use x86_vcpu::{
+    apic::{Message, TimerUpdate},
+    Reply, X86VCpu,
+};
+
+use crate::{
+    abi,
+    aspace::{AddressSpace, Fault},
+    ffi::{self, IrqOff, PreemptOff},
+    hal::Host,
+    shared::bump,
+    vcpu::{Inner, Vcpu},
+};
+
+/// How a window ended.
+enum Stop {
+    /// Something waits between windows; then go on.
+    Again,
+    /// The guest did something that is not finished in the window.
+    Exit(Exit),
+}
+
+impl Vcpu {
+    /// `RUN`.
+    ///
+    /// # Errors
+    /// - `EINTR`: a signal waits. The exit is `Interrupted`.
+    /// - `EFAULT`: the guest touched a region whose memory is gone. The exit is `NestedPageFault`.
+    /// - `EBUSY`, `EBADFD`, `ENOTRECOVERABLE`, `EIO`, ...: [`AxError`].
+    pub(crate) fn run(&self, inner: &mut Inner) -> Result<isize> {
+        bump(&self.shared.stats.runs);
+        self.take_requests(inner)?;
+        let (exit, result) = match self.run_until_exit(inner) {
+            Ok(exit) => (exit, Ok(0)),
+            Err((exit, error)) => (exit, Err(error)),
+        };
+        if let Some(exit) = exit {
+            bump(&self.shared.stats.user_exits);
+            self.show_exit(inner, exit);
+        }
+        self.publish(inner);
+        result
+    }
+
+    /// Does what the caller asked for in the run page.
+    fn take_requests(&self, inner: &mut Inner) -> Result {
+        let request = self.page.request();
+        if request & !(abi_run::REQUEST_LOAD_GENERAL | abi_run::REQUEST_INTERRUPT_WINDOW) != 0 {
+            return Err(EINVAL);
+        }
+        let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
+        if request & abi_run::REQUEST_LOAD_GENERAL != 0 {
+            arch.set_general(&self.page.general()).map_err(abi::errno)?;
+            self.page.set_request(request & !abi_run::REQUEST_LOAD_GENERAL);
+        }
+        arch.request_interrupt_window(request & abi_run::REQUEST_INTERRUPT_WINDOW != 0);
+        let reply = self.page.reply();
+        if reply & !abi_run::REPLY_FAULT != 0 {
+            return Err(EINVAL);
+        }
+        arch.complete(Reply { value: self.page.value(), fault: reply & abi_run::REPLY_FAULT != 0 });
+        self.page.set_reply(0);
+        Ok(())
+    }
+
+    /// Runs the guest until its user must see why it stopped. An error comes with the exit to show, if there is one.
+    fn run_until_exit(&self, inner: &mut Inner) -> Result<Option<Exit>, (Option<Exit>, Error)> {
+        let plain = |error: AxError| (None, abi::errno(error));
+        loop {
+            if self.shared.take_kick() {
+                return Ok(Some(Exit::Interrupted));
+            }
+            ffi::handle_work().map_err(|error| (Some(Exit::Interrupted), error))?;
+            let arch = inner.vcpu.arch_mut().map_err(plain)?;
+            arch.prepare(&self.shared.mailbox);
+            if !arch.runnable(&self.shared.mailbox) {
+                self.set_timer(inner);
+                self.sleep(inner)?;
+                continue;
+            }
+            self.update_clock(inner);
+            match self.window(inner).map_err(|error| (None, error))? {
+                Stop::Again => {}
+                Stop::Exit(exit @ Exit::NestedPageFault { addr, access_flags }) => {
+                    let Inner { aspace: Some(aspace), spare, .. } = inner else {
+                        return Err(plain(AxError::NotSetUp));
+                    };
+                    match aspace.fault(addr, access_flags, spare) {
+                        Ok(Fault::Resolved) => self.shared.stats.count_exit(ExitKind::PageFault),
+                        Ok(Fault::NotMemory) => {
+                            self.shared.stats.count_exit(ExitKind::Mmio);
+                            return Ok(Some(exit));
+                        }
+                        Err(error) if error == EINTR => return Err((Some(Exit::Interrupted), error)),
+                        Err(error) => return Err((Some(exit), error)),
+                    }
+                }
+                Stop::Exit(exit) => return Ok(Some(exit)),
+            }
+        }
+    }
+
+    /// Sleeps until there is something for the vCPU, or its user, to do.
+    fn sleep(&self, inner: &mut Inner) -> Result<(), (Option<Exit>, Error)> {
+        inner.vcpu.block().map_err(|error| (None, abi::errno(error)))?;
+        let result = self.shared.sleep();
+        inner.vcpu.wake();
+        result.map_err(|error| (Some(Exit::Interrupted), error))
+    }
+
+    /// One window.
+    fn window(&self, inner: &mut Inner) -> Result<Stop> {
+        let pinned = PreemptOff::new();
+        inner.vcpu.bind().map_err(abi::errno)?;
+        let stop = self.guest_turns(inner, &pinned);
+        let unbound = inner.vcpu.unbind().map_err(abi::errno);
+        drop(pinned);
+        let stop = stop?;
+        unbound?;
+        Ok(stop)
+    }
+
+    /// Enters the guest again and again until something must be done outside the window.
+    fn guest_turns(&self, inner: &mut Inner, pinned: &PreemptOff) -> Result<Stop> {
+        let irq_off = IrqOff::new(pinned);
+        let in_guest = self.shared.enter(Host::cpu_id(), &irq_off);
+        let stop = loop {
+            // From here to the entry nothing may be added that posts to ourselves: posts made before are seen below, and posts
+            // made later find the vCPU marked as in the guest and interrupt it.
+            if irq_off.work_pending() || self.shared.kick_pending() {
+                break Ok(Stop::Again);
+            }
+            match self.turn(inner) {
+                Ok(None) => {}
+                Ok(Some(stop)) => break Ok(stop),
+                Err(error) => break Err(abi::errno(error)),
+            }
+        };
+        drop(in_guest);
+        drop(irq_off);
+        stop
+    }
+
+    /// One entry into the guest, and what can be done about its exit right here.
+    #[inline]
+    fn turn(&self, inner: &mut Inner) -> Result<Option<Stop>, AxError> {
+        let Inner { vcpu, aspace: Some(aspace), seen_generation, .. } = inner else {
+            return Err(AxError::NotSetUp);
+        };
+        let arch = vcpu.arch_mut()?;
+        flush_if_moved(arch, aspace, seen_generation);
+        arch.prepare(&self.shared.mailbox);
+        if !arch.runnable(&self.shared.mailbox) {
+            return Ok(Some(Stop::Again));
+        }
+        let exit = vcpu.run()?;
+        if !matches!(exit, Exit::NestedPageFault { .. }) {
+            self.shared.stats.count_exit(vcpu.arch()?.exit_kind());
+        }
+        self.set_timer(inner);
+        Ok(match exit {
+            Exit::Nothing => None,
+            Exit::ExternalInterrupt { .. } => Some(Stop::Again),
+            Exit::SendIPI { target_cpu, vector, .. } => {
+                self.send_ipi(inner, target_cpu, vector);
+                None
+            }
+            // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.
+            Exit::Halt if inner.in_kernel_apic && inner.vcpu.arch()?.interrupts_enabled() => Some(Stop::Again),
+            exit => Some(Stop::Exit(exit)),
+        })
+    }
+
+    /// Lets the host timer follow the local APIC's.
+    fn set_timer(&self, inner: &mut Inner) {
+        let Ok(arch) = inner.vcpu.arch_mut() else { return };
+        match arch.timer_update() {
+            TimerUpdate::Unchanged => {}
+            TimerUpdate::Cancel => inner.timer.cancel(),
+            TimerUpdate::Arm(at) => inner.timer.arm(at.saturating_sub(Host::now_ns())),
+        }
+    }
+
+    /// The guest wrote its interrupt command register.
+    fn send_ipi(&self, inner: &Inner, destination: u64, command: u64) {
+        let Ok(arch) = inner.vcpu.arch() else { return };
+        if let Some(message) = Message::from_icr(destination << 32 | command & 0xffff_ffff, true) {
+            self.vm.route(&message, Some(arch.apic_id()));
+        }
+    }
+
+    /// After an access to the local APIC by ioctl: what the registers set in motion.
+    pub(crate) fn after_apic(&self, inner: &mut Inner) {
+        self.set_timer(inner);
+        let Ok(arch) = inner.vcpu.arch_mut() else { return };
+        if let Some((destination, command)) = arch.take_ipi() {
+            self.send_ipi(inner, destination, command);
+        }
+    }
+
+    /// Fills the run page for the user.
+    fn show_exit(&self, inner: &mut Inner, exit: Exit) {
+        let page = &self.page;
+        page.set_exit(exit.encode());
+        let Ok(arch) = inner.vcpu.arch() else { return };
+        let mut state = 0;
+        if arch.interrupt_window_open() {
+            state |= abi_run::STATE_INTERRUPT_WINDOW_OPEN;
+        }
+        if arch.user_mode() {
+            state |= abi_run::STATE_USER_MODE;
+        }
+        page.set_general(arch.general());
+        if matches!(exit, Exit::NestedPageFault { .. } | Exit::IoString { .. }) {
+            page.set_control(arch.control());
+            page.set_segments(arch.segments());
+            let insn = arch.insn_info();
+            page.set_insn(insn.bytes);
+            page.set_insn_len(insn.len.into());
+            page.set_next_rip(insn.next_rip);
+            state |= abi_run::STATE_SNAPSHOT_VALID;
+        }
+        page.set_state(state);
+    }
+
+    /// Copies what others may read without the mutex.
+    pub(crate) fn publish(&self, inner: &Inner) {
+        let stats = &self.shared.stats;
+        let record = inner.vcpu.record();
+        stats.windows.store(record.windows, Ordering::Relaxed);
+        stats.entries.store(record.entries, Ordering::Relaxed);
+        stats.migrations.store(record.migrations, Ordering::Relaxed);
+        stats.run_ns.store(record.run_ns, Ordering::Relaxed);
+        stats.halt_ns.store(record.halt_ns, Ordering::Relaxed);
+        stats.last_cpu.store(record.last_cpu.map_or(u32::MAX, |cpu| cpu as u32), Ordering::Relaxed);
+        stats.state.store(inner.vcpu.state() as u32, Ordering::Relaxed);
+        if let Ok(arch) = inner.vcpu.arch() {
+            stats.injections.store(arch.injections(), Ordering::Relaxed);
+            stats.tlb_flushes.store(arch.tlb_flushes(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Has the guest's TLB flushed if translations went away since it was last. The vCPU is marked as in the guest.
+#[inline]
+fn flush_if_moved(arch: &mut X86VCpu<Host>, aspace: &AddressSpace, seen: &mut u64) {
+    let now = aspace.generation();
+    if *seen != now {
+        *seen = now;
+        arch.flush_tlb();
+    }
+}
+

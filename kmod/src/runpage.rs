@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The run page, as the kernel sees it: a page of the module's that the process has mapped and may change at any time.
+//! Each field is read once and nothing read is trusted.
+
+use axvcpu_uapi::run::RunPage;
+use kernel::{mm::virt::VmaNew, prelude::*};
+use vcpu_core::HostPhysAddr;
+
+use crate::ffi;
+
+/// The page.
+///
+/// # Invariants
+/// `frame` is a page of `ffi::alloc_pages(0)` that this object owns.
+pub(crate) struct Page {
+    frame: HostPhysAddr,
+}
+
+macro_rules! field {
+    ($(#[$meta:meta])* $set:ident, $name:ident: $ty:ty) => {
+        $(#[$meta])*
+        pub(crate) fn $set(&self, value: $ty) {
+            // SAFETY: The field is inside the page, which we own. Volatile, as the process may access it at the same time;
+            // whatever tearing it sees is its own affair.
+            unsafe { core::ptr::addr_of_mut!((*self.page()).$name).write_volatile(value) }
+        }
+    };
+}
+
+impl Page {
+    /// A zeroed page.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { frame: ffi::alloc_pages(0).ok_or(ENOMEM)? })
+    }
+
+    fn page(&self) -> *mut RunPage {
+        ffi::phys_to_virt(self.frame).cast()
+    }
+
+    field!(
+        /// Sets why `RUN` returned.
+        set_exit, exit: axvcpu_uapi::exit::ExitRecord
+    );
+    field!(
+        /// Sets the state flags.
+        set_state, state: u32
+    );
+    field!(
+        /// Sets the number of instruction bytes.
+        set_insn_len, insn_len: u32
+    );
+    field!(
+        /// Sets the instruction bytes.
+        set_insn, insn: [u8; 16]
+    );
+    field!(
+        /// Sets the address of the next instruction.
+        set_next_rip, next_rip: u64
+    );
+    field!(
+        /// Sets the general registers.
+        set_general, general: axvcpu_uapi::x86::General
+    );
+    field!(
+        /// Sets the control registers.
+        set_control, control: axvcpu_uapi::x86::Control
+    );
+    field!(
+        /// Sets the segments.
+        set_segments, segments: axvcpu_uapi::x86::Segments
+    );
+    field!(
+        /// Sets the requests, to clear those that have been done.
+        set_request, request: u32
+    );
+    field!(
+        /// Sets the reply flags, to clear them.
+        set_reply, reply: u32
+    );
+
+    /// The caller's requests.
+    pub(crate) fn request(&self) -> u32 {
+        // SAFETY: As in `field`.
+        unsafe { core::ptr::addr_of!((*self.page()).request).read_volatile() }
+    }
+
+    /// The caller's reply flags.
+    pub(crate) fn reply(&self) -> u32 {
+        // SAFETY: As in `field`.
+        unsafe { core::ptr::addr_of!((*self.page()).reply).read_volatile() }
+    }
+
+    /// The caller's reply value.
+    pub(crate) fn value(&self) -> u64 {
+        // SAFETY: As in `field`.
+        unsafe { core::ptr::addr_of!((*self.page()).value).read_volatile() }
+    }
+
+    /// The caller's general registers.
+    pub(crate) fn general(&self) -> axvcpu_uapi::x86::General {
+        // SAFETY: As in `field`; any bit pattern is valid.
+        unsafe { core::ptr::addr_of!((*self.page()).general).read_volatile() }
+    }
+
+    /// Maps the page into the process: whole, shared, not executable.
+    ///
+    /// # Errors
+    /// `EINVAL`: another size or offset, or executable. Otherwise what inserting the page says.
+    pub(crate) fn map(&self, vma: &VmaNew) -> Result {
+        // SAFETY: The VMA is undergoing set-up and ours to read.
+        let offset = unsafe { (*vma.as_ptr()).vm_pgoff };
+        if vma.end() - vma.start() != core::mem::size_of::<RunPage>() || offset != 0 {
+            return Err(EINVAL);
+        }
+        vma.try_clear_mayexec()?;
+        vma.set_dontexpand();
+        vma.set_dontdump();
+        vma.set_mixedmap();
+        // SAFETY: The frame is an order-0 page by the type's invariant, and the VMA one of a single page in set-up.
+        unsafe { ffi::insert_page(vma.as_ptr(), self.frame) }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        // SAFETY: We own the frame. A mapping that still exists has a reference to the page of its own.
+        unsafe { ffi::free_pages(self.frame, 0) }
+    }
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! `/dev/axvcpu`: what the module and the CPU can do, and the creation of VMs.
+
+use axvcpu_uapi::{
+    ioctl,
+    run::RunPage,
+    system::{
+        CpuidTable, CreateVm, SystemInfo, ARCH_X86_64, BACKEND_NONE, BACKEND_SVM, FEATURE_DECODE_ASSISTS, FEATURE_HUGE_2M,
+        FEATURE_IN_KERNEL_APIC, FEATURE_NEXT_RIP, FEATURE_PV_CLOCK, STATUS_DISABLED_BY_FIRMWARE, STATUS_IN_USE,
+        STATUS_READY, STATUS_TOO_OLD, STATUS_UNSUPPORTED,
+    },
+    x86::CpuidEntry,
+    ABI_VERSION,
+};
+use kernel::{
+    fs::File,
+    miscdevice::{MiscDevice, MiscDeviceRegistration},
+    prelude::*,
+};
+use vcpu_core::AxError;
+use x86_vcpu::{Backend, Capabilities};
+
+use crate::{abi, aspace, fd, ffi, vcpu, vm, vm::Vm};
+
+/// An open `/dev/axvcpu`. It has no state.
+pub(crate) struct System;
+
+#[vtable]
+impl MiscDevice for System {
+    type Ptr = KBox<Self>;
+
+    fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
+        Ok(KBox::new(Self, GFP_KERNEL_ACCOUNT)?)
+    }
+
+    fn ioctl(_this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
+        match cmd {
+            ioctl::INFO => abi::write(arg, info()).map(|()| 0),
+            ioctl::SUPPORTED_CPUID => supported_cpuid(arg),
+            ioctl::CREATE_VM => create_vm(abi::read(arg)?),
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+fn info() -> SystemInfo {
+    let info = SystemInfo {
+        abi_version: ABI_VERSION,
+        arch: ARCH_X86_64,
+        max_vcpus: vm::MAX_VCPUS as u32,
+        max_address_spaces: vm::MAX_ADDRESS_SPACES,
+        max_regions: aspace::MAX_REGIONS as u32,
+        max_cpuid_entries: vcpu::MAX_CPUID_ENTRIES,
+        run_page_size: core::mem::size_of::<RunPage>() as u32,
+        tsc_khz: ffi::tsc_khz(),
+        vms: vm::count(),
+        ..SystemInfo::default()
+    };
+    match x86_vcpu::detect() {
+        Ok(Backend::Svm) => {
+            let status = if x86_vcpu::in_use() { STATUS_IN_USE } else { STATUS_READY };
+            describe(SystemInfo { backend: BACKEND_SVM, status, ..info })
+        }
+        Err(AxError::DisabledByFirmware) => {
+            SystemInfo { backend: BACKEND_SVM, status: STATUS_DISABLED_BY_FIRMWARE, ..info }
+        }
+        Err(AxError::Unsupported) => SystemInfo { backend: BACKEND_SVM, status: STATUS_TOO_OLD, ..info },
+        Err(_) => SystemInfo { backend: BACKEND_NONE, status: STATUS_UNSUPPORTED, ..info },
+    }
+}
+
+/// Adds what depends on the CPU's capabilities. It has a backend.
+fn describe(info: SystemInfo) -> SystemInfo {
+    let caps = Capabilities::host();
+    let mut features = FEATURE_IN_KERNEL_APIC | FEATURE_HUGE_2M | FEATURE_PV_CLOCK;
+    if caps.next_rip {
+        features |= FEATURE_NEXT_RIP;
+    }
+    if caps.decode_assists {
+        features |= FEATURE_DECODE_ASSISTS;
+    }
+    SystemInfo {
+        features,
+        guest_phys_bits: caps.guest_phys_bits,
+        xsave_size: caps.xsave_size,
+        xcr0_supported: caps.xcr0,
+        ..info
+    }
+}
+
+fn supported_cpuid(addr: usize) -> Result<isize> {
+    let mut arg: CpuidTable = abi::read(addr)?;
+    x86_vcpu::detect().map_err(abi::errno)?;
+    let (base, capacity) = (arg.entries_addr, arg.capacity as usize);
+    let (mut count, mut result) = (0, Ok(()));
+    x86_vcpu::supported_cpuid(|entry: CpuidEntry| {
+        if count < capacity && result.is_ok() {
+            result = abi::element::<CpuidEntry>(base, count).and_then(|to| abi::write(to, entry));
+        }
+        count += 1;
+    });
+    result?;
+    arg.count = count as u32;
+    abi::write(addr, arg)?;
+    if count > capacity {
+        return Err(E2BIG);
+    }
+    Ok(0)
+}
+
+fn create_vm(arg: CreateVm) -> Result<isize> {
+    abi::must_be_zero(&[arg.flags.into(), arg.reserved.into()])?;
+    x86_vcpu::detect().map_err(abi::errno)?;
+    if x86_vcpu::in_use() {
+        return Err(abi::errno(AxError::HardwareBusy));
+    }
+    fd::install(Vm::new()?)
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A vCPU: the object behind its file descriptor, and its ioctls but for `RUN` (`run.rs`) and the register sets (`regs.rs`).
+//!
+//! Locks: `inner`, a mutex, is held by every ioctl but `KICK` and `VCPU_STATS`, and by `RUN` as long as it lasts; nobody waits
+//! for it (`EALREADY`). Under it: the address space's spin lock.
+
+use axvcpu_uapi::{
+    ioctl,
+    vcpu::{self as abi_vcpu, ApicAccess, Entry, EptRoot, Event, Gpr, RegisterSet, Setup},
+    x86::CpuidEntry,
+};
+use kernel::{
+    mm::virt::VmaNew,
+    new_mutex,
+    prelude::*,
+    seq_file::SeqFile,
+    seq_print,
+    sync::{Arc, ArcBorrow, Mutex},
+};
+use vcpu_core::{AxVCpu, GuestPhysAddr};
+use x86_vcpu::{cpuid::CpuidTable, X86CreateConfig, X86SetupConfig, X86VCpu};
+
+use crate::{
+    abi,
+    aspace::AddressSpace,
+    fd::{self, FdObject, FileOperations},
+    hal::Host,
+    regs,
+    runpage::Page,
+    shared::Shared,
+    tables::Spare,
+    timer::Timer,
+    vm::{Member, Vm},
+};
+
+/// CPUID entries per vCPU.
+pub(crate) const MAX_CPUID_ENTRIES: u32 = x86_vcpu::cpuid::MAX_ENTRIES as u32;
+
+/// A vCPU.
+#[pin_data]
+pub(crate) struct Vcpu {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) vm: Member,
+    pub(crate) page: Page,
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+/// What belongs to the thread that works on the vCPU.
+pub(crate) struct Inner {
+    pub(crate) vcpu: AxVCpu<X86VCpu<Host>, Host>,
+    pub(crate) aspace: Option<Arc<AddressSpace>>,
+    pub(crate) timer: Timer,
+    /// Frames for the next nested page fault.
+    pub(crate) spare: Spare,
+    /// The generation of the address space's translations that the TLB was flushed for last.
+    pub(crate) seen_generation: u64,
+    pub(crate) in_kernel_apic: bool,
+}
+
+static OPERATIONS: FileOperations<Vcpu> = FileOperations::new();
+
+impl Vcpu {
+    /// vCPU `shared.id` of `vm`.
+    ///
+    /// # Errors
+    /// `ENOMEM`, and the backend's.
+    pub(crate) fn new(vm: Arc<Vm>, shared: Arc<Shared>) -> Result<Arc<Self>> {
+        let inner = Inner {
+            vcpu: AxVCpu::new(X86CreateConfig { vcpu_id: shared.id }).map_err(abi::errno)?,
+            aspace: None,
+            timer: Timer::new(shared.clone())?,
+            spare: Spare::empty(),
+            seen_generation: 0,
+            in_kernel_apic: false,
+        };
+        let page = Page::new()?;
+        Arc::pin_init(
+            pin_init!(Self {
+                shared,
+                vm: Member::vcpu(vm),
+                page,
+                inner <- new_mutex!(inner),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    fn set_ept_root(&self, inner: &mut Inner, arg: EptRoot) -> Result<isize> {
+        abi::must_be_zero(&[arg.reserved.into()])?;
+        let aspace = fd::lookup::<AddressSpace>(arg.aspace_fd)?;
+        if !aspace.is_of(self.vm.vm()) {
+            return Err(EINVAL);
+        }
+        inner.vcpu.set_ept_root(aspace.root()).map_err(abi::errno)?;
+        self.shared.set_aspace(aspace.identity());
+        inner.aspace = Some(aspace);
+        Ok(0)
+    }
+
+    fn setup(&self, inner: &mut Inner, arg: Setup) -> Result<isize> {
+        abi::must_be_zero(&arg.reserved)?;
+        if arg.flags & !abi_vcpu::SETUP_IN_KERNEL_APIC != 0 || arg.cpuid_count > MAX_CPUID_ENTRIES {
+            return Err(EINVAL);
+        }
+        let in_kernel_apic = arg.flags & abi_vcpu::SETUP_IN_KERNEL_APIC != 0;
+        let mut cpuid = CpuidTable::<Host>::new().map_err(abi::errno)?;
+        for index in 0..arg.cpuid_count as usize {
+            let entry: CpuidEntry = abi::read(abi::element::<CpuidEntry>(arg.cpuid_addr, index)?)?;
+            abi::must_be_zero(&[entry.reserved.into()])?;
+            cpuid.push(entry).map_err(abi::errno)?;
+        }
+        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic }).map_err(abi::errno)?;
+        inner.in_kernel_apic = in_kernel_apic;
+        self.publish(inner);
+        Ok(0)
+    }
+
+    fn apic_access(inner: &mut Inner, addr: usize) -> Result<isize> {
+        let mut arg: ApicAccess = abi::read(addr)?;
+        abi::must_be_zero(&[arg.reserved.into()])?;
+        if arg.flags & !abi_vcpu::APIC_WRITE != 0 || arg.offset >= 4096 {
+            return Err(EINVAL);
+        }
+        let write = (arg.flags & abi_vcpu::APIC_WRITE != 0).then_some(arg.value);
+        let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
+        arg.value = arch.apic_access(arg.offset, write).map_err(abi::errno)?;
+        abi::write(addr, arg)?;
+        Ok(0)
+    }
+
+    fn inject(inner: &mut Inner, event: Event) -> Result<isize> {
+        inner.vcpu.arch_mut().map_err(abi::errno)?.inject(&event).map_err(abi::errno)?;
+        Ok(0)
+    }
+
+    fn set_gpr(inner: &mut Inner, arg: Gpr) -> Result<isize> {
+        abi::must_be_zero(&[arg.reserved.into()])?;
+        if arg.reg >= 16 {
+            return Err(EINVAL);
+        }
+        inner.vcpu.set_gpr(arg.reg as usize, arg.value as usize).map_err(abi::errno)?;
+        Ok(0)
+    }
+}
+
+impl FdObject for Vcpu {
+    const NAME: &'static CStr = c"axvcpu-vcpu";
+
+    fn operations() -> &'static FileOperations<Self> {
+        &OPERATIONS
+    }
+
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
+        match cmd {
+            ioctl::KICK => {
+                this.shared.kick();
+                return Ok(0);
+            }
+            ioctl::VCPU_STATS => return abi::write(arg, this.shared.stats.snapshot()).map(|()| 0),
+            _ => this.vm.check_process()?,
+        }
+        let mut inner = this.inner.try_lock().ok_or(kernel::error::code::EALREADY)?;
+        let inner = &mut *inner;
+        match cmd {
+            ioctl::RUN => this.run(inner),
+            ioctl::SET_ENTRY => {
+                let entry: Entry = abi::read(arg)?;
+                inner.vcpu.set_entry(GuestPhysAddr::new(entry.guest_addr)).map_err(abi::errno)?;
+                Ok(0)
+            }
+            ioctl::SET_EPT_ROOT => this.set_ept_root(inner, abi::read(arg)?),
+            ioctl::SETUP => this.setup(inner, abi::read(arg)?),
+            ioctl::SET_GPR => Self::set_gpr(inner, abi::read(arg)?),
+            ioctl::GET_REGS => regs::get(inner, abi::read::<RegisterSet>(arg)?),
+            ioctl::SET_REGS => {
+                let result = regs::set(inner, abi::read::<RegisterSet>(arg)?);
+                this.publish(inner);
+                result
+            }
+            ioctl::INJECT => Self::inject(inner, abi::read(arg)?),
+            ioctl::APIC_ACCESS => {
+                let result = Self::apic_access(inner, arg);
+                this.after_apic(inner);
+                result
+            }
+            _ => Err(ENOTTY),
+        }
+    }
+
+    fn mmap(this: ArcBorrow<'_, Self>, vma: &VmaNew) -> Result {
+        this.vm.check_process()?;
+        this.page.map(vma)
+    }
+
+    fn show(&self, to: &SeqFile) {
+        let stats = self.shared.stats.snapshot();
+        seq_print!(to, "vcpu:\t{}\n", self.shared.id);
+        seq_print!(to, "state:\t{}\n", stats.state);
+        seq_print!(to, "last-cpu:\t{}\n", stats.last_cpu as i32);
+        seq_print!(to, "runs:\t{}\n", stats.runs);
+        seq_print!(to, "windows:\t{}\n", stats.windows);
+        seq_print!(to, "entries:\t{}\n", stats.entries);
+        seq_print!(to, "user-exits:\t{}\n", stats.user_exits);
+        seq_print!(to, "injections:\t{}\n", stats.injections);
+        seq_print!(to, "tlb-flushes:\t{}\n", stats.tlb_flushes);
+        seq_print!(to, "migrations:\t{}\n", stats.migrations);
+        seq_print!(to, "run-ns:\t{}\n", stats.run_ns);
+        seq_print!(to, "halt-ns:\t{}\n", stats.halt_ns);
+        for kind in abi_vcpu::ExitKind::ALL {
+            let count = stats.exits.get(kind as usize).copied().unwrap_or(0);
+            seq_print!(to, "exit-{}:\t{}\n", kind.name(), count);
+        }
+    }
+}
