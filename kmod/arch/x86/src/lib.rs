@@ -6,6 +6,8 @@
 extern crate std;
 
 pub mod apic;
+pub mod cpuid;
 pub mod fault;
+mod frame;
 pub mod mtrr;
 pub mod pvclock;

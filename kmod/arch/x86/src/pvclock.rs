@@ -245,7 +245,7 @@ mod tests {
         let delta = u128::from(tsc.wrapping_sub(u64_at(page, 8)));
         let shift = page[28] as i8;
         let shifted = if shift < 0 { delta >> -shift } else { delta << shift };
-        u64_at(page, 16) + (shifted * u128::from(u32_at(page, 24)) >> 32) as u64
+        u64_at(page, 16) + ((shifted * u128::from(u32_at(page, 24))) >> 32) as u64
     }
 
     #[test]
