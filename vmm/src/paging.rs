@@ -9,7 +9,7 @@
 //! Not modelled: protection keys (CR4.PKE, CR4.PKS) and shadow-stack pages (CR4.CET). A guest that uses them is
 //! checked against the remaining rules.
 
-use std::fmt;
+use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
 
 #[cfg(test)]
 mod tests;
@@ -50,26 +50,6 @@ pub mod fault {
     pub const RESERVED: u32 = 1 << 3;
     /// The access was an instruction fetch (reported only while NX or SMEP is on).
     pub const FETCH: u32 = 1 << 4;
-}
-
-/// An address in the guest's physical address space.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GuestPhysAddr(pub u64);
-
-impl fmt::Display for GuestPhysAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
-/// A guest linear address: what segmentation yields and paging translates.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LinearAddr(pub u64);
-
-impl fmt::Display for LinearAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
 }
 
 /// Guest RAM as the walker and the emulator see it.
@@ -190,11 +170,11 @@ const MAX_LEVELS: usize = 5;
 pub fn translate<M: GuestMemory>(
     state: &PagingState,
     memory: &mut M,
-    linear: LinearAddr,
+    linear: GuestVirtAddr,
     access: Access,
 ) -> Result<Translation, WalkError<M::Error>> {
     if state.cr0 & bits::CR0_PG == 0 {
-        return Ok(Translation { gpa: GuestPhysAddr(linear.0 & 0xffff_ffff), page_size: 4096 });
+        return Ok(Translation { gpa: GuestPhysAddr::new(linear.as_u64() & 0xffff_ffff), page_size: 4096 });
     }
     // Another vCPU may change an entry between our read and our update of its A/D bits; the processor then walks
     // again, and so do we. Each round means that somebody else made progress.
@@ -209,7 +189,7 @@ pub fn translate<M: GuestMemory>(
 fn walk<M: GuestMemory>(
     state: &PagingState,
     memory: &mut M,
-    linear: LinearAddr,
+    linear: GuestVirtAddr,
     access: Access,
 ) -> Result<Option<Translation>, WalkError<M::Error>> {
     let (format, mut level) = match () {
@@ -218,7 +198,7 @@ fn walk<M: GuestMemory>(
         () if state.cr4 & bits::CR4_LA57 == 0 => (Format::Long, 4),
         () => (Format::Long, 5),
     };
-    let linear = if format == Format::Long { linear.0 } else { linear.0 & 0xffff_ffff };
+    let linear = if format == Format::Long { linear.as_u64() } else { linear.as_u64() & 0xffff_ffff };
     let (entry_bytes, index_bits) = if format == Format::Legacy32 { (4, 10) } else { (8, 9) };
     let mut table = match format {
         Format::Legacy32 => state.cr3 & 0xffff_f000,
@@ -226,14 +206,14 @@ fn walk<M: GuestMemory>(
         Format::Long => state.cr3 & address_mask(state),
     };
 
-    let mut visited = [Visited { at: GuestPhysAddr(0), entry: 0 }; MAX_LEVELS];
+    let mut visited = [Visited { at: GuestPhysAddr::new(0), entry: 0 }; MAX_LEVELS];
     let mut depth = 0;
     let mut allowed = RW | US;
     let mut no_execute = false;
     loop {
         let shift = 12 + index_bits * (level - 1);
         let index = (linear >> shift) & ((1 << index_bits) - 1);
-        let at = GuestPhysAddr(table + index * entry_bytes as u64);
+        let at = GuestPhysAddr::new(table + index * entry_bytes as u64);
         let entry = read_entry(memory, at, entry_bytes)?;
         if entry & P == 0 {
             return Err(page_fault(state, access, 0));
@@ -276,7 +256,7 @@ fn walk<M: GuestMemory>(
         } else {
             entry & address_mask(state)
         };
-        let gpa = GuestPhysAddr((frame & !(page_size - 1)) | (linear & (page_size - 1)));
+        let gpa = GuestPhysAddr::new((frame & !(page_size - 1)) | (linear & (page_size - 1)));
         return Ok(Some(Translation { gpa, page_size }));
     }
 }
@@ -376,8 +356,8 @@ fn page_fault<E>(state: &PagingState, access: Access, cause: u32) -> WalkError<E
     if state.cpl == 3 {
         code |= fault::USER;
     }
-    let fetch_told = state.cr4 & bits::CR4_SMEP != 0
-        || (state.cr4 & bits::CR4_PAE != 0 && state.efer & bits::EFER_NXE != 0);
+    let fetch_told =
+        state.cr4 & bits::CR4_SMEP != 0 || (state.cr4 & bits::CR4_PAE != 0 && state.efer & bits::EFER_NXE != 0);
     if access == Access::Execute && fetch_told {
         code |= fault::FETCH;
     }

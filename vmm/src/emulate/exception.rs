@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The guest exceptions an emulated instruction can raise, with the vector and error code to inject.
 
-use crate::paging::LinearAddr;
+use axvcpu_uapi::addr::GuestVirtAddr;
 
 /// An exception for the guest (APM volume 2, chapter 8). All are faults: RIP stays at the instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub enum Exception {
     /// #PF.
     PageFault {
         /// The linear address for CR2.
-        address: LinearAddr,
+        address: GuestVirtAddr,
         /// Bits of [`crate::paging::fault`].
         code: u32,
     },

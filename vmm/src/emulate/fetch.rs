@@ -5,7 +5,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, FastFormatter, Instruction
 
 use super::memory::PAGE;
 use super::state::seg;
-use super::{Bus, Exec, Exception, Stop, Unsupported};
+use super::{Bus, Exception, Exec, Stop, Unsupported};
 use crate::paging::Access;
 
 /// The longest x86 instruction.
@@ -43,8 +43,7 @@ impl<B: Bus> Exec<'_, B> {
     /// Decodes the instruction at RIP, fetching only as many pages as it needs.
     pub(super) fn decode(&mut self, code: &mut Code) -> Result<(), Stop<B::Error>> {
         loop {
-            let mut decoder =
-                Decoder::with_ip(self.cpu.code_bits(), code.known(), self.cpu.rip, DecoderOptions::NONE);
+            let mut decoder = Decoder::with_ip(self.cpu.code_bits(), code.known(), self.cpu.rip, DecoderOptions::NONE);
             self.insn = decoder.decode();
             match decoder.last_error() {
                 DecoderError::None => return Ok(()),
@@ -66,7 +65,7 @@ impl<B: Bus> Exec<'_, B> {
             count = count.min(usize::try_from(left).unwrap_or(usize::MAX).saturating_add(1));
             self.wrap(segment.base.wrapping_add(offset))
         };
-        count = count.min((PAGE - linear.0 % PAGE) as usize);
+        count = count.min((PAGE - linear.as_u64() % PAGE) as usize);
         let at = self.translate(linear, Access::Execute)?;
         if !self.bus.is_ram(at, false) {
             return Err(Stop::FetchFromDevice(at));

@@ -36,7 +36,8 @@ use std::fmt;
 
 use iced_x86::Instruction;
 
-use crate::paging::{GuestMemory, GuestPhysAddr, PagingState};
+use crate::paging::{GuestMemory, PagingState};
+use axvcpu_uapi::addr::GuestPhysAddr;
 
 mod alu;
 mod bits;
@@ -56,7 +57,7 @@ mod string_io;
 mod tests;
 
 pub use exception::Exception;
-pub use state::{rflags, seg, CpuState, Segment};
+pub use state::{rflags, seg, CpuState};
 pub use string_io::{string_io, Direction, PortBus, StringIo};
 
 /// Guest RAM, devices and vector registers, supplied by the VMM.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The CPU state an instruction works on, and access to its registers by decoder name.
 
+use axvcpu_uapi::x86::Segment;
 use iced_x86::Register;
 
 use crate::paging::bits;
@@ -33,8 +34,8 @@ pub mod rflags {
 
 /// Segment attribute bits, and indices into [`CpuState::segments`].
 ///
-/// The attributes are packed as in the VMCB (APM volume 2, section 15.5.1): bits 55:52 and 47:40 of the descriptor
-/// put together. VMX access rights are the same but for AVL, L, D/B and G, which lie four bits higher there.
+/// The attributes are packed as in the VMCB and in [`axvcpu_uapi::x86::Segment`] (APM volume 2, section 15.5.1): bits
+/// 55:52 and 47:40 of the descriptor put together.
 pub mod seg {
     /// Type bit: accessed.
     pub const ACCESSED: u16 = 1 << 0;
@@ -52,7 +53,7 @@ pub mod seg {
     pub const LONG: u16 = 1 << 9;
     /// 32-bit default size (code), 32-bit stack pointer (stack), 4 GiB upper bound (expand-down).
     pub const BIG: u16 = 1 << 10;
-    /// The limit was given in pages; [`super::Segment::limit`] is in bytes all the same.
+    /// The limit was given in pages; `Segment::limit` is in bytes all the same.
     pub const GRANULAR: u16 = 1 << 11;
 
     /// Index of ES.
@@ -69,19 +70,6 @@ pub mod seg {
     pub const GS: usize = 5;
 }
 
-/// A segment register with its hidden part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Segment {
-    /// The visible selector.
-    pub selector: u16,
-    /// Bits of [`seg`].
-    pub attributes: u16,
-    /// Highest byte offset, scaled by granularity already.
-    pub limit: u32,
-    /// Linear address of offset 0.
-    pub base: u64,
-}
-
 /// What an instruction can see and change, except memory and vector registers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuState {
@@ -91,7 +79,7 @@ pub struct CpuState {
     pub rip: u64,
     /// Flags.
     pub rflags: u64,
-    /// Segment registers in hardware order, by the indices in [`seg`].
+    /// Segment registers in hardware order, by the indices in [`seg`]: es cs ss ds fs gs.
     pub segments: [Segment; 6],
     /// CR0.
     pub cr0: u64,
@@ -117,11 +105,12 @@ impl CpuState {
         self.cr0 & bits::CR0_PE == 0 || self.rflags & rflags::VM != 0
     }
 
-    /// Default operand and address size of the code segment in bits: 16, 32 or 64.
+    /// Default operand and address size of the code segment in bits: 16, 32 or 64. The hidden D bit counts in real
+    /// mode, too: it survives the clearing of CR0.PE until CS is loaded.
     pub(super) fn code_bits(&self) -> u32 {
         if self.is_64bit() {
             64
-        } else if !self.is_real_or_v86() && self.segments[seg::CS].attributes & seg::BIG != 0 {
+        } else if self.rflags & rflags::VM == 0 && self.segments[seg::CS].attributes & seg::BIG != 0 {
             32
         } else {
             16
