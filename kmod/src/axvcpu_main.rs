@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The kernel module: `/dev/axvcpu`.
 //!
-//! What is where: `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
+//! What is where: `device` and `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
 //! that runs a guest, `regs` register sets, `shared` what threads and interrupts may touch of a vCPU at any time,
 //! `timer` and `clock` its time, `notifier` and `tables` what an address space is made of, `backends`, `percpu` and
 //! `hal` the host as the backends see it, `ffi` the calls into C. The backends themselves are the crate `x86_vcpu`, the rules of the trait
@@ -9,15 +9,13 @@
 //!
 //! Locks, outermost first: `Vm::creation`, `Vcpu::inner` (never both), `AddressSpace::state`.
 
-use kernel::{
-    miscdevice::{MiscDeviceOptions, MiscDeviceRegistration},
-    prelude::*,
-};
+use kernel::prelude::*;
 
 mod abi;
 mod aspace;
 mod backends;
 mod clock;
+mod device;
 mod fd;
 mod ffi;
 mod hal;
@@ -45,7 +43,7 @@ module! {
 struct Axvcpu {
     // First, so that nobody can open the device any more when the rest goes.
     #[pin]
-    device: MiscDeviceRegistration<system::System>,
+    device: device::Device,
     backends: Option<backends::Backends>,
 }
 
@@ -53,7 +51,7 @@ impl kernel::InPlaceModule for Axvcpu {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             backends: backends::Backends::new()?,
-            device <- MiscDeviceRegistration::register(MiscDeviceOptions { name: c"axvcpu" }),
+            device <- device::Device::register(),
         })
     }
 }

@@ -50,12 +50,18 @@ extern "C" {
     static __this_module: Opaque<bindings::module>;
 }
 
+/// File operations that do nothing but keep the module loaded while a file has them.
+pub(crate) const fn operations_of_this_module() -> bindings::file_operations {
+    // SAFETY: All zero is a table without operations.
+    let mut table: bindings::file_operations = unsafe { core::mem::MaybeUninit::zeroed().assume_init() };
+    table.owner = core::ptr::addr_of!(__this_module).cast_mut().cast();
+    table
+}
+
 impl<T: FdObject> FileOperations<T> {
     /// The table. To be placed in a static.
     pub(crate) const fn new() -> Self {
-        // SAFETY: All zero is a table without operations.
-        let mut table: bindings::file_operations = unsafe { core::mem::MaybeUninit::zeroed().assume_init() };
-        table.owner = core::ptr::addr_of!(__this_module).cast_mut().cast();
+        let mut table = operations_of_this_module();
         table.release = Some(Self::release);
         table.unlocked_ioctl = Some(Self::ioctl);
         table.compat_ioctl = Some(Self::ioctl);

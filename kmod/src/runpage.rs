@@ -108,11 +108,12 @@ impl Page {
     /// Maps the page into the process: whole, shared, not executable.
     ///
     /// # Errors
-    /// `EINVAL`: another size or offset, or executable. Otherwise what inserting the page says.
+    /// `EINVAL`: another size or offset, private, or executable. Otherwise what inserting the page says.
     pub(crate) fn map(&self, vma: &VmaNew) -> Result {
         // SAFETY: The VMA is undergoing set-up and ours to read.
         let offset = unsafe { (*vma.as_ptr()).vm_pgoff };
-        if vma.end() - vma.start() != core::mem::size_of::<RunPage>() || offset != 0 {
+        let shared = vma.flags() & kernel::mm::virt::flags::SHARED != 0;
+        if vma.end() - vma.start() != core::mem::size_of::<RunPage>() || offset != 0 || !shared {
             return Err(EINVAL);
         }
         vma.try_clear_mayexec()?;

@@ -2,13 +2,13 @@
 //! The part of a vCPU that any thread and any interrupt may touch at any time: posted events, kicks, where it runs, and
 //! its counters. Everything else of a vCPU is behind its mutex.
 //!
-//! Two handshakes, both of the store-then-load kind and therefore with sequentially consistent accesses:
+//! Two handshakes, both of the store-then-load kind and therefore with sequentially consistent accesses or fences:
 //! - a poster first posts (mailbox, kick, address-space generation) and then looks whether the vCPU is in the guest; the
 //!   vCPU first says that it is in the guest and then looks for posts. One of them sees the other.
 //! - a vCPU that goes to sleep first says so (in the scheduler's state) and then looks for posts; the poster first posts
 //!   and then wakes.
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use axvcpu_uapi::vcpu::{ExitKind, VcpuStats};
 use kernel::prelude::*;
@@ -128,6 +128,7 @@ impl Shared {
     /// Makes the vCPU look at what was posted: out of the guest or out of its sleep. From any context.
     pub(crate) fn notify(&self) {
         self.wait.wake();
+        fence(Ordering::SeqCst); // Posts are not all sequentially consistent themselves.
         let cpu = self.cpu.load(Ordering::SeqCst);
         if cpu != OUTSIDE {
             ffi::send_ipi(cpu as i32);
@@ -156,6 +157,7 @@ impl Shared {
     /// off as long, so whoever interrupts this CPU and waits knows that the vCPU has left.
     pub(crate) fn enter<'a>(&'a self, cpu: usize, _irq_off: &'a IrqOff) -> InGuest<'a> {
         self.cpu.store(cpu as u32, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         InGuest(self)
     }
 

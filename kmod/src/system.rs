@@ -12,34 +12,22 @@ use axvcpu_uapi::{
     x86::CpuidEntry,
     ABI_VERSION,
 };
-use kernel::{
-    fs::File,
-    miscdevice::{MiscDevice, MiscDeviceRegistration},
-    prelude::*,
-};
+use kernel::prelude::*;
 use vcpu_core::AxError;
 use x86_vcpu::{Backend, Capabilities};
 
 use crate::{abi, aspace, fd, ffi, vcpu, vm, vm::Vm};
 
-/// An open `/dev/axvcpu`. It has no state.
-pub(crate) struct System;
-
-#[vtable]
-impl MiscDevice for System {
-    type Ptr = KBox<Self>;
-
-    fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        Ok(KBox::new(Self, GFP_KERNEL_ACCOUNT)?)
-    }
-
-    fn ioctl(_this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
-        match cmd {
-            ioctl::INFO => abi::write(arg, info()).map(|()| 0),
-            ioctl::SUPPORTED_CPUID => supported_cpuid(arg),
-            ioctl::CREATE_VM => create_vm(abi::read(arg)?),
-            _ => Err(ENOTTY),
-        }
+/// An ioctl of the device, which has no state.
+///
+/// # Errors
+/// `ENOTTY` for an unknown number, and those of each.
+pub(crate) fn ioctl(cmd: u32, arg: usize) -> Result<isize> {
+    match cmd {
+        ioctl::INFO => abi::write(arg, info()).map(|()| 0),
+        ioctl::SUPPORTED_CPUID => supported_cpuid(arg),
+        ioctl::CREATE_VM => create_vm(abi::read(arg)?),
+        _ => Err(ENOTTY),
     }
 }
 

@@ -17,7 +17,7 @@ use kernel::{
     seq_print,
     sync::{Arc, ArcBorrow, Mutex},
 };
-use vcpu_core::{AxVCpu, GuestPhysAddr};
+use vcpu_core::{AxError, AxVCpu, GuestPhysAddr};
 use x86_vcpu::{cpuid::CpuidTable, X86CreateConfig, X86SetupConfig, X86VCpu};
 
 use crate::{
@@ -160,7 +160,7 @@ impl FdObject for Vcpu {
             ioctl::VCPU_STATS => return abi::write(arg, this.shared.stats.snapshot()).map(|()| 0),
             _ => this.vm.check_process()?,
         }
-        let mut inner = this.inner.try_lock().ok_or(kernel::error::code::EALREADY)?;
+        let mut inner = this.inner.try_lock().ok_or(abi::errno(AxError::Running))?;
         let inner = &mut *inner;
         match cmd {
             ioctl::RUN => this.run(inner),
