@@ -63,8 +63,12 @@ root_bootstrap() {
 	as_root mv "$tmp" "$axv_root"
 }
 
-# The work directory: the part of the cache that commands in the root see.
+# The work directory: the part of the cache that commands in the root see. And the
+# certificate authorities that this machine trusts, for downloads by way of a proxy.
 root_work() {
+	local authorities=/etc/ssl/certs/ca-certificates.crt
+	cmp -s "$authorities" "$axv_root$authorities" || [[ ! -r $authorities ]] ||
+		as_root cp "$authorities" "$axv_root$authorities"
 	if root_can_mount; then
 		mkdir -p "$axv_work"
 		return
