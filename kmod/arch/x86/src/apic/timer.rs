@@ -202,13 +202,9 @@ impl Timer {
         }
     }
 
-    /// Lets the timer run from `count`; zero is the end of a one-shot, and the start of a period.
+    /// Lets the timer run from `count`.
     fn resume(&mut self, count: u32, clock: &Clock) {
-        let left = match (count, self.mode) {
-            (0, TimerMode::Periodic) => self.span(),
-            (count, _) => u64::from(count) * self.divisor(),
-        };
-        self.expiry = Some(clock.now_ns.saturating_add(left));
+        self.expiry = Some(clock.now_ns.saturating_add(u64::from(count) * self.divisor()));
     }
 
     /// IA32_TSC_DEADLINE: zero when disarmed, and in the other modes.
@@ -232,13 +228,14 @@ impl Timer {
     }
 
     /// Sets a saved state of the counting modes: initial count, current count and divide configuration, after
-    /// [`set_lvt`](Self::set_lvt).
+    /// [`set_lvt`](Self::set_lvt). A current count of zero is that of a timer that does not run: one that runs shows at least 1
+    /// until it expires.
     pub fn restore(&mut self, initial: u32, current: u32, divide: u32, clock: &Clock) {
         self.deadline = 0;
         self.expiry = None;
         self.divide = divide & 0xb;
         self.initial = if self.mode == TimerMode::TscDeadline { 0 } else { initial };
-        if self.initial != 0 && (current != 0 || self.mode == TimerMode::Periodic) {
+        if self.initial != 0 && current != 0 {
             self.resume(current, clock);
         }
     }
@@ -432,6 +429,9 @@ mod tests {
         timer.set_lvt(TimerMode::OneShot, false);
         timer.restore(1_000_000, 0, 0xb, &at(100));
         assert_eq!(timer.update(), TimerUpdate::Cancel, "an expired one-shot stays expired");
+        timer.set_lvt(TimerMode::Periodic, false);
+        timer.restore(1_000_000, 0, 0xb, &at(100));
+        assert_eq!(timer.update(), TimerUpdate::Unchanged, "and so does one that was made periodic afterwards");
     }
 
     proptest! {

@@ -1,0 +1,635 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! The local APIC's rules, register by register, and its priorities against a naive model.
+
+use std::collections::BTreeSet;
+use std::vec::Vec;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::apic::{reg, Delivery, Message, Shorthand, MSR_TSC_DEADLINE};
+use axvcpu_uapi::x86::LocalApic;
+
+const FAULT: GuestResult<Effect> = Err(GeneralProtection);
+const OK: GuestResult<Effect> = Ok(Effect::None);
+
+fn at(now_ns: u64) -> impl Fn() -> Clock {
+    move || Clock { now_ns, tsc: now_ns * 2, tsc_khz: 2_000_000 }
+}
+
+/// No access that is not to the timer may cost a look at the clocks.
+fn no_clock() -> Clock {
+    panic!("the clocks were read")
+}
+
+fn config(id: u32) -> Config {
+    Config { id, boot_processor: id == 0, x2apic: true, tsc_deadline: true }
+}
+
+/// Enabled, in xAPIC mode, everything masked.
+fn xapic(id: u32) -> Lapic {
+    let mut lapic = Lapic::new(Config { boot_processor: false, ..config(id) });
+    lapic.write_page(reg::SVR, 0x1ff, &no_clock);
+    lapic
+}
+
+/// Enabled, in x2APIC mode.
+fn x2apic(id: u32) -> Lapic {
+    let mut lapic = xapic(id);
+    lapic.set_base(0xfee0_0c00).unwrap();
+    lapic
+}
+
+const fn msr(offset: u16) -> u32 {
+    0x800 + (offset / 16) as u32
+}
+
+/// Posts vectors and collects them.
+fn post(lapic: &mut Lapic, vectors: &[(u8, bool)]) -> Posted {
+    let mailbox = Mailbox::new();
+    vectors.iter().for_each(|(vector, level)| mailbox.post_interrupt(*vector, *level));
+    lapic.collect(&mailbox, &no_clock)
+}
+
+#[test]
+fn reset_state_is_that_of_the_manual() {
+    let mut lapic = Lapic::new(Config { boot_processor: false, ..config(3) });
+    for (offset, value) in [
+        (reg::ID, 3 << 24),
+        (reg::VERSION, 0x0005_0014),
+        (reg::TPR, 0),
+        (reg::PPR, 0),
+        (reg::LDR, 0),
+        (reg::DFR, u32::MAX),
+        (reg::SVR, 0xff),
+        (reg::ESR, 0),
+        (reg::ICR, 0),
+        (reg::ICR_HIGH, 0),
+        (reg::LVT_TIMER, 0x1_0000),
+        (reg::LVT_THERMAL, 0x1_0000),
+        (reg::LVT_PERFORMANCE, 0x1_0000),
+        (reg::LVT_LINT0, 0x1_0000),
+        (reg::LVT_LINT1, 0x1_0000),
+        (reg::LVT_ERROR, 0x1_0000),
+        (reg::INITIAL_COUNT, 0),
+        (reg::CURRENT_COUNT, 0),
+        (reg::DIVIDE, 0),
+    ] {
+        assert_eq!(lapic.read_page(offset, &at(0)), value, "{offset:#x}");
+    }
+    assert_eq!(lapic.base(), 0xfee0_0800);
+    assert!(!lapic.accepts_pic_interrupt());
+}
+
+#[test]
+fn boot_processor_starts_in_virtual_wire_mode() {
+    let lapic = Lapic::new(config(0));
+    assert_eq!(lapic.base(), 0xfee0_0900);
+    assert!(lapic.accepts_pic_interrupt());
+    assert!(lapic.identity().enabled);
+}
+
+#[test]
+fn pic_interrupts_come_through_lint0() {
+    let mut lapic = xapic(0);
+    for (value, accepts) in [(0x700, true), (0x1_0700, false), (0x400, false), (0x31, false)] {
+        lapic.write_page(reg::LVT_LINT0, value, &no_clock);
+        assert_eq!(lapic.accepts_pic_interrupt(), accepts, "{value:#x}");
+    }
+    lapic.write_page(reg::LVT_LINT0, 0x700, &no_clock);
+    lapic.write_page(reg::SVR, 0xff, &at(0));
+    assert!(!lapic.accepts_pic_interrupt(), "disabled by software: masked");
+    lapic.set_base(0xfee0_0000).unwrap();
+    assert!(lapic.accepts_pic_interrupt(), "switched off: transparent");
+}
+
+#[test]
+fn software_disable_masks_every_entry_and_keeps_them_masked() {
+    let mut lapic = xapic(0);
+    let entries = (reg::LVT_TIMER..=reg::LVT_ERROR).step_by(16);
+    for offset in entries.clone() {
+        lapic.write_page(offset, 0x31, &at(0));
+        assert_eq!(lapic.read_page(offset, &no_clock), 0x31);
+    }
+    lapic.write_page(reg::SVR, 0xff, &at(0));
+    for offset in entries.clone() {
+        assert_eq!(lapic.read_page(offset, &no_clock), 0x1_0031);
+        lapic.write_page(offset, 0x32, &at(0));
+        assert_eq!(lapic.read_page(offset, &no_clock), 0x1_0032);
+    }
+    lapic.write_page(reg::SVR, 0x1ff, &at(0));
+    for offset in entries {
+        assert_eq!(lapic.read_page(offset, &no_clock), 0x1_0032, "enabling unmasks nothing");
+    }
+}
+
+#[test]
+fn lvt_entries_keep_only_their_bits() {
+    let mut lapic = xapic(0);
+    for (offset, bits) in [
+        (reg::LVT_TIMER, 0x7_00ff),
+        (reg::LVT_THERMAL, 0x1_07ff),
+        (reg::LVT_PERFORMANCE, 0x1_07ff),
+        (reg::LVT_LINT0, 0x1_a7ff),
+        (reg::LVT_LINT1, 0x1_a7ff),
+        (reg::LVT_ERROR, 0x1_00ff),
+    ] {
+        lapic.write_page(offset, u32::MAX, &at(0));
+        assert_eq!(lapic.read_page(offset, &no_clock), bits, "{offset:#x}");
+    }
+    let mut lapic = Lapic::new(Config { tsc_deadline: false, ..config(0) });
+    lapic.write_page(reg::LVT_TIMER, u32::MAX, &at(0));
+    assert_eq!(lapic.read_page(reg::LVT_TIMER, &no_clock), 0x3_00ff, "TSC-deadline mode is not offered");
+}
+
+#[test]
+fn an_interrupt_goes_from_request_to_service_to_end() {
+    let mut lapic = xapic(0);
+    post(&mut lapic, &[(0x41, false), (0x52, true)]);
+    assert_eq!(lapic.read_page(reg::IRR + 0x20, &no_clock), 1 << 1 | 1 << 18);
+    assert_eq!(lapic.read_page(reg::TMR + 0x20, &no_clock), 1 << 18);
+    assert_eq!(lapic.pending_vector(), Some(0x52));
+    assert_eq!(lapic.acknowledge(), Some(0x52));
+    assert_eq!((lapic.ppr(), lapic.pending_vector()), (0x50, None));
+    assert_eq!(lapic.highest_request(), Some(0x41));
+    assert_eq!(lapic.acknowledge(), None);
+    assert_eq!(lapic.write_page(reg::EOI, 0, &no_clock), Effect::InterruptEnd(0x52));
+    assert_eq!(lapic.acknowledge(), Some(0x41));
+    assert_eq!(lapic.eoi(), Effect::None, "edge-triggered");
+    assert_eq!(lapic.eoi(), Effect::None, "nothing in service");
+    assert_eq!(lapic.ppr(), 0);
+}
+
+#[test]
+fn the_same_vector_can_be_requested_while_in_service() {
+    let mut lapic = xapic(0);
+    post(&mut lapic, &[(0x41, false)]);
+    lapic.acknowledge();
+    post(&mut lapic, &[(0x41, false)]);
+    assert_eq!(lapic.pending_vector(), None);
+    lapic.eoi();
+    assert_eq!(lapic.acknowledge(), Some(0x41));
+}
+
+#[test]
+fn cr8_is_the_class_of_the_task_priority() {
+    let mut lapic = x2apic(0);
+    lapic.write_msr(msr(reg::TPR), 0x45, &no_clock).unwrap();
+    assert_eq!((lapic.cr8(), lapic.ppr()), (4, 0x45));
+    lapic.set_cr8(4);
+    assert_eq!(lapic.ppr(), 0x45, "an unchanged CR8 keeps the low bits");
+    post(&mut lapic, &[(0x4f, false)]);
+    assert_eq!(lapic.pending_vector(), None, "same class");
+    lapic.set_cr8(3);
+    assert_eq!((lapic.ppr(), lapic.pending_vector()), (0x30, Some(0x4f)));
+    lapic.set_cr8(15);
+    assert_eq!(lapic.pending_vector(), None);
+}
+
+#[test]
+fn illegal_vectors_are_errors() {
+    let mut lapic = xapic(0);
+    lapic.write_page(reg::LVT_ERROR, 0xee, &no_clock);
+    post(&mut lapic, &[(15, false), (16, false)]);
+    assert_eq!(lapic.acknowledge(), Some(0xee), "the error interrupt");
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 0, "not latched yet");
+    lapic.write_page(reg::ESR, 0, &no_clock);
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 6);
+    lapic.eoi();
+    assert_eq!(lapic.acknowledge(), Some(16));
+    assert_eq!(lapic.write_page(reg::ICR, 0x400f, &no_clock), Effect::None);
+    lapic.write_page(reg::ESR, 0, &no_clock);
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 5);
+}
+
+#[test]
+fn an_illegal_error_vector_does_not_recurse() {
+    let mut lapic = xapic(0);
+    lapic.write_page(reg::LVT_ERROR, 0x05, &no_clock);
+    lapic.write_page(reg::ICR, 0x4001, &no_clock);
+    lapic.write_page(reg::ESR, 0, &no_clock);
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 5 | 1 << 6);
+    assert_eq!(lapic.highest_request(), None);
+}
+
+#[test]
+fn reserved_offsets_of_the_page_are_errors() {
+    for offset in [0x000, 0x010, 0x040, 0x070, 0x290, 0x2f0, 0x3a0, 0x3d0, 0x400, 0xff0] {
+        let mut lapic = xapic(0);
+        assert_eq!(lapic.read_page(offset, &at(0)), 0);
+        lapic.write_page(reg::ESR, 0, &no_clock);
+        assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 7, "{offset:#x}");
+        lapic.write_page(offset, 1, &at(0));
+        lapic.write_page(reg::ESR, 0, &no_clock);
+        assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 7, "{offset:#x}");
+    }
+    let mut lapic = xapic(0);
+    for offset in [reg::ID, reg::VERSION, reg::APR, reg::PPR, reg::RRD, reg::ISR, reg::TMR + 0x70, reg::CURRENT_COUNT] {
+        let before = lapic.read_page(offset, &at(0));
+        assert_eq!(lapic.write_page(offset, !before, &at(0)), Effect::None);
+        assert_eq!(lapic.read_page(offset, &at(0)), before, "read-only: {offset:#x}");
+    }
+    lapic.read_page(reg::EOI, &no_clock);
+    assert_eq!(lapic.read_page(reg::TPR + 4, &no_clock), 0);
+    lapic.write_page(reg::TPR + 4, 0x20, &no_clock);
+    assert_eq!(lapic.read_page(reg::TPR, &no_clock), 0);
+    lapic.write_page(reg::ESR, 0, &no_clock);
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 0, "none of these is an error");
+}
+
+#[test]
+fn the_page_is_there_in_xapic_mode_only() {
+    let mut lapic = x2apic(0);
+    assert_eq!(lapic.read_page(reg::SVR, &no_clock), u32::MAX);
+    assert_eq!(lapic.write_page(reg::SVR, 0, &no_clock), Effect::None);
+    assert_eq!(lapic.read_msr(msr(reg::SVR), &no_clock), Ok(0x1ff));
+}
+
+#[test]
+fn x2apic_registers_exist_as_the_manual_says() {
+    let mut lapic = x2apic(0x123);
+    let readable = |lapic: &mut Lapic, index| lapic.read_msr(index, &at(0)).is_ok();
+    let expected: BTreeSet<u32> = [0x802, 0x803, 0x808, 0x80a, 0x80d, 0x80f, 0x828, 0x830]
+        .into_iter()
+        .chain(0x810..=0x827)
+        .chain(0x832..=0x839)
+        .chain([0x83e])
+        .collect();
+    let got: BTreeSet<u32> = (0x7f0..0x910).filter(|index| readable(&mut lapic, *index)).collect();
+    assert_eq!(got, expected);
+    let got: BTreeSet<u32> = (0x7f0..0x910).filter(|index| x2apic(1).write_msr(*index, 0, &at(0)).is_ok()).collect();
+    let writable = [0x808, 0x80b, 0x80f, 0x828, 0x830, 0x838, 0x83e, 0x83f];
+    assert_eq!(got, writable.into_iter().chain(0x832..=0x837).collect());
+    assert_eq!(lapic.read_msr(0x802, &no_clock), Ok(0x123));
+    assert_eq!(lapic.read_msr(0x80d, &no_clock), Ok(0x12_0008));
+    let mut lapic = xapic(0);
+    assert!((0x800..0x900).all(|index| lapic.read_msr(index, &no_clock).is_err()), "xAPIC mode has no MSRs");
+    assert!((0x800..0x900).all(|index| lapic.write_msr(index, 0, &no_clock).is_err()));
+}
+
+#[test]
+fn x2apic_reserved_bits_fault() {
+    for (offset, value) in [
+        (reg::TPR, 0x100),
+        (reg::EOI, 1),
+        (reg::SVR, 0x400),
+        (reg::SVR, 0x1_0000_01ff),
+        (reg::ESR, 1),
+        (reg::LVT_TIMER, 0x8_0000),
+        (reg::LVT_TIMER, 0x100),
+        (reg::LVT_TIMER, 0x4000),
+        (reg::LVT_ERROR, 0x2_0000),
+        (reg::LVT_LINT0, 0x800),
+        (reg::INITIAL_COUNT, 1 << 32),
+        (reg::DIVIDE, 4),
+        (reg::ICR, 1 << 13),
+        (reg::ICR, 1 << 16),
+        (reg::ICR, 1 << 20),
+        (reg::SELF_IPI, 0x100),
+    ] {
+        let mut lapic = x2apic(0);
+        let before = lapic.clone();
+        assert_eq!(lapic.write_msr(msr(offset), value, &at(0)), FAULT, "{offset:#x} {value:#x}");
+        assert_eq!(lapic, before);
+    }
+    let mut lapic = x2apic(0);
+    assert_eq!(lapic.write_msr(msr(reg::LVT_LINT0), 0x5731, &no_clock), OK, "read-only bits are no fault");
+    assert_eq!(lapic.read_msr(msr(reg::LVT_LINT0), &no_clock), Ok(0x731));
+    assert_eq!(lapic.write_msr(msr(reg::LVT_TIMER), 0x1031, &at(0)), OK);
+}
+
+#[test]
+fn base_transitions() {
+    let mut lapic = xapic(5);
+    lapic.write_page(reg::LDR, 0x2000_0000, &no_clock);
+    lapic.write_page(reg::TPR, 0x20, &no_clock);
+    lapic.write_page(reg::ICR_HIGH, 0x0300_0000, &no_clock);
+    assert_eq!(lapic.set_base(0xfee0_0c00), Ok(()));
+    assert_eq!((lapic.mode(), lapic.base()), (Mode::X2Apic, 0xfee0_0c00));
+    assert_eq!(lapic.read_msr(msr(reg::TPR), &no_clock), Ok(0x20), "kept");
+    assert_eq!(lapic.read_msr(msr(reg::ICR), &no_clock), Ok(0), "the high half is cleared");
+    assert_eq!(lapic.set_base(0xfee0_0800), Err(GeneralProtection));
+    assert_eq!(lapic.mode(), Mode::X2Apic);
+    assert_eq!(lapic.set_base(0xfee0_0000), Ok(()));
+    assert_eq!(lapic.set_base(0xfee0_0c00), Err(GeneralProtection));
+    assert_eq!(lapic.set_base(0xfee0_0800), Ok(()));
+    assert_eq!(lapic.read_page(reg::SVR, &no_clock), 0xff, "lost when it was off");
+    assert_eq!(lapic.set_base(0xfec0_0800), Err(GeneralProtection), "the page does not move");
+    assert_eq!(lapic.restore_base(0xfee0_0000), Ok(()));
+    assert_eq!(lapic.restore_base(0xfee0_0c00), Ok(()), "from outside any mode may follow");
+    assert_eq!(lapic.restore_base(0xfee0_0400), Err(AxError::InvalidRegister));
+    let mut without = Lapic::new(Config { x2apic: false, ..config(0) });
+    assert_eq!(without.set_base(0xfee0_0d00), Err(GeneralProtection));
+}
+
+#[test]
+fn a_disabled_apic_delivers_nothing() {
+    let mut lapic = xapic(0);
+    lapic.set_base(0xfee0_0000).unwrap();
+    post(&mut lapic, &[(0x41, false)]);
+    assert_eq!((lapic.pending_vector(), lapic.highest_request()), (None, None));
+    lapic.set_base(0xfee0_0800).unwrap();
+    assert_eq!(lapic.highest_request(), None, "what came meanwhile is lost");
+}
+
+#[test]
+fn interrupt_commands_leave_in_one_layout() {
+    let mut lapic = xapic(0);
+    lapic.write_page(reg::ICR_HIGH, 0x0300_0000, &no_clock);
+    assert_eq!(lapic.write_page(reg::ICR, 0x0000_50fd, &no_clock), Effect::Ipi(0x0000_0003_0000_40fd));
+    assert_eq!(lapic.read_page(reg::ICR, &no_clock), 0x40fd, "idle at once");
+    lapic.write_page(reg::ICR_HIGH, 0xff00_0000, &no_clock);
+    let Effect::Ipi(icr) = lapic.write_page(reg::ICR, 0x0000_4400, &no_clock) else { panic!("no IPI") };
+    let message = Message::from_icr(icr, true).unwrap();
+    assert!(message.broadcast);
+    assert_eq!((message.delivery, message.shorthand), (Delivery::Nmi, Shorthand::None));
+    let mut lapic = x2apic(0);
+    assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0000_00ff_0000_08fd, &no_clock), Ok(Effect::Ipi(0xff_0000_08fd)));
+    assert!(!Message::from_icr(0xff_0000_08fd, true).unwrap().broadcast);
+    assert_eq!(lapic.read_msr(msr(reg::ICR), &no_clock), Ok(0xff_0000_08fd));
+}
+
+#[test]
+fn commands_that_need_nobody_else_stay_inside() {
+    let mut lapic = x2apic(7);
+    assert_eq!(lapic.write_msr(msr(reg::SELF_IPI), 0xf3, &no_clock), OK);
+    assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0004_00f1, &no_clock), OK);
+    assert_eq!(lapic.write_msr(msr(reg::ICR), 0x000c_8500, &no_clock), OK, "INIT level de-assert");
+    assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0008_0200, &no_clock), OK, "SMI");
+    assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0008_0300, &no_clock), OK, "reserved");
+    assert_eq!(lapic.acknowledge(), Some(0xf3));
+    lapic.eoi();
+    assert_eq!(lapic.acknowledge(), Some(0xf1));
+    assert_eq!(lapic.write_msr(msr(reg::SELF_IPI), 0x0f, &no_clock), OK);
+    lapic.write_msr(msr(reg::ESR), 0, &no_clock).unwrap();
+    assert_eq!(lapic.read_msr(msr(reg::ESR), &no_clock), Ok(1 << 5));
+    assert_eq!(lapic.write_msr(msr(reg::SVR), 0xff, &at(0)), OK);
+    lapic.write_msr(msr(reg::SELF_IPI), 0xf3, &no_clock).unwrap();
+    assert_eq!(lapic.highest_request(), None, "a disabled APIC takes none");
+}
+
+#[test]
+fn identity_follows_the_registers() {
+    let mut lapic = xapic(9);
+    lapic.write_page(reg::LDR, 0xabff_ffff, &no_clock);
+    lapic.write_page(reg::TPR, 0x33, &no_clock);
+    let flat = Identity { id: 9, logical: 0xab, cluster: false, mode: Mode::XApic, enabled: true, priority: 0x33 };
+    assert_eq!(lapic.identity(), flat);
+    lapic.write_page(reg::DFR, 0x0000_0000, &no_clock);
+    assert_eq!(lapic.read_page(reg::DFR, &no_clock), 0x0fff_ffff);
+    assert_eq!(lapic.identity(), Identity { cluster: true, ..flat });
+    lapic.write_page(reg::SVR, 0xff, &at(0));
+    assert!(!lapic.identity().enabled);
+    lapic.set_base(0xfee0_0c00).unwrap();
+    assert_eq!(lapic.identity().mode, Mode::X2Apic);
+}
+
+#[test]
+fn init_resets_all_but_id_and_mode() {
+    let mut lapic = x2apic(3);
+    lapic.write_msr(msr(reg::LVT_TIMER), 0xec, &at(0)).unwrap();
+    lapic.write_msr(msr(reg::INITIAL_COUNT), 1000, &at(0)).unwrap();
+    assert!(matches!(lapic.timer_update(), TimerUpdate::Arm(_)));
+    let mailbox = Mailbox::new();
+    mailbox.post_interrupt(0x41, false);
+    mailbox.post_init();
+    mailbox.post_sipi(0x9b);
+    let posted = lapic.collect(&mailbox, &no_clock);
+    assert_eq!(posted, Posted { init: true, sipi: Some(0x9b), ..Posted::default() });
+    assert_eq!((lapic.mode(), lapic.highest_request()), (Mode::X2Apic, None));
+    assert_eq!(lapic.read_msr(msr(reg::SVR), &no_clock), Ok(0xff));
+    assert_eq!(lapic.read_msr(msr(reg::ID), &no_clock), Ok(3));
+    assert_eq!(lapic.timer_update(), TimerUpdate::Cancel, "the host's timer is not forgotten");
+    let mut boot = Lapic::new(config(0));
+    boot.init();
+    assert_eq!(boot.base(), 0xfee0_0900);
+    assert!(!boot.accepts_pic_interrupt(), "INIT knows no firmware");
+}
+
+#[test]
+fn the_timer_interrupts_through_its_entry() {
+    let mut lapic = xapic(0);
+    lapic.write_page(reg::LVT_TIMER, 0x2_00ec, &at(0));
+    lapic.write_page(reg::DIVIDE, 0xb, &at(0));
+    lapic.write_page(reg::INITIAL_COUNT, 1_000_000, &at(0));
+    assert_eq!(lapic.timer_update(), TimerUpdate::Arm(1_000_000));
+    assert_eq!(lapic.read_page(reg::CURRENT_COUNT, &at(400_000)), 600_000);
+    let mailbox = Mailbox::new();
+    mailbox.post_timer();
+    assert!(lapic.collect(&mailbox, &at(1_000_100)).timer);
+    assert_eq!(lapic.acknowledge(), Some(0xec));
+    assert_eq!(lapic.timer_update(), TimerUpdate::Arm(2_000_000));
+    lapic.write_page(reg::LVT_TIMER, 0x3_00ec, &at(2_000_001));
+    assert_eq!(lapic.highest_request(), Some(0xec), "it expired before it was masked");
+}
+
+#[test]
+fn the_deadline_msr() {
+    let mut lapic = x2apic(0);
+    assert_eq!(lapic.write_msr(MSR_TSC_DEADLINE, 5000, &at(0)), OK);
+    assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(0)), Ok(0), "another mode");
+    lapic.write_msr(msr(reg::LVT_TIMER), 0x4_00ec, &at(0)).unwrap();
+    lapic.write_msr(MSR_TSC_DEADLINE, 5000, &at(0)).unwrap();
+    assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(0)), Ok(5000));
+    assert_eq!(lapic.timer_update(), TimerUpdate::Arm(2500));
+    assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(2500)), Ok(0), "seen as soon as somebody looks");
+    assert_eq!(lapic.acknowledge(), Some(0xec));
+    lapic.eoi();
+    lapic.write_msr(MSR_TSC_DEADLINE, 1, &at(3000)).unwrap();
+    assert_eq!(lapic.acknowledge(), Some(0xec), "a deadline in the past");
+    assert_eq!(lapic.timer_update(), TimerUpdate::Cancel, "what was armed for the first deadline");
+    lapic.eoi();
+    lapic.write_msr(MSR_TSC_DEADLINE, 20_000, &at(3000)).unwrap();
+    lapic.tsc_changed(&|| Clock { now_ns: 3100, tsc: 30_000, tsc_khz: 2_000_000 });
+    assert_eq!(lapic.acknowledge(), Some(0xec), "the TSC jumped over it");
+    let mut without = Lapic::new(Config { tsc_deadline: false, ..config(0) });
+    assert_eq!(without.write_msr(MSR_TSC_DEADLINE, 0, &at(0)), FAULT);
+    assert_eq!(without.read_msr(MSR_TSC_DEADLINE, &at(0)), Err(GeneralProtection));
+}
+
+#[test]
+fn state_round_trips() {
+    for base in [0xfee0_0800, 0xfee0_0c00] {
+        let mut lapic = xapic(5);
+        lapic.write_page(reg::LDR, 0x2000_0000, &no_clock);
+        lapic.write_page(reg::DFR, 0x0fff_ffff, &no_clock);
+        lapic.restore_base(base).unwrap();
+        post(&mut lapic, &[(0x41, false), (0x93, true), (0xfe, true)]);
+        lapic.acknowledge();
+        let mut state = lapic.state(&at(100));
+        let set = |state: &mut LocalApic, offset: u16, value| state.regs[usize::from(offset / 16)] = value;
+        set(&mut state, reg::TPR, 0x23);
+        set(&mut state, reg::LVT_TIMER, 0x2_00ec);
+        set(&mut state, reg::LVT_LINT0, 0x700);
+        set(&mut state, reg::ESR, 0x60);
+        set(&mut state, reg::ICR, 0x40fd);
+        set(&mut state, reg::ICR_HIGH, 0x0300_0000);
+        set(&mut state, reg::DIVIDE, 0xb);
+        set(&mut state, reg::INITIAL_COUNT, 1_000_000);
+        set(&mut state, reg::CURRENT_COUNT, 400_000);
+        let mut copy = Lapic::new(config(5));
+        copy.restore_base(base).unwrap();
+        assert_eq!(copy.set_state(&state, &at(100)), Ok(()));
+        set(&mut state, reg::PPR, 0xf0);
+        let mut saved = copy.state(&at(100));
+        set(&mut saved, reg::APR, 0);
+        set(&mut state, reg::APR, 0);
+        assert_eq!(saved, state, "{base:#x}");
+        assert_eq!(copy.timer_update(), TimerUpdate::Arm(400_100));
+        assert!(copy.accepts_pic_interrupt());
+        assert_eq!(copy.eoi(), Effect::InterruptEnd(0xfe));
+        assert_eq!(copy.acknowledge(), Some(0x93));
+    }
+}
+
+#[test]
+fn bad_state_is_refused_and_changes_nothing() {
+    let good = xapic(5).state(&at(0));
+    for (offset, value) in [
+        (reg::ID, 6 << 24),
+        (reg::TPR, 0x100),
+        (reg::SVR, 0x1000),
+        (reg::LDR, 1),
+        (reg::DFR, 0xf000_0000),
+        (reg::ISR, 1),
+        (reg::IRR, 1 << 15),
+        (reg::ESR, 0x100),
+        (reg::ICR, 1 << 12),
+        (reg::ICR_HIGH, 1),
+        (reg::LVT_TIMER, 1 << 20),
+        (reg::LVT_ERROR, 0x700),
+        (reg::DIVIDE, 4),
+        (reg::CURRENT_COUNT, 1),
+    ] {
+        let mut lapic = xapic(5);
+        let mut state = good;
+        state.regs[usize::from(offset / 16)] = value;
+        let before = lapic.clone();
+        assert_eq!(lapic.set_state(&state, &at(0)), Err(AxError::InvalidRegister), "{offset:#x}");
+        assert_eq!(lapic, before);
+    }
+    let mut state = good;
+    state.regs[usize::from(reg::SVR / 16)] = 0xff;
+    state.regs[usize::from(reg::LVT_LINT0 / 16)] = 0x700;
+    assert_eq!(xapic(5).set_state(&state, &at(0)), Err(AxError::InvalidRegister), "unmasked while disabled");
+    assert_eq!(xapic(5).set_state(&good, &at(0)), Ok(()));
+}
+
+/// Priorities as the manual states them, with no thought of speed.
+#[derive(Default)]
+struct Model {
+    tpr: u8,
+    requested: BTreeSet<u8>,
+    in_service: BTreeSet<u8>,
+    level: BTreeSet<u8>,
+}
+
+impl Model {
+    fn ppr(&self) -> u8 {
+        let class = self.in_service.last().map_or(0, |vector| vector / 16);
+        if self.tpr / 16 >= class {
+            self.tpr
+        } else {
+            class * 16
+        }
+    }
+
+    fn pending(&self) -> Option<u8> {
+        self.requested.iter().copied().filter(|vector| vector / 16 > self.ppr() / 16).max()
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Post(Vec<(u8, bool)>),
+    Tpr(u8),
+    Cr8(u8),
+    SelfIpi(u8),
+    Acknowledge,
+    Eoi,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        proptest::collection::vec((16u8..=255, any::<bool>()), 1..4).prop_map(Step::Post),
+        any::<u8>().prop_map(Step::Tpr),
+        (0u8..16).prop_map(Step::Cr8),
+        (16u8..=255).prop_map(Step::SelfIpi),
+        Just(Step::Acknowledge),
+        Just(Step::Acknowledge),
+        Just(Step::Eoi),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 1000 }) })]
+    #[test]
+    fn priorities_are_those_of_the_model(steps in proptest::collection::vec(step(), 1..60)) {
+        let (mut lapic, mut model) = (x2apic(0), Model::default());
+        for step in steps {
+            match step {
+                Step::Post(vectors) => {
+                    post(&mut lapic, &vectors);
+                    for (vector, level) in vectors {
+                        model.requested.insert(vector);
+                        if level { model.level.insert(vector); } else { model.level.remove(&vector); }
+                    }
+                }
+                Step::Tpr(tpr) => {
+                    lapic.write_msr(msr(reg::TPR), tpr.into(), &no_clock).unwrap();
+                    model.tpr = tpr;
+                }
+                Step::Cr8(cr8) => {
+                    lapic.set_cr8(cr8);
+                    if model.tpr / 16 != cr8 { model.tpr = cr8 * 16; }
+                }
+                Step::SelfIpi(vector) => {
+                    lapic.write_msr(msr(reg::SELF_IPI), vector.into(), &no_clock).unwrap();
+                    model.requested.insert(vector);
+                    model.level.remove(&vector);
+                }
+                Step::Acknowledge => {
+                    let expected = model.pending();
+                    if let Some(vector) = expected {
+                        model.requested.remove(&vector);
+                        model.in_service.insert(vector);
+                    }
+                    prop_assert_eq!(lapic.acknowledge(), expected);
+                }
+                Step::Eoi => {
+                    let ended = model.in_service.pop_last().filter(|vector| model.level.contains(vector));
+                    prop_assert_eq!(lapic.write_msr(msr(reg::EOI), 0, &no_clock), Ok(ended.map_or(Effect::None, Effect::InterruptEnd)));
+                }
+            }
+            prop_assert_eq!(lapic.ppr(), model.ppr());
+            prop_assert_eq!(lapic.cr8(), model.tpr / 16);
+            prop_assert_eq!(lapic.pending_vector(), model.pending());
+            prop_assert_eq!(lapic.highest_request(), model.requested.last().copied());
+        }
+    }
+
+    /// No sequence of guest accesses, in either mode, does anything worse than be refused, and the state can always be saved
+    /// and set again.
+    #[test]
+    fn no_access_breaks_it(
+        x2 in any::<bool>(),
+        accesses in proptest::collection::vec((0u16..0x41, any::<u64>(), any::<bool>(), 0u64..1 << 40), 1..60),
+    ) {
+        let mut lapic = if x2 { x2apic(3) } else { xapic(3) };
+        for (register, value, write, now) in accesses {
+            let clock = at(now);
+            match (x2, write) {
+                (true, true) => { let _ = lapic.write_msr(0x800 + u32::from(register), value, &clock); }
+                (true, false) => { let _ = lapic.read_msr(0x800 + u32::from(register), &clock); }
+                (false, true) => { lapic.write_page(register * 16, value as u32, &clock); }
+                (false, false) => { lapic.read_page(register * 16, &clock); }
+            }
+            lapic.acknowledge();
+            lapic.timer_update();
+            let state = lapic.state(&clock);
+            let mut copy = lapic.clone();
+            prop_assert_eq!(copy.set_state(&state, &clock), Ok(()));
+            prop_assert_eq!(copy.state(&clock), state);
+        }
+    }
+}
