@@ -49,3 +49,6 @@ impl Vendor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
