@@ -37,6 +37,8 @@ errors! {
     InvalidInput => 22 "a value is invalid",
     /// A register value is one that the architecture forbids. `EINVAL`.
     InvalidRegister => 22 "a register value is invalid",
+    /// A userspace address cannot be accessed. `EFAULT`.
+    BadAddress => 14 "an address cannot be accessed",
     /// An allocation failed. `ENOMEM`.
     NoMemory => 12 "out of memory",
     /// A limit of the module is reached. `ENOSPC`.
