@@ -101,7 +101,7 @@ pub struct PagingState {
     pub cpl: u8,
     /// RFLAGS.AC, which lifts SMAP.
     pub ac: bool,
-    /// Physical address width told to the guest by CPUID 8000_0008h EAX[7:0], 32 to 52.
+    /// Physical address width told to the guest by CPUID 8000_0008h EAX bits 7:0, 32 to 52.
     pub phys_bits: u8,
     /// Whether CPUID tells the guest of 1 GiB pages; without them the size bit of a PDPTE is reserved.
     pub gib_pages: bool,

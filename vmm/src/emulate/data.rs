@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Moves, exchanges and conditional moves of integer data.
+//! Moves, exchanges and conditional moves of integer data, and cache-line instructions, which move nothing.
 
 use iced_x86::{ConditionCode, Mnemonic, OpKind};
 
@@ -29,6 +29,7 @@ impl<B: Bus> Exec<'_, B> {
             Mnemonic::Cmpxchg => self.cmpxchg()?,
             Mnemonic::Cmpxchg8b => self.cmpxchg8b()?,
             Mnemonic::Cmpxchg16b => self.cmpxchg16b()?,
+            Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => self.cache_line()?,
             _ => return self.conditional(),
         };
         Ok(Some(done))
@@ -152,6 +153,12 @@ impl<B: Bus> Exec<'_, B> {
             self.cpu.gpr[RDX] = (found >> 64) as u64;
         }
         self.cpu.set_flags(rflags::ZF, alu::when(equal, rflags::ZF));
+        Ok(self.retire())
+    }
+
+    /// Write-back of a cache line: checked as a read of one byte (APM volume 3, CLFLUSH); devices have no cached lines.
+    fn cache_line(&mut self) -> Result<Done, Stop<B::Error>> {
+        self.place(0, Access::Read)?;
         Ok(self.retire())
     }
 

@@ -3,7 +3,7 @@
 //!
 //! The hypervisor leaves the guest at the instruction, not yet executed. [`step`] fetches it (or takes the bytes the
 //! CPU recorded), decodes it with `iced-x86`, and carries it out on a [`CpuState`] and a [`Bus`] with the results
-//! the processor would give: registers, flags, memory, device accesses, or a guest exception. [`string_io`] does the
+//! the processor would give: registers, flags, memory, device accesses, or a guest exception. [`string_io()`] does the
 //! same for INS and OUTS. Nothing here knows how the VMM obtained the state; any VMM can use it.
 //!
 //! Rules kept throughout:
@@ -104,9 +104,9 @@ pub trait Bus: GuestMemory {
 /// Properties of the virtual CPU that are not part of its state.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// Physical address width in CPUID 8000_0008h EAX[7:0]: 32 to 52.
+    /// Physical address width in CPUID 8000_0008h EAX bits 7:0: 32 to 52.
     pub phys_bits: u8,
-    /// Whether CPUID shows 1 GiB pages (8000_0001h EDX[26]).
+    /// Whether CPUID shows 1 GiB pages (8000_0001h EDX bit 26).
     pub gib_pages: bool,
     /// Iterations of a repeated string instruction done in one call, so that interrupts, signals and other devices
     /// get their turn. At least 1; 0 counts as 1.
@@ -270,6 +270,61 @@ impl<B: Bus> Exec<'_, B> {
 ///
 /// # Errors
 /// See [`Error`]. The guest has then not been given an exception, and cannot go on.
+///
+/// # Examples
+/// A guest without paging stores to a device, and its bus sees the access:
+/// ```
+/// use axvcpu_uapi::addr::GuestPhysAddr;
+/// use axvmm::emulate::{seg, step, Bus, Config, CpuState, Outcome};
+/// use axvmm::paging::GuestMemory;
+///
+/// /// A register at any address, and no RAM.
+/// struct Register(Vec<u8>);
+///
+/// impl GuestMemory for Register {
+///     type Error = std::convert::Infallible;
+///     fn read(&mut self, _: GuestPhysAddr, data: &mut [u8]) -> Result<(), Self::Error> {
+///         data.fill(0xff);
+///         Ok(())
+///     }
+///     fn compare_exchange(&mut self, _: GuestPhysAddr, _: usize, _: u64, _: u64) -> Result<bool, Self::Error> {
+///         Ok(true)
+///     }
+/// }
+///
+/// impl Bus for Register {
+///     fn is_ram(&self, _: GuestPhysAddr, _: bool) -> bool {
+///         false
+///     }
+///     fn write(&mut self, _: GuestPhysAddr, _: &[u8]) -> Result<(), Self::Error> {
+///         Ok(())
+///     }
+///     fn mmio_read(&mut self, _: GuestPhysAddr, data: &mut [u8]) -> Result<(), Self::Error> {
+///         data.copy_from_slice(&self.0[..data.len()]);
+///         Ok(())
+///     }
+///     fn mmio_write(&mut self, _: GuestPhysAddr, data: &[u8]) -> Result<(), Self::Error> {
+///         self.0 = data.to_vec();
+///         Ok(())
+///     }
+///     fn xmm_read(&mut self, _: usize) -> Result<[u8; 16], Self::Error> {
+///         Ok([0; 16])
+///     }
+///     fn xmm_write(&mut self, _: usize, _: [u8; 16]) -> Result<(), Self::Error> {
+///         Ok(())
+///     }
+/// }
+///
+/// let mut cpu = CpuState { rflags: 2, ..CpuState::default() };
+/// cpu.segments[seg::DS].limit = 0xffff;
+/// cpu.gpr[0] = 0x1234;
+/// let mut bus = Register(Vec::new());
+/// let code = [0xa3, 0x00, 0x40]; // real mode: mov [0x4000], ax
+/// let outcome = step(&Config::default(), &mut cpu, &mut bus, &code)?;
+/// assert_eq!(outcome, Outcome::Retired { debug_trap: false, interrupt_shadow: false });
+/// assert_eq!((bus.0, cpu.rip), (vec![0x34, 0x12], 3));
+/// # Ok::<(), axvmm::emulate::Error<std::convert::Infallible>>(())
+/// ```
 pub fn step<B: Bus>(
     config: &Config,
     cpu: &mut CpuState,

@@ -79,17 +79,16 @@ impl<B: Bus> Exec<'_, B> {
         }
     }
 
-    /// The offset in the segment: base + index * scale + displacement, cut to the address size.
+    /// The offset in the segment, base + index * scale + displacement, before it is cut to the address size.
     fn effective_address(&self) -> Result<u64, Stop<B::Error>> {
         let base = self.insn.memory_base();
-        let width = self.address_width();
-        if !matches!(width, 2 | 4 | 8) {
+        if !matches!(self.address_width(), 2 | 4 | 8) {
             return Err(Stop::Unsupported);
         }
         // For RIP-relative operands the decoder gives the target itself.
         let displacement = self.insn.memory_displacement64();
         if matches!(base, Register::RIP | Register::EIP) {
-            return Ok(displacement & mask(width));
+            return Ok(displacement);
         }
         let value = |register| match register {
             Register::None => Some(0),
@@ -98,7 +97,7 @@ impl<B: Bus> Exec<'_, B> {
         let base = value(base).ok_or(Stop::Unsupported)?;
         let index = value(self.insn.memory_index()).ok_or(Stop::Unsupported)?;
         let scale = u64::from(self.insn.memory_index_scale());
-        Ok(base.wrapping_add(index.wrapping_mul(scale)).wrapping_add(displacement) & mask(width))
+        Ok(base.wrapping_add(index.wrapping_mul(scale)).wrapping_add(displacement))
     }
 
     /// The value of operand `index` read as a source, sign-extended from its own width.

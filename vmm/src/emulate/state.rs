@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The CPU state an instruction works on, and access to its registers by decoder name.
 
-use axvcpu_uapi::x86::Segment;
+use axvcpu_uapi::x86::{Control, General, Segment, Segments};
 use iced_x86::Register;
 
 use crate::paging::bits;
@@ -94,6 +94,40 @@ pub struct CpuState {
 }
 
 impl CpuState {
+    /// The state in the register sets of `/dev/axvcpu`.
+    ///
+    /// The privilege level is 0 in real mode, 3 in virtual-8086 mode, else SS.DPL, to which processors keep it equal,
+    /// with one exception: SYSRET on AMD leaves the DPL alone. Whoever knows better (the run page tells user mode)
+    /// sets [`CpuState::cpl`] afterwards.
+    #[must_use]
+    pub fn from_registers(general: &General, segments: &Segments, control: &Control) -> Self {
+        let cpl = if general.rflags & rflags::VM != 0 {
+            3
+        } else if control.cr0 & bits::CR0_PE == 0 {
+            0
+        } else {
+            (segments.ss.attributes >> 5 & 3) as u8
+        };
+        CpuState {
+            gpr: general.gpr,
+            rip: general.rip,
+            rflags: general.rflags,
+            segments: [segments.es, segments.cs, segments.ss, segments.ds, segments.fs, segments.gs],
+            cr0: control.cr0,
+            cr3: control.cr3,
+            cr4: control.cr4,
+            efer: control.efer,
+            cpl,
+        }
+    }
+
+    /// The general registers, to be written back after an instruction. (Segment registers change only when real-mode
+    /// code loads one; control registers never do.)
+    #[must_use]
+    pub fn general(&self) -> General {
+        General { gpr: self.gpr, rip: self.rip, rflags: self.rflags }
+    }
+
     /// Whether the CPU executes 64-bit code.
     #[must_use]
     pub fn is_64bit(&self) -> bool {

@@ -179,3 +179,32 @@ fn code_in_device_memory_is_an_error_of_its_own() {
     let error = run(&mut cpu, &mut Machine::new(&[])).unwrap_err();
     assert!(matches!(error, Error::FetchFromDevice { rip, at } if rip == DEVICE + 4 && at.as_u64() == DEVICE + 4));
 }
+
+#[test]
+fn cache_line_instructions_check_and_do_nothing() {
+    let mut cpu = long_mode();
+    cpu.gpr[3] = DEVICE + 1;
+    for code in [&[0x0f, 0xae, 0x3b][..], &[0x66, 0x0f, 0xae, 0x3b], &[0x66, 0x0f, 0xae, 0x33]] {
+        assert!(retire(&mut cpu, code).events.is_empty());
+    }
+    cpu.gpr[3] = 1 << 60;
+    assert_eq!(fault(&cpu, &mut Machine::new(&[]), &[0x0f, 0xae, 0x3b]), Exception::GeneralProtection);
+}
+
+#[test]
+fn state_comes_from_the_register_sets_of_the_device() {
+    use axvcpu_uapi::x86::{Control, General, Segments};
+    let mut general = General { rip: 0x1234, rflags: 2, ..General::default() };
+    general.gpr[15] = 15;
+    let mut segments = Segments { gs: flat(DATA), ..Segments::default() };
+    segments.ss.attributes = DATA | 2 << 5;
+    let mut control = Control { cr0: bits::CR0_PE, cr3: 3, cr4: 4, efer: 5, ..Control::default() };
+    let cpu = CpuState::from_registers(&general, &segments, &control);
+    assert_eq!((cpu.cpl, cpu.cr3, cpu.cr4, cpu.efer), (2, 3, 4, 5));
+    assert_eq!((cpu.segments[seg::GS], cpu.general()), (flat(DATA), general));
+    general.rflags |= rflags::VM;
+    assert_eq!(CpuState::from_registers(&general, &segments, &control).cpl, 3);
+    general.rflags = 2;
+    control.cr0 = 0;
+    assert_eq!(CpuState::from_registers(&general, &segments, &control).cpl, 0);
+}

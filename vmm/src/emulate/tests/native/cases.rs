@@ -39,7 +39,7 @@ prop_compose! {
     pub(super) fn seed()(
         code in any::<prop::sample::Index>(),
         gpr in prop::array::uniform16(value()),
-        xmm in prop::array::uniform16(any::<[u8; 16]>()),
+        xmm in prop::array::uniform16(any::<u128>()),
         flags in any::<u64>(),
         picks in any::<[u8; 12]>(),
         offset in 0u16..48,
@@ -47,7 +47,7 @@ prop_compose! {
         devices in 0u8..8,
         memory in any::<u64>(),
     ) -> Seed {
-        Seed { code, gpr, xmm, flags, picks, offset, immediate, devices, memory }
+        Seed { code, gpr, xmm: xmm.map(u128::to_le_bytes), flags, picks, offset, immediate, devices, memory }
     }
 }
 
