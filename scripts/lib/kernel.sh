@@ -75,6 +75,8 @@ kernel_record() {
 }
 
 kernel_install_headers() {
+	# Heals an installation that was interrupted.
+	in_root_as_root dpkg --configure -a
 	in_root_as_root apt-get install --yes "linux-headers-$1"
 }
 

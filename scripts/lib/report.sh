@@ -56,14 +56,17 @@ check() {
 # `ok - NAME`, `not ok - NAME: WHY`, `skip - NAME: WHY` and at the end `1..N`,
 # and reports them; then whether the host stayed clean and the module unloaded.
 lab_tap() {
-	local part=$1 out=$axv_logs/$1.out line results=0 plan=
+	local part=$1 out=$axv_logs/$1.out line results=0 plan='' failed=
 	host_check=yes
 	host_boot "$2" >"$out"
 	while IFS= read -r line; do
 		line=${line%$'\r'}
 		case $line in
 		'ok - '*) pass "$part: ${line#ok - }" ;;
-		'not ok - '*) report_line "not ok $part: ${line#not ok - }" ;;
+		'not ok - '*)
+			report_line "not ok $part: ${line#not ok - }"
+			failed=yes
+			;;
 		'skip - '*) report_line "skip $part: ${line#skip - }" ;;
 		1..*)
 			plan=${line#1..}
@@ -78,6 +81,9 @@ lab_tap() {
 	done <"$out"
 	if [[ $plan != "$results" ]]; then
 		fail "$part: complete" "${plan:-no number of} results announced, $results seen (status ${host_status:-none}), see $out"
+	fi
+	if [[ -z $failed && ${host_status:-0} != 0 ]]; then
+		fail "$part: complete" "nothing failed, but it ended with status $host_status, see $out"
 	fi
 	if [[ -z $host_trouble ]]; then
 		pass "$part: host clean, module unloaded"
