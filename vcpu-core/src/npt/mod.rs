@@ -410,7 +410,7 @@ fn descend<F: Format>(
     }
 }
 
-/// A checked range of guest physical addresses: `start` is below `end`, both are multiples of 4096.
+/// A range of guest physical addresses within the limit, both ends multiples of 4096. Empty unless `start` is below `end`.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     start: u64,
@@ -432,8 +432,11 @@ impl Span {
 
     /// The pages that hold at least one byte of the range and that can be mapped.
     fn covering(gpa: GuestPhysAddr, size: u64, levels: Levels) -> Self {
+        if size == 0 {
+            return Self { start: 0, end: 0 };
+        }
+        let start = gpa.align_down(FRAME_SIZE).as_u64();
         let end = gpa.as_u64().saturating_add(size).min(levels.limit());
-        let start = if size == 0 { end } else { gpa.align_down(FRAME_SIZE).as_u64() };
         // The limit is a multiple of 4096, so rounding up cannot pass it.
         Self { start, end: end.wrapping_add(FRAME_SIZE - 1) & !(FRAME_SIZE - 1) }
     }

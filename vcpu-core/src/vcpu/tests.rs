@@ -429,6 +429,8 @@ fn an_exit_request_is_sticky_and_stops_one_entry() {
 
 #[test]
 fn the_record_tells_running_from_waiting_from_sleeping() {
+    // What was before setup is nobody's waiting.
+    pass(50_000);
     let Bench { mut vcpu, .. } = Bench::in_state(VCpuState::Free);
     assert_eq!(vcpu.record(), SchedulingRecord::default());
     pass(10);

@@ -90,11 +90,24 @@ impl Census {
         let mut empty = true;
         for index in 0..ENTRIES {
             let gpa = first + ((index as u64) << level.shift());
-            match F::decode(mem.read(table, index), level) {
-                Entry::Empty => continue,
-                Entry::Table(next) => self.visit::<F>(next, Level(level.0 - 1), gpa, mem),
-                Entry::Leaf(leaf) => self.leaves.push((gpa, Mapping::new(leaf, level.page_size().unwrap(), gpa))),
-            }
+            let raw = mem.read(table, index);
+            // What the format does not write, the hardware may take amiss: reserved bits above all.
+            let meant = match F::decode(raw, level) {
+                Entry::Empty => {
+                    assert_eq!(raw, 0, "{gpa:#x}");
+                    continue;
+                }
+                Entry::Table(next) => {
+                    self.visit::<F>(next, Level(level.0 - 1), gpa, mem);
+                    F::encode_table(next)
+                }
+                Entry::Leaf(leaf) => {
+                    let size = level.page_size().unwrap();
+                    self.leaves.push((gpa, Mapping::new(leaf, size, gpa)));
+                    F::encode_leaf(leaf, size)
+                }
+            };
+            assert_eq!(raw, meant, "{gpa:#x}");
             empty = false;
         }
         self.empty_tables += usize::from(empty && self.tables[0] != table.as_u64());

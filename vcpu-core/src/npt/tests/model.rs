@@ -378,7 +378,7 @@ fn run<F: Format>(levels: Levels, steps: &[Step]) -> TestCaseResult {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 2 } else { 96 },
+        cases: if cfg!(miri) { 1 } else { 96 },
         // Files cannot be written under Miri's isolation; a failure prints its steps.
         failure_persistence: None,
         ..ProptestConfig::default()
