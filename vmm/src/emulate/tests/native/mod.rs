@@ -10,7 +10,7 @@ mod trampoline;
 
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register, RepPrefixKind, RflagsBits};
 use proptest::prelude::*;
-use proptest::test_runner::TestRunner;
+use proptest::test_runner::{RngAlgorithm, TestRunner};
 
 use super::*;
 use crate::emulate::alu::ARITHMETIC;
@@ -138,14 +138,22 @@ impl std::fmt::Debug for Hex {
     }
 }
 
+/// A runner whose generator is cheap: in unoptimized builds the default one takes longer than the cases.
+fn runner(cases: u32) -> TestRunner {
+    TestRunner::new(ProptestConfig {
+        failure_persistence: None,
+        rng_algorithm: RngAlgorithm::XorShift,
+        ..ProptestConfig::with_cases(cases)
+    })
+}
+
 /// Random instructions of the encodings that `wanted` selects.
 fn check_class(cases: u32, wanted: impl Fn(Mnemonic) -> bool) {
     let codes = encodings(wanted);
     assert!(!codes.is_empty());
     let native = Native::new();
     let ran = std::cell::RefCell::new(HashSet::new());
-    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) };
-    let mut runner = TestRunner::new(config);
+    let mut runner = runner(cases);
     let result = runner.run(&seed(), |seed| {
         let code = *seed.code.get(&codes);
         let mut target = seed.target(native.area());
@@ -286,8 +294,7 @@ fn string_instructions_agree_with_the_processor() {
     makes.extend(one_sided!(with_scasb, with_scasw, with_scasd, with_scasq));
     let native = Native::new();
     let area = native.area();
-    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(6_000) };
-    let mut runner = TestRunner::new(config);
+    let mut runner = runner(6_000);
     let result = runner.run(&seed(), |seed| {
         let picks = &seed.picks;
         let address_size = if picks[2] % 4 == 0 { 32 } else { 64 };
