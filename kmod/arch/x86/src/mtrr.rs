@@ -16,7 +16,7 @@ const FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c
 const VARIABLE_LAST: u32 = msr::IA32_MTRR_PHYSBASE0 + 2 * VARIABLE as u32 - 1;
 
 /// IA32_MTRRCAP: number of variable ranges, fixed ranges (bit 8), write-combining (bit 10).
-const CAPABILITIES: u64 = VARIABLE as u64 | 1 << 8 | 1 << 10;
+const CAPABILITIES: u64 = VARIABLE as u64 | (1 << 8) | (1 << 10);
 /// IA32_MTRR_DEF_TYPE: enabled.
 const DEF_TYPE_ENABLED: u64 = 1 << 11;
 /// IA32_MTRR_DEF_TYPE: fixed ranges enabled.
@@ -130,8 +130,8 @@ mod tests {
         let mut mtrr = Mtrr::new();
         let indices = || (0x200..=0x20f).chain(FIXED);
         let value = |index: u32| match index {
-            0x200..=0x20f if index % 2 == 0 => u64::from(index) << 12 | 6,
-            0x200..=0x20f => u64::from(index) << 12 | 1 << 11,
+            0x200..=0x20f if index % 2 == 0 => (u64::from(index) << 12) | 6,
+            0x200..=0x20f => (u64::from(index) << 12) | (1 << 11),
             // One byte's type and place tell the registers apart.
             _ => [1, 4, 5, 6][index as usize % 4] << (8 * (index / 4 % 8)),
         };
@@ -164,10 +164,10 @@ mod tests {
             (0x2ff, 0x1806),
             (0x200, 2),
             (0x200, 0x106),
-            (0x20e, 1 << 40 | 6),
+            (0x20e, (1 << 40) | 6),
             (0x201, 1),
             (0x201, 0x400),
-            (0x20f, 1 << 40 | 0x800),
+            (0x20f, (1 << 40) | 0x800),
             (0x250, 0x0600_0000_0000_0002),
             (0x26f, 0x0700_0000_0000_0000),
         ] {
@@ -175,7 +175,7 @@ mod tests {
             assert_eq!(mtrr.write(index, value, 40), FAULT, "{index:#x} {value:#x}");
             assert_eq!(mtrr, Mtrr::new());
         }
-        assert_eq!(Mtrr::new().write(0x20e, 1 << 40 | 6, 48), Ok(()), "the width counts");
+        assert_eq!(Mtrr::new().write(0x20e, (1 << 40) | 6, 48), Ok(()), "the width counts");
         assert_eq!(Mtrr::new().write(0x2ff, 0xc00, 40), Ok(()));
     }
 

@@ -313,7 +313,7 @@ mod tests {
     fn msr_values_are_checked() {
         let mut clock = PvClock::new();
         for (index, value) in [
-            (MSR_SYSTEM_TIME, 1 << 40 | 1),
+            (MSR_SYSTEM_TIME, (1 << 40) | 1),
             (MSR_SYSTEM_TIME, 0x1003),
             (MSR_WALL_CLOCK, 0x1002),
             (MSR_WALL_CLOCK, 0x1001),
@@ -344,7 +344,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 16 } else { 5000 }) })]
-        /// A day at any real frequency: the guest's nanoseconds are the host's to within 1 ns for each second, and 2 ns of
+        /// A day at any real frequency: the guest's nanoseconds are the host's to within 1 ns for four seconds, and 2 ns of
         /// rounding.
         #[test]
         fn guest_time_is_host_time(khz in 100_000u32..10_000_000, seconds in 0u64..86_400, fraction in 0u64..1_000_000, start: u64, offset: u64) {
@@ -356,7 +356,7 @@ mod tests {
             let exact = (u128::from(ticks) * 1_000_000 / u128::from(khz)) as u64;
             let host_tsc = start.wrapping_add(ticks);
             let guest = guest_ns(update.bytes(), host_tsc.wrapping_add(offset));
-            prop_assert!(guest.abs_diff(exact) <= seconds + 2, "{} against {}", guest, exact);
+            prop_assert!(guest.abs_diff(exact) <= seconds / 4 + 2, "{} against {}", guest, exact);
             prop_assert_eq!(base.system_ns(host_tsc), guest);
         }
     }

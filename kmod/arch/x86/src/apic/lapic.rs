@@ -386,7 +386,7 @@ impl Lapic {
     /// What the timer entry means to the timer. The reserved mode 3 counts once.
     fn timer_lvt(&self) -> (TimerMode, bool) {
         let value = self.lvt(Lvt::Timer);
-        let mode = match value >> LVT_TIMER_MODE_SHIFT & 3 {
+        let mode = match (value >> LVT_TIMER_MODE_SHIFT) & 3 {
             1 => TimerMode::Periodic,
             2 => TimerMode::TscDeadline,
             _ => TimerMode::OneShot,

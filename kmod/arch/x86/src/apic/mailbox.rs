@@ -56,11 +56,11 @@ pub struct Identity {
 impl Identity {
     const fn encode(self) -> u64 {
         self.id as u64
-            | (self.logical as u64) << 32
-            | (self.priority as u64) << 40
-            | (self.mode as u64) << 48
-            | (self.enabled as u64) << 50
-            | (self.cluster as u64) << 51
+            | ((self.logical as u64) << 32)
+            | ((self.priority as u64) << 40)
+            | ((self.mode as u64) << 48)
+            | ((self.enabled as u64) << 50)
+            | ((self.cluster as u64) << 51)
     }
 
     const fn decode(bits: u64) -> Self {
@@ -68,13 +68,13 @@ impl Identity {
             id: bits as u32,
             logical: (bits >> 32) as u8,
             priority: (bits >> 40) as u8,
-            mode: match bits >> 48 & 3 {
+            mode: match (bits >> 48) & 3 {
                 1 => Mode::XApic,
                 2 => Mode::X2Apic,
                 _ => Mode::Disabled,
             },
-            enabled: bits >> 50 & 1 != 0,
-            cluster: bits >> 51 & 1 != 0,
+            enabled: (bits >> 50) & 1 != 0,
+            cluster: (bits >> 51) & 1 != 0,
         }
     }
 }
@@ -150,7 +150,7 @@ impl Mailbox {
 
     /// Posts a start-up IPI. The first one counts: a CPU that has started ignores the second.
     pub fn post_sipi(&self, vector: u8) {
-        self.update(|state| if state & SIPI != 0 { state } else { state | SIPI | u32::from(vector) << SIPI_SHIFT });
+        self.update(|state| if state & SIPI != 0 { state } else { state | SIPI | (u32::from(vector) << SIPI_SHIFT) });
     }
 
     /// Posts the expiry of the host's timer.
@@ -221,8 +221,8 @@ mod tests {
     fn drain(mailbox: &Mailbox) -> (Posted, BTreeMap<u8, bool>) {
         let mut vectors = BTreeMap::new();
         let posted = mailbox.take(|index, added, levels| {
-            for bit in (0..64).filter(|bit| added >> bit & 1 != 0) {
-                vectors.insert((index * 64 + bit) as u8, levels >> bit & 1 != 0);
+            for bit in (0..64).filter(|bit| (added >> bit) & 1 != 0) {
+                vectors.insert((index * 64 + bit) as u8, (levels >> bit) & 1 != 0);
             }
         });
         (posted, vectors)
@@ -317,7 +317,7 @@ mod tests {
                                 // Wait until the previous round's posting of the vector was collected.
                                 let vector = 64 * thread + vector;
                                 while round > 0
-                                    && mailbox.irr[usize::from(vector / 64)].load(Ordering::Relaxed) >> (vector % 64)
+                                    && (mailbox.irr[usize::from(vector / 64)].load(Ordering::Relaxed) >> (vector % 64))
                                         & 1
                                         != 0
                                 {

@@ -71,7 +71,7 @@ const MSI_REDIRECTION: u64 = 1 << 3;
 impl Delivery {
     /// From bits 10:8 of an interrupt command or of MSI data. 3 (AMD: remote read) is nothing that is supported.
     const fn decode(bits: u64) -> Option<Self> {
-        Some(match bits >> 8 & 7 {
+        Some(match (bits >> 8) & 7 {
             0 => Self::Fixed,
             1 => Self::LowestPriority,
             2 => Self::Smi,
@@ -98,7 +98,7 @@ impl Message {
     /// [`AxError::InvalidInput`] if the address is not one of the interrupt range or has reserved bits 39:32 set, or if the
     /// delivery mode is one that an MSI cannot have (start-up, reserved).
     pub fn from_msi(address: u64, data: u32) -> AxResult<Self> {
-        if address >> 20 & 0xfff != 0xfee || address >> 32 & 0xff != 0 {
+        if (address >> 20) & 0xfff != 0xfee || (address >> 32) & 0xff != 0 {
             return Err(AxError::InvalidInput);
         }
         let data = u64::from(data);
@@ -109,8 +109,8 @@ impl Message {
         if delivery == Delivery::Fixed && address & MSI_REDIRECTION != 0 {
             delivery = Delivery::LowestPriority;
         }
-        let low = (address >> 12 & 0xff) as u32;
-        let high = ((address >> 40) << 8 | (address >> 5 & 0x7f) << 8) as u32;
+        let low = ((address >> 12) & 0xff) as u32;
+        let high = (((address >> 40) << 8) | (((address >> 5) & 0x7f) << 8)) as u32;
         Ok(Self {
             delivery,
             vector: data as u8,
@@ -141,7 +141,7 @@ impl Message {
             level: false,
             logical: icr & ICR_LOGICAL != 0,
             broadcast: destination == if x2apic { u32::MAX } else { 0xff },
-            shorthand: match icr >> 18 & 3 {
+            shorthand: match (icr >> 18) & 3 {
                 0 => Shorthand::None,
                 1 => Shorthand::Myself,
                 2 => Shorthand::All,
@@ -183,7 +183,7 @@ impl Message {
             (Mode::X2Apic, false) => destination == receiver.id,
             // Cluster in bits 31:16, a bit for each member in 15:0 (SDM vol. 3 section 12.12.10.2).
             (Mode::X2Apic, true) => {
-                destination >> 16 == receiver.id >> 4 && destination & 1 << (receiver.id & 0xf) != 0
+                destination >> 16 == receiver.id >> 4 && destination & (1 << (receiver.id & 0xf)) != 0
             }
             (Mode::XApic, false) => destination == receiver.id & 0xff,
             (Mode::XApic, true) => match u8::try_from(destination) {
@@ -346,9 +346,9 @@ mod tests {
     #[test]
     fn msi_extended_destinations() {
         let destination = |address| Message::from_msi(address, 0x41).unwrap().destination;
-        assert_eq!(destination(0xfee0_0000 | 0x23 << 12 | 0x01 << 5), 0x123);
-        assert_eq!(destination(0xfee0_0000 | 0xff << 12 | 0x7f << 5), 0x7fff);
-        assert_eq!(destination(0xfee0_0000 | 0x23 << 12 | 0xab_cdef << 40), 0xabcd_ef23);
+        assert_eq!(destination(0xfee0_0000 | (0x23 << 12) | (0x01 << 5)), 0x123);
+        assert_eq!(destination(0xfee0_0000 | (0xff << 12) | (0x7f << 5)), 0x7fff);
+        assert_eq!(destination(0xfee0_0000 | (0x23 << 12) | (0xab_cdef << 40)), 0xabcd_ef23);
         assert!(Message::from_msi(0xfeef_f000, 0x41).unwrap().broadcast);
         assert!(!Message::from_msi(0xfeef_f020, 0x41).unwrap().broadcast, "0x1ff is an ordinary extended id");
         assert!(Message::from_msi(0xffff_ff00_feef_f000, 0x41).unwrap().broadcast);
@@ -395,7 +395,7 @@ mod tests {
     #[test]
     fn logical_flat_destination() {
         let machine = [flat(0, 0x01), flat(1, 0x02), flat(2, 0x80), flat(3, 0)];
-        let to = |mask: u64| receivers(&Message::from_icr(mask << 56 | 0x841, false).unwrap(), Some(0), &machine);
+        let to = |mask: u64| receivers(&Message::from_icr((mask << 56) | 0x841, false).unwrap(), Some(0), &machine);
         assert_eq!(to(0x02), [1]);
         assert_eq!(to(0x83), [0, 1, 2]);
         assert_eq!(to(0x40), []);
@@ -406,7 +406,7 @@ mod tests {
     fn logical_cluster_destination() {
         let member = |id, logical| Identity { cluster: true, ..flat(id, logical) };
         let machine = [member(0, 0x11), member(1, 0x12), member(2, 0x21), member(3, 0x28)];
-        let to = |mask: u64| receivers(&Message::from_icr(mask << 56 | 0x841, false).unwrap(), Some(0), &machine);
+        let to = |mask: u64| receivers(&Message::from_icr((mask << 56) | 0x841, false).unwrap(), Some(0), &machine);
         assert_eq!(to(0x11), [0]);
         assert_eq!(to(0x13), [0, 1]);
         assert_eq!(to(0x2f), [2, 3]);
@@ -417,7 +417,7 @@ mod tests {
     #[test]
     fn x2apic_cluster_destination() {
         let machine = [x2(0), x2(1), x2(15), x2(16), x2(0x123)];
-        let to = |mask: u64| receivers(&Message::from_icr(mask << 32 | 0x841, true).unwrap(), Some(0), &machine);
+        let to = |mask: u64| receivers(&Message::from_icr((mask << 32) | 0x841, true).unwrap(), Some(0), &machine);
         assert_eq!(to(0x0000_0003), [0, 1]);
         assert_eq!(to(0x0000_8001), [0, 15]);
         assert_eq!(to(0x0001_0001), [16]);
@@ -435,7 +435,7 @@ mod tests {
     fn shorthands() {
         let machine = [flat(0, 1), flat(1, 2), flat(2, 4)];
         let to = |shorthand: u64, sender| {
-            receivers(&Message::from_icr(0x0200_0000_0000_0041 | shorthand << 18, false).unwrap(), sender, &machine)
+            receivers(&Message::from_icr(0x0200_0000_0000_0041 | (shorthand << 18), false).unwrap(), sender, &machine)
         };
         assert_eq!(to(0, Some(1)), [2]);
         assert_eq!(to(1, Some(1)), [1]);
@@ -449,7 +449,7 @@ mod tests {
         let asleep = Identity { enabled: false, ..flat(1, 2) };
         let machine = [off, asleep, flat(2, 4)];
         let all = |delivery: u64| {
-            receivers(&Message::from_icr(0xff00_0000_0000_4041 | delivery << 8, false).unwrap(), Some(2), &machine)
+            receivers(&Message::from_icr(0xff00_0000_0000_4041 | (delivery << 8), false).unwrap(), Some(2), &machine)
         };
         assert_eq!(all(0), [2]);
         assert_eq!(all(4), [1, 2], "NMI");
@@ -472,6 +472,9 @@ mod tests {
         let mut seen: Vec<u32> = (0x40..0x43).flat_map(|vector| receivers(&message(vector), None, &equal)).collect();
         seen.sort_unstable();
         assert_eq!(seen, [0, 1, 2], "equals take turns by vector, and only the class counts");
+        let after_busy = [at(0, 0x50), at(1, 0x20), at(2, 0x20)];
+        let seen: Vec<u32> = (0x40..0x46).flat_map(|vector| receivers(&message(vector), None, &after_busy)).collect();
+        assert_eq!(seen, [1, 2, 1, 2, 1, 2]);
         assert_eq!(receivers(&message(0x41), None, &[]), []);
         let asleep = Identity { enabled: false, ..at(0, 0) };
         assert_eq!(receivers(&message(0x41), None, &[asleep, at(1, 0xf0)]), [1]);

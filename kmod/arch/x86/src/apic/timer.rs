@@ -98,7 +98,7 @@ impl Timer {
     /// Nanoseconds of one count: 1 to 128. Bits 3, 1 and 0 of the divide configuration say which power of two, one off
     /// (SDM vol. 3 figure 12-10).
     fn divisor(&self) -> u64 {
-        let code = self.divide >> 1 & 4 | self.divide & 3;
+        let code = (self.divide >> 1) & 4 | self.divide & 3;
         1 << ((code + 1) & 7)
     }
 

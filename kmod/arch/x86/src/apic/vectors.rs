@@ -57,7 +57,7 @@ impl VectorSet {
     pub fn set_register(&mut self, index: usize, value: u32) {
         if let Some(w) = self.words.get_mut(index / 2) {
             let shift = 32 * (index % 2);
-            *w = *w & !(0xffff_ffff << shift) | u64::from(value) << shift;
+            *w = *w & !(0xffff_ffff << shift) | (u64::from(value) << shift);
         }
     }
 
@@ -96,7 +96,7 @@ mod tests {
             for vector in 0..=255u8 {
                 prop_assert_eq!(set.contains(vector), model.contains(&vector));
                 let register = set.register(usize::from(vector / 32));
-                prop_assert_eq!(register >> (vector % 32) & 1 == 1, model.contains(&vector));
+                prop_assert_eq!((register >> (vector % 32)) & 1 == 1, model.contains(&vector));
             }
             let mut copy = VectorSet::EMPTY;
             for index in 0..8 { copy.set_register(index, set.register(index)); }

@@ -325,12 +325,12 @@ pub(super) fn rules(function: u32, index: u32, caps: &Caps, host: HostCpuid<'_>)
         }
         // Topology: one thread in one core, until the VMM says otherwise.
         (0xb, 0) => [R::ours(0), R::ours(1), R::ours(1 << 8), R::ours(0)],
-        (0xb, 1) => [R::ours(0), R::ours(1), R::ours(2 << 8 | 1), R::ours(0)],
+        (0xb, 1) => [R::ours(0), R::ours(1), R::ours((2 << 8) | 1), R::ours(0)],
         (0xb, _) => [R::ours(0); 4],
         // Sizes are computed when the guest looks; for the components the host's are the only right ones.
         (0xd, 0) => [R::features(xcr0 as u32), R::INFORMATION, R::INFORMATION, R::features((xcr0 >> 32) as u32)],
         (0xd, 1) => [R::features(LEAF_D_1_EAX), R::INFORMATION, R::NONE, R::NONE],
-        (0xd, 2..=63) if xcr0 >> index & 1 != 0 => {
+        (0xd, 2..=63) if (xcr0 >> index) & 1 != 0 => {
             [R::features(u32::MAX), R::features(u32::MAX), R::features(bit(1)), R::NONE]
         }
 
@@ -456,7 +456,7 @@ pub fn supported(host: HostCpuid<'_>, caps: &Caps, write: &mut dyn FnMut(CpuidEn
 /// Size of an XSAVE area in the standard format for the components of `xcr0`; `component` gives size and offset of one.
 pub(super) fn xsave_size(xcr0: u64, component: impl Fn(u32) -> (u32, u32)) -> u32 {
     // x87 and SSE state and the header are always there (SDM vol. 1 section 13.4).
-    (2..64).filter(|index| xcr0 >> index & 1 != 0).fold(576, |end, index| {
+    (2..64).filter(|index| (xcr0 >> index) & 1 != 0).fold(576, |end, index| {
         let (size, offset) = component(index);
         end.max(size.saturating_add(offset))
     })
@@ -466,7 +466,7 @@ pub(super) fn xsave_size(xcr0: u64, component: impl Fn(u32) -> (u32, u32)) -> u3
 /// paging has, 57 bits only with five-level paging.
 pub(super) fn address_widths(eax: u32, caps: &Caps, host: HostCpuid<'_>) -> bool {
     let five_levels = host_leaf(7, 0, host).ecx & bit(16) != 0;
-    let (physical, linear) = (eax & 0xff, eax >> 8 & 0xff);
+    let (physical, linear) = (eax & 0xff, (eax >> 8) & 0xff);
     (32..=caps.phys_bits).contains(&physical)
         && (linear == 48 || linear == 32 || linear == 57 && five_levels)
         && eax >> 24 == 0

@@ -77,6 +77,7 @@ features! {
     XSAVE = 1, Ecx, 26, "CR4.OSXSAVE and XCR0.";
     FSGSBASE = 7, Ebx, 0, "CR4.FSGSBASE.";
     SMEP = 7, Ebx, 7, "CR4.SMEP.";
+    INVPCID = 7, Ebx, 10, "INVPCID.";
     SMAP = 7, Ebx, 20, "CR4.SMAP.";
     UMIP = 7, Ecx, 2, "CR4.UMIP.";
     PKU = 7, Ecx, 3, "CR4.PKE.";
@@ -130,7 +131,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             }
             // An entry for every index excludes all that are for one index.
             let for_all = entry.flags & CPUID_INDEX_SIGNIFICANT == 0;
-            if for_all && table.entries().any(|other| other.function == entry.function) {
+            if for_all && table.of_leaf(entry.function).next().is_some() {
                 return Err(AxError::InvalidInput);
             }
             if !is_allowed(&entry, host, caps) {
@@ -162,23 +163,25 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         self.count == 0
     }
 
+    /// The entries as bytes, the function first.
+    fn slots(&self) -> impl Iterator<Item = &[u8]> + '_ {
+        self.frame.bytes().chunks_exact(ENTRY).take(self.count)
+    }
+
     /// The entries, as loaded.
     pub fn entries(&self) -> impl Iterator<Item = CpuidEntry> + '_ {
-        self.frame.bytes().chunks_exact(ENTRY).take(self.count).map(|bytes| {
-            let mut words = [0u32; WORDS];
-            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
-                *word = bytes.try_into().map_or(0, u32::from_le_bytes);
-            }
-            let [function, index, flags, eax, ebx, ecx, edx, reserved] = words;
-            CpuidEntry { function, index, flags, eax, ebx, ecx, edx, reserved }
-        })
+        self.slots().map(decode)
+    }
+
+    /// The entries of one leaf.
+    fn of_leaf(&self, function: u32) -> impl Iterator<Item = CpuidEntry> + '_ {
+        let key = function.to_le_bytes();
+        self.slots().filter(move |slot| slot.starts_with(&key)).map(decode)
     }
 
     /// The entry for a leaf and sub-leaf.
     fn find(&self, function: u32, index: u32) -> Option<CpuidEntry> {
-        self.entries().find(|entry| {
-            entry.function == function && (entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
-        })
+        self.of_leaf(function).find(|entry| entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
     }
 
     /// The entry for a leaf and sub-leaf as a result; zeros if there is none.
@@ -194,7 +197,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             Register::Ecx => leaf.ecx,
             Register::Edx => leaf.edx,
         };
-        register >> feature.bit & 1 != 0
+        (register >> feature.bit) & 1 != 0
     }
 
     /// Bits that the guest may set in XCR0: those of leaf 0xd; zero without XSAVE.
@@ -203,7 +206,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             return 0;
         }
         let leaf = self.raw(0xd, 0);
-        u64::from(leaf.edx) << 32 | u64::from(leaf.eax)
+        (u64::from(leaf.edx) << 32) | u64::from(leaf.eax)
     }
 
     /// Width of a guest physical address, in bits: 36 where leaf 0x80000008 does not say (SDM vol. 3 section 4.1.4).
@@ -217,7 +220,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     /// Bits that the guest may set in CR4, from its features. (CR4.PCE, which needs no feature, is among them.)
     pub fn cr4_bits(&self) -> u64 {
         [
-            (Feature::VME, 1 << 0 | 1 << 1),
+            (Feature::VME, (1 << 0) | (1 << 1)),
             (Feature::TSC, 1 << 2),
             (Feature::DE, 1 << 3),
             (Feature::PSE, 1 << 4),
@@ -241,7 +244,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
 
     /// Bits that the guest may set in EFER, from its features: SCE, LME with LMA, NXE.
     pub fn efer_bits(&self) -> u64 {
-        [(Feature::SYSCALL, 1 << 0), (Feature::LM, 1 << 8 | 1 << 10), (Feature::NX, 1 << 11)]
+        [(Feature::SYSCALL, 1 << 0), (Feature::LM, (1 << 8) | (1 << 10)), (Feature::NX, 1 << 11)]
             .into_iter()
             .fold(0, |bits, (feature, bit)| if self.has(feature) { bits | bit } else { bits })
     }
@@ -250,16 +253,16 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     pub fn lookup(&self, function: u32, index: u32, dynamic: &Dynamic) -> CpuidResult {
         let Some(function) = self.in_range(function) else { return ZERO };
         let mut leaf = self.raw(function, index);
-        let flag = |value: u32, bit: u32, set: bool| if set { value | 1 << bit } else { value & !(1 << bit) };
+        let flag = |value: u32, bit: u32, set: bool| if set { value | (1 << bit) } else { value & !(1 << bit) };
         match (function, index) {
             (1, _) => {
-                leaf.ebx = leaf.ebx & 0x00ff_ffff | dynamic.apic_id << 24;
-                let osxsave = leaf.ecx >> 26 & 1 != 0 && dynamic.cr4 & CR4_OSXSAVE != 0;
+                leaf.ebx = leaf.ebx & 0x00ff_ffff | (dynamic.apic_id << 24);
+                let osxsave = (leaf.ecx >> 26) & 1 != 0 && dynamic.cr4 & CR4_OSXSAVE != 0;
                 leaf.ecx = flag(leaf.ecx, 27, osxsave);
-                leaf.edx = flag(leaf.edx, 9, leaf.edx >> 9 & 1 != 0 && dynamic.apic_enabled);
+                leaf.edx = flag(leaf.edx, 9, (leaf.edx >> 9) & 1 != 0 && dynamic.apic_enabled);
             }
             (7, 0) => {
-                let ospke = leaf.ecx >> 3 & 1 != 0 && dynamic.cr4 & CR4_PKE != 0;
+                let ospke = (leaf.ecx >> 3) & 1 != 0 && dynamic.cr4 & CR4_PKE != 0;
                 leaf.ecx = flag(leaf.ecx, 4, ospke);
             }
             // Every sub-leaf gives the id and its own number, also past the last (SDM vol. 2A, CPUID leaf 0bh).
@@ -276,9 +279,9 @@ impl<H: AxVCpuHal> CpuidTable<H> {
                 leaf.ecx = xsave_size(self.xcr0(), component);
             }
             // With XSAVEC, the size of the compacted format for what is enabled.
-            (0xd, 1) => leaf.ebx = if leaf.eax & 1 << 1 != 0 { self.compacted_size(dynamic.xcr0) } else { 0 },
+            (0xd, 1) => leaf.ebx = if leaf.eax & (1 << 1) != 0 { self.compacted_size(dynamic.xcr0) } else { 0 },
             (0x8000_0001, _) if Vendor::of(&self.raw(0, 0)) == Vendor::Amd => {
-                leaf.edx = flag(leaf.edx, 9, leaf.edx >> 9 & 1 != 0 && dynamic.apic_enabled);
+                leaf.edx = flag(leaf.edx, 9, (leaf.edx >> 9) & 1 != 0 && dynamic.apic_enabled);
             }
             (0x8000_001e, _) if self.find(0x8000_001e, 0).is_some() => leaf.eax = dynamic.apic_id,
             _ => {}
@@ -307,13 +310,23 @@ impl<H: AxVCpuHal> CpuidTable<H> {
 
     /// Size of an XSAVE area in the compacted format (SDM vol. 1 section 13.4.3).
     fn compacted_size(&self, xcr0: u64) -> u32 {
-        (2..64).filter(|index| xcr0 >> index & 1 != 0).fold(576, |end: u32, index| {
+        (2..64).filter(|index| (xcr0 >> index) & 1 != 0).fold(576, |end: u32, index| {
             let component = self.raw(0xd, index);
-            let aligned = component.ecx & 1 << 1 != 0;
+            let aligned = component.ecx & (1 << 1) != 0;
             let start = if aligned { end.checked_next_multiple_of(64).unwrap_or(end) } else { end };
             start.saturating_add(component.eax)
         })
     }
+}
+
+/// The entry in a slot of the frame.
+fn decode(slot: &[u8]) -> CpuidEntry {
+    let mut words = [0u32; WORDS];
+    for (word, bytes) in words.iter_mut().zip(slot.chunks_exact(4)) {
+        *word = bytes.try_into().map_or(0, u32::from_le_bytes);
+    }
+    let [function, index, flags, eax, ebx, ecx, edx, reserved] = words;
+    CpuidEntry { function, index, flags, eax, ebx, ecx, edx, reserved }
 }
 
 fn result(entry: CpuidEntry) -> CpuidResult {
@@ -339,7 +352,7 @@ fn is_allowed(entry: &CpuidEntry, host: HostCpuid<'_>, caps: &Caps) -> bool {
     bits && match (entry.function, entry.index) {
         // One entry for every index would answer for the components as well.
         (0xd, _) if entry.flags & CPUID_INDEX_SIGNIFICANT == 0 => answer == [0; 4],
-        (0xd, 0) => is_xcr0_mask(u64::from(entry.edx) << 32 | u64::from(entry.eax)),
+        (0xd, 0) => is_xcr0_mask((u64::from(entry.edx) << 32) | u64::from(entry.eax)),
         // Where a component lies is the hardware's affair; it may be left out.
         (0xd, 2..) => answer == hardware || answer == [0; 4],
         (0x8000_0008, _) => address_widths(entry.eax, caps, host),

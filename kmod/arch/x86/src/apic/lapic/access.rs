@@ -19,7 +19,7 @@ const ERROR_SEND_VECTOR: u32 = 1 << 5;
 const ERROR_REGISTER: u32 = 1 << 7;
 
 /// ICR, x2APIC mode: bits that must be zero. Bit 12, delivery status, is ignored: software writes back what it has read.
-const ICR_RESERVED: u64 = 0xfff0_0000 | 1 << 17 | 1 << 16 | 1 << 13;
+const ICR_RESERVED: u64 = 0xfff0_0000 | (1 << 17) | (1 << 16) | (1 << 13);
 /// ICR: bits that are stored: all that are not reserved but delivery status (bit 12), which is always idle.
 pub(super) const ICR_BITS: u32 = 0x000c_cfff;
 /// ICR: to the sender itself.
@@ -31,7 +31,7 @@ impl Lapic {
     /// LDR as the guest sees it. In x2APIC mode it follows from the id (SDM vol. 3 section 12.12.10.2).
     fn ldr(&self) -> u32 {
         match self.mode() {
-            Mode::X2Apic => self.config.id >> 4 << 16 | 1 << (self.config.id & 0xf),
+            Mode::X2Apic => (self.config.id >> 4 << 16) | (1 << (self.config.id & 0xf)),
             _ => self.ldr,
         }
     }
@@ -113,7 +113,7 @@ impl Lapic {
     /// Carries out an interrupt command. `destination` is in x2APIC layout if that is the mode, otherwise in bits 31:24.
     fn send(&mut self, command: u32, destination: u32) -> Effect {
         let x2apic = self.mode() == Mode::X2Apic;
-        let Some(message) = Message::from_icr(u64::from(destination) << 32 | u64::from(command), x2apic) else {
+        let Some(message) = Message::from_icr((u64::from(destination) << 32) | u64::from(command), x2apic) else {
             return Effect::None;
         };
         match message.delivery {
@@ -129,7 +129,7 @@ impl Lapic {
             Delivery::Smi => Effect::None,
             _ => {
                 let destination = if message.broadcast { u32::MAX } else { message.destination };
-                Effect::Ipi(u64::from(destination) << 32 | u64::from(command))
+                Effect::Ipi((u64::from(destination) << 32) | u64::from(command))
             }
         }
     }
@@ -199,7 +199,7 @@ impl Lapic {
         }
         let low = self.x2apic_offset(index).and_then(|offset| Some((offset, self.read(offset, clock)?)));
         match low {
-            Some((reg::ICR, low)) => Ok(u64::from(self.icr_high) << 32 | u64::from(low)),
+            Some((reg::ICR, low)) => Ok((u64::from(self.icr_high) << 32) | u64::from(low)),
             Some((_, low)) => Ok(low.into()),
             None => Err(GeneralProtection),
         }

@@ -146,7 +146,7 @@ fn lvt_entries_keep_only_their_bits() {
 fn an_interrupt_goes_from_request_to_service_to_end() {
     let mut lapic = xapic(0);
     post(&mut lapic, &[(0x41, false), (0x52, true)]);
-    assert_eq!(lapic.read_page(reg::IRR + 0x20, &no_clock), 1 << 1 | 1 << 18);
+    assert_eq!(lapic.read_page(reg::IRR + 0x20, &no_clock), (1 << 1) | (1 << 18));
     assert_eq!(lapic.read_page(reg::TMR + 0x20, &no_clock), 1 << 18);
     assert_eq!(lapic.pending_vector(), Some(0x52));
     assert_eq!(lapic.acknowledge(), Some(0x52));
@@ -208,7 +208,7 @@ fn an_illegal_error_vector_does_not_recurse() {
     lapic.write_page(reg::LVT_ERROR, 0x05, &no_clock);
     lapic.write_page(reg::ICR, 0x4001, &no_clock);
     lapic.write_page(reg::ESR, 0, &no_clock);
-    assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 5 | 1 << 6);
+    assert_eq!(lapic.read_page(reg::ESR, &no_clock), (1 << 5) | (1 << 6));
     assert_eq!(lapic.highest_request(), None);
 }
 
