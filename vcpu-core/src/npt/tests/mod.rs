@@ -7,7 +7,6 @@ mod engine;
 mod model;
 
 use std::boxed::Box;
-use std::collections::BTreeMap;
 use std::vec::Vec;
 
 use super::*;
@@ -19,16 +18,30 @@ type Observer = Box<dyn FnMut(&Frames)>;
 
 #[derive(Default)]
 pub(super) struct Frames {
-    live: BTreeMap<u64, Box<[u64; ENTRIES]>>,
-    allocated: u64,
+    /// Every frame ever allocated, `None` once freed: an address is given once only, so that a stale one never seems good.
+    frames: Vec<Option<Box<[u64; ENTRIES]>>>,
     /// How many more allocations succeed; `None` for all.
     budget: Option<usize>,
     observer: Option<Observer>,
 }
 
 impl Frames {
+    fn live(&self) -> impl Iterator<Item = u64> + '_ {
+        let live = self.frames.iter().enumerate().filter(|(_, frame)| frame.is_some());
+        live.map(|(number, _)| FIRST_FRAME + number as u64 * FRAME_SIZE)
+    }
+
     fn live_count(&self) -> u64 {
-        self.live.len() as u64
+        self.live().count() as u64
+    }
+
+    fn number(table: HostPhysAddr) -> usize {
+        usize::try_from(table.as_u64().wrapping_sub(FIRST_FRAME) / FRAME_SIZE).unwrap()
+    }
+
+    fn frame(&self, table: HostPhysAddr) -> &[u64; ENTRIES] {
+        let frame = self.frames.get(Self::number(table)).and_then(Option::as_ref);
+        frame.unwrap_or_else(|| panic!("{table:?} is used, but not allocated"))
     }
 
     fn observe(&mut self) {
@@ -46,26 +59,24 @@ impl TableMemory for Frames {
             Some(left) => *left -= 1,
             None => {}
         }
-        // An address is given once only, so that a stale one never seems good.
-        let addr = FIRST_FRAME + self.allocated * FRAME_SIZE;
-        self.allocated += 1;
-        self.live.insert(addr, Box::new([0; ENTRIES]));
+        let addr = FIRST_FRAME + self.frames.len() as u64 * FRAME_SIZE;
+        self.frames.push(Some(Box::new([0; ENTRIES])));
         Some(HostPhysAddr::new(addr))
     }
 
     fn free(&mut self, table: HostPhysAddr) {
-        assert!(self.live.remove(&table.as_u64()).is_some(), "{table:?} freed, but not allocated");
+        let frame = self.frames.get_mut(Self::number(table)).and_then(Option::take);
+        assert!(frame.is_some(), "{table:?} is freed, but not allocated");
         self.observe();
     }
 
     fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
-        self.live.get(&table.as_u64()).unwrap_or_else(|| panic!("{table:?} read, but not allocated"))[index]
+        self.frame(table)[index]
     }
 
     fn write(&mut self, table: HostPhysAddr, index: usize, entry: u64) {
-        let frame =
-            self.live.get_mut(&table.as_u64()).unwrap_or_else(|| panic!("{table:?} written, but not allocated"));
-        frame[index] = entry;
+        let frame = self.frames.get_mut(Self::number(table)).and_then(Option::as_mut);
+        frame.unwrap_or_else(|| panic!("{table:?} is written, but not allocated"))[index] = entry;
         self.observe();
     }
 }
@@ -88,15 +99,14 @@ impl Census {
     fn visit<F: Format>(&mut self, table: HostPhysAddr, level: Level, first: u64, mem: &Frames) {
         self.tables.push(table.as_u64());
         let mut empty = true;
-        for index in 0..ENTRIES {
+        for (index, &raw) in mem.frame(table).iter().enumerate() {
+            if raw == 0 {
+                continue;
+            }
             let gpa = first + ((index as u64) << level.shift());
-            let raw = mem.read(table, index);
             // What the format does not write, the hardware may take amiss: reserved bits above all.
             let meant = match F::decode(raw, level) {
-                Entry::Empty => {
-                    assert_eq!(raw, 0, "{gpa:#x}");
-                    continue;
-                }
+                Entry::Empty => 0,
                 Entry::Table(next) => {
                     self.visit::<F>(next, Level(level.0 - 1), gpa, mem);
                     F::encode_table(next)
@@ -121,7 +131,7 @@ fn assert_sound<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Census {
     assert_eq!(census.empty_tables, 0, "an empty table is still linked");
     let mut tables = census.tables.clone();
     tables.sort_unstable();
-    assert!(tables.iter().eq(mem.live.keys()), "a table is linked twice, or leaked");
+    assert!(tables.iter().copied().eq(mem.live()), "a table is linked twice, or leaked");
     assert_eq!(table.table_count(), census.tables.len() as u64, "table count");
     let mut leaves = LeafCount::default();
     for (_, leaf) in &census.leaves {

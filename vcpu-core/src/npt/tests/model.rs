@@ -5,6 +5,8 @@
 //! links and frames are checked, and what the call said about flushes is compared with what the difference of the two
 //! states demands. Allocations fail at random.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 
