@@ -199,6 +199,9 @@ impl Error {
             (Self::Run(_) | Self::Setup(_) | Self::CreateVm(_) | Self::CreateVcpu { .. }, Errno::EPERM) => {
                 "the firmware has switched virtualization off; enable SVM or VT-x in its setup"
             }
+            (Self::Run(_), Errno::EFAULT) => {
+                "the guest used memory that the program has mapped into it but unmapped or protected itself"
+            }
             (Self::Run(_), Errno::EIO) => {
                 "the virtualization extension was switched off under the running guest by other software"
             }

@@ -102,13 +102,15 @@ impl Mapping {
     /// [`Error::UnknownExit`].
     pub(super) fn exit(&self) -> Result<Exit> {
         let record: ExitRecord = get!(self, exit);
-        let insn_len = get!(self, insn_len);
+        let state = get!(self, state);
+        // What the page says of the instruction is of the last exit that came with a snapshot.
+        let decoded = state & STATE_SNAPSHOT_VALID != 0;
         Ok(Exit {
             reason: AxVCpuExitReason::decode(&record).map_err(Error::UnknownExit)?,
-            state: get!(self, state),
-            insn_len: insn_len.min(16) as u8,
+            state,
+            insn_len: if decoded { get!(self, insn_len).min(16) as u8 } else { 0 },
             insn: get!(self, insn),
-            next_rip: get!(self, next_rip),
+            next_rip: if decoded { get!(self, next_rip) } else { 0 },
         })
     }
 

@@ -104,15 +104,14 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`Error::Setup`]: `EEXIST` the second time, `ENODATA` if something is not set yet, `EINVAL` for a CPUID table
-    /// that asks for more than [`System::supported_cpuid`](super::System::supported_cpuid) offers, `E2BIG` for one that
-    /// is too long.
+    /// that asks for more than [`System::supported_cpuid`](super::System::supported_cpuid) offers or is too long.
     pub fn setup(&mut self, apic: Apic, cpuid: &[CpuidEntry]) -> Result<()> {
         let mut setup = Setup {
             flags: match apic {
                 Apic::None => 0,
                 Apic::InKernel => vcpu::SETUP_IN_KERNEL_APIC,
             },
-            cpuid_count: u32::try_from(cpuid.len()).map_err(|_| Error::Setup(Errno::E2BIG))?,
+            cpuid_count: u32::try_from(cpuid.len()).map_err(|_| Error::Setup(Errno::EINVAL))?,
             cpuid_addr: cpuid.as_ptr() as u64,
             ..Setup::ZERO
         };
@@ -129,8 +128,11 @@ impl Vcpu {
     /// [`Error::Run`]: `EBADFD` before [`setup`](Self::setup), `EBUSY` if another hypervisor owns the CPU, and others
     /// that axvcpu(4) lists; the vCPU is unharmed. [`Error::UnknownExit`] from a module that is newer than this crate.
     pub fn run(&mut self) -> Result<Exit> {
-        sys::none(self.as_fd(), ioctl::RUN).map_err(Error::Run)?;
-        self.page.exit()
+        match sys::none(self.as_fd(), ioctl::RUN) {
+            // A signal waits: EINTR, and the exit in the page is Interrupted.
+            Ok(_) | Err(Errno::EINTR) => self.page.exit(),
+            Err(errno) => Err(Error::Run(errno)),
+        }
     }
 
     /// A handle with which any thread can make [`run`](Self::run) return.

@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `axvcpu-guests [--list] [PATTERN]...`: runs the table of assembled guests, or the cases whose name contains a
+//! pattern.
+
+fn main() -> std::process::ExitCode {
+    axvcpu_tests::harness::main(&axvcpu_tests::guests::cases())
+}

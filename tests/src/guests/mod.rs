@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The table of assembled guests: each case is a few instructions, an initial state, and the exits and registers that
+//! must come of them. The cases are the same for every backend.
+
+mod apic;
+mod control;
+mod cpuid;
+mod events;
+mod fpu;
+mod instructions;
+mod interrupts;
+mod io;
+mod memory;
+mod mmio;
+mod modes;
+mod msr;
+mod registers;
+mod threads;
+
+use crate::harness::Case;
+
+/// Every case.
+pub fn cases() -> Vec<Case> {
+    [
+        modes::cases(),
+        registers::cases(),
+        control::cases(),
+        io::cases(),
+        mmio::cases(),
+        cpuid::cases(),
+        msr::cases(),
+        instructions::cases(),
+        events::cases(),
+        interrupts::cases(),
+        apic::cases(),
+        fpu::cases(),
+        memory::cases(),
+        threads::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_are_unique_and_many() {
+        let mut names: Vec<_> = super::cases().iter().map(|case| case.name).collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert!(count >= 40, "{count} cases");
+    }
+}

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Runs cases and reports them: `ok - name`, `not ok - name: why`, `skip - name: why`, and `1..N` at the end.
+//!
+//! Each case runs on a thread of its own. When its time is up the harness kicks every vCPU that the case has created,
+//! over and over, and the case fails; one that does not come back even so ends the program, since nothing can be said
+//! about the cases after it.
+
+use axvcpu_uapi::client::{self, Kicker};
+use std::fmt::Display;
+use std::io::Write;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time a case gets unless it says otherwise. Cases take milliseconds; this is for a slow, busy emulator.
+pub const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// Time that a case gets to come back once its vCPUs are being kicked.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Why a case ended early.
+#[derive(Debug)]
+pub enum Stop {
+    /// The behaviour is not what it must be.
+    Fail(String),
+    /// It cannot be tested here.
+    Skip(String),
+}
+
+/// What a case gives back.
+pub type CaseResult = Result<(), Stop>;
+
+impl From<String> for Stop {
+    fn from(why: String) -> Self {
+        Self::Fail(why)
+    }
+}
+impl From<client::Error> for Stop {
+    fn from(error: client::Error) -> Self {
+        Self::Fail(error.errno().map_or_else(|| error.to_string(), |errno| format!("{error} [{errno:?}]")))
+    }
+}
+impl From<nix::errno::Errno> for Stop {
+    fn from(errno: nix::errno::Errno) -> Self {
+        Self::Fail(errno.to_string())
+    }
+}
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Fail(error.to_string())
+    }
+}
+
+impl Stop {
+    /// The same with words before the reason.
+    #[must_use]
+    pub fn context(self, words: impl Display) -> Self {
+        match self {
+            Self::Fail(why) => Self::Fail(format!("{words}: {why}")),
+            Self::Skip(why) => Self::Skip(why),
+        }
+    }
+}
+
+/// One test: a behaviour, and the function that proves it.
+pub struct Case {
+    /// The behaviour, as `group/what`.
+    pub name: &'static str,
+    /// Time it gets.
+    pub limit: Duration,
+    /// The proof.
+    pub run: fn() -> CaseResult,
+}
+
+/// Builds a table: `table! { "group/what" => function, ... }`, with `in SECONDS` after the function for a time limit of
+/// its own.
+#[macro_export]
+macro_rules! table {
+    ($($name:literal => $run:path $(, in $seconds:literal)?;)*) => {
+        vec![$($crate::harness::Case {
+            name: $name,
+            limit: { let limit = $crate::harness::TIME_LIMIT; $(let _ = limit; let limit = std::time::Duration::from_secs($seconds);)? limit },
+            run: $run,
+        },)*]
+    };
+}
+
+/// Ends the case with a failure unless the condition holds: `ensure!(condition, "what is wrong: {}", detail)`.
+#[macro_export]
+macro_rules! ensure {
+    ($condition:expr, $($format:tt)+) => {
+        if !$condition {
+            return Err($crate::harness::Stop::Fail(format!($($format)+)));
+        }
+    };
+}
+
+/// Ends the case with a failure unless both values are equal: `ensure_eq!(found, expected, "what it is")`. Integers are
+/// shown in hexadecimal.
+#[macro_export]
+macro_rules! ensure_eq {
+    ($found:expr, $expected:expr, $($format:tt)+) => {{
+        let (found, expected) = (&$found, &$expected);
+        if found != expected {
+            return Err($crate::harness::Stop::Fail(
+                format!("{}: found {found:#x?}, expected {expected:#x?}", format!($($format)+)),
+            ));
+        }
+    }};
+}
+
+/// The vCPUs of the running case, and whether its time is up.
+#[derive(Default)]
+struct Watch {
+    kickers: Mutex<Vec<Kicker>>,
+    expired: AtomicBool,
+}
+
+static WATCH: Mutex<Option<Arc<Watch>>> = Mutex::new(None);
+
+fn current() -> Option<Arc<Watch>> {
+    WATCH.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Puts a vCPU under the watch of the running case.
+pub fn watch(kicker: Kicker) {
+    if let Some(watch) = current() {
+        watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).push(kicker);
+    }
+}
+
+/// Fails if the running case has used up its time. A case calls it wherever it waits for something.
+///
+/// # Errors
+/// The failure to end with.
+pub fn check_time() -> CaseResult {
+    match current() {
+        Some(watch) if watch.expired.load(Ordering::Relaxed) => Err(Stop::Fail("hung: stopped by the watchdog".into())),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until `condition` holds.
+///
+/// # Errors
+/// A failure that names `what` if it does not within the case's time.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool, Stop>) -> CaseResult {
+    while !condition()? {
+        check_time().map_err(|stop| stop.context(format_args!("waiting for {what}")))?;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Runs one case under the watchdog. `None` if it never came back.
+fn run_case(case: &Case) -> Option<CaseResult> {
+    let watch = Arc::new(Watch::default());
+    *WATCH.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&watch));
+    let (sender, receiver) = channel();
+    let run = case.run;
+    let thread = std::thread::spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+            Err(Stop::Fail(format!("panicked: {}", text.unwrap_or("no message"))))
+        });
+        // The receiver gives up only when it ends the program.
+        let _ = sender.send(result);
+    });
+    let started = Instant::now();
+    let result = loop {
+        let elapsed = started.elapsed();
+        let patience = if elapsed < case.limit { case.limit - elapsed } else { Duration::from_millis(20) };
+        match receiver.recv_timeout(patience) {
+            Ok(result) => break Some(result),
+            Err(RecvTimeoutError::Disconnected) => break Some(Err(Stop::Fail("ended without a result".into()))),
+            Err(RecvTimeoutError::Timeout) if elapsed > case.limit + GRACE => break None,
+            Err(RecvTimeoutError::Timeout) => {
+                watch.expired.store(true, Ordering::Relaxed);
+                for kicker in watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                    // A vCPU that cannot be kicked cannot be saved; the grace period ends the wait.
+                    let _ = kicker.kick();
+                }
+            }
+        }
+    };
+    if result.is_some() {
+        // The result was its last word, so it ends at once; its panic, if any, is in the result.
+        let _ = thread.join();
+    }
+    match result {
+        Some(Ok(())) if watch.expired.load(Ordering::Relaxed) => {
+            Some(Err(Stop::Fail("took longer than its limit".into())))
+        }
+        other => other,
+    }
+}
+
+/// Runs the cases that the command line chooses, and reports. Fails if a case fails, or if no case is chosen.
+pub fn main(cases: &[Case]) -> ExitCode {
+    let mut list = false;
+    let mut patterns = Vec::new();
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--list" => list = true,
+            option if option.starts_with('-') => {
+                eprintln!("unknown option {option}; usage: [--list] [PATTERN]...");
+                return ExitCode::from(2);
+            }
+            _ => patterns.push(argument),
+        }
+    }
+    let chosen =
+        cases.iter().filter(|case| patterns.is_empty() || patterns.iter().any(|p| case.name.contains(p.as_str())));
+    if list {
+        chosen.for_each(|case| println!("{}", case.name));
+        return ExitCode::SUCCESS;
+    }
+    let (mut count, mut failed) = (0, 0);
+    // The message of a panic goes into the case's line.
+    std::panic::set_hook(Box::new(|_| {}));
+    for case in chosen {
+        count += 1;
+        let mut hung = false;
+        match run_case(case) {
+            Some(Ok(())) => println!("ok - {}", case.name),
+            Some(Err(Stop::Skip(why))) => println!("skip - {}: {}", case.name, line(&why)),
+            Some(Err(Stop::Fail(why))) => {
+                failed += 1;
+                println!("not ok - {}: {}", case.name, line(&why));
+            }
+            None => {
+                (failed, hung) = (failed + 1, true);
+                println!("not ok - {}: hung, and kicks do not end it", case.name);
+            }
+        }
+        if std::io::stdout().flush().is_err() || hung {
+            println!("1..{count}");
+            // Threads of the hung case would be waited for by an orderly exit.
+            std::process::exit(1);
+        }
+    }
+    println!("1..{count}");
+    if count == 0 {
+        eprintln!("no case matches");
+    }
+    if failed == 0 && count > 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// The text on one line.
+fn line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cases share the watch, so one test runs them all.
+    #[test]
+    fn results_panics_and_overruns_are_told_apart() {
+        let run = |run| run_case(&Case { name: "x", limit: Duration::from_millis(50), run });
+        assert!(matches!(run(|| Ok(())), Some(Ok(()))));
+        assert!(matches!(run(|| Err(Stop::Skip("s".into()))), Some(Err(Stop::Skip(_)))));
+        assert!(matches!(run(|| panic!("boom")), Some(Err(Stop::Fail(why))) if why.contains("boom")));
+        let slow = run(|| wait_until("the end", || Ok(false)));
+        assert!(matches!(slow, Some(Err(Stop::Fail(why))) if why.contains("the end") && why.contains("hung")));
+    }
+}

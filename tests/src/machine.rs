@@ -1,0 +1,469 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A small virtual machine to test with: 4 MiB of RAM with a hole, one vCPU, and code in real, protected or long mode.
+//!
+//! | guest physical | content |
+//! |---|---|
+//! | 0 | interrupt vectors of real mode |
+//! | [`GDT`] | global descriptor table, and behind it a TSS ([`TSS`]) |
+//! | [`CODE`] | the code under test, up to a page |
+//! | [`IDT`] | interrupt descriptor table of protected and long mode |
+//! | up to [`STACK`] | stack |
+//! | [`TABLES`] | page tables of long mode: the first GiB, identical, by 2 MiB pages that user mode may use too |
+//! | [`DATA`] | free for the case, up to the hole |
+//! | [`HOLE`] | 128 KiB that are not memory: the place for MMIO, reachable from real mode |
+//! | [`HIGH`] | free for the case, up to [`RAM_SIZE`] |
+//!
+//! The first GiB of long mode includes addresses beyond the RAM, which are not memory either.
+
+use crate::harness::{self, CaseResult, Stop};
+use crate::{ensure, ensure_eq};
+use axvcpu_uapi::addr::GuestPhysAddr;
+use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
+use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason};
+use axvcpu_uapi::vcpu::Event;
+use axvcpu_uapi::x86::{Control, CpuidEntry, DescriptorTable, General, Segment, Segments, RSP};
+use std::sync::Arc;
+
+/// Size of the RAM, in bytes.
+pub const RAM_SIZE: usize = 4 << 20;
+/// The global descriptor table.
+pub const GDT: u64 = 0x800;
+/// The task state segment.
+pub const TSS: u64 = 0xa00;
+/// Where the code starts.
+pub const CODE: u64 = 0x1000;
+/// The interrupt descriptor table.
+pub const IDT: u64 = 0x2000;
+/// Initial stack pointer; the stack's page is below.
+pub const STACK: u64 = 0x9000;
+/// Page tables.
+pub const TABLES: u64 = 0x1_0000;
+/// Free memory.
+pub const DATA: u64 = 0x2_0000;
+/// Not memory.
+pub const HOLE: u64 = 0xa_0000;
+/// End of what is not memory.
+pub const HOLE_END: u64 = 0xc_0000;
+/// Free memory above the first MiB.
+pub const HIGH: u64 = 0x10_0000;
+
+/// Selector of the flat 32-bit code segment.
+pub const CODE32: u16 = 0x08;
+/// Selector of the flat data segment.
+pub const FLAT: u16 = 0x10;
+/// Selector of the 64-bit code segment.
+pub const CODE64: u16 = 0x18;
+/// Selector of the task state segment.
+pub const TASK: u16 = 0x20;
+/// Selector of the 64-bit code segment of user mode.
+pub const USER_CODE: u16 = 0x33;
+/// Selector of the data segment of user mode.
+pub const USER_DATA: u16 = 0x3b;
+
+/// CR0: protection enable.
+pub const CR0_PE: u64 = 1 << 0;
+/// CR0: monitor coprocessor.
+pub const CR0_MP: u64 = 1 << 1;
+/// CR0: extension type, always set.
+pub const CR0_ET: u64 = 1 << 4;
+/// CR0: numeric error.
+pub const CR0_NE: u64 = 1 << 5;
+/// CR0: write protect.
+pub const CR0_WP: u64 = 1 << 16;
+/// CR0: not write-through.
+pub const CR0_NW: u64 = 1 << 29;
+/// CR0: cache disable.
+pub const CR0_CD: u64 = 1 << 30;
+/// CR0: paging.
+pub const CR0_PG: u64 = 1 << 31;
+/// CR4: physical address extension.
+pub const CR4_PAE: u64 = 1 << 5;
+/// CR4: FXSAVE and SSE.
+pub const CR4_OSFXSR: u64 = 1 << 9;
+/// CR4: SIMD exceptions.
+pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
+/// CR4: XSAVE and XCR0.
+pub const CR4_OSXSAVE: u64 = 1 << 18;
+/// EFER: SYSCALL.
+pub const EFER_SCE: u64 = 1 << 0;
+/// EFER: long mode enable.
+pub const EFER_LME: u64 = 1 << 8;
+/// EFER: long mode active.
+pub const EFER_LMA: u64 = 1 << 10;
+/// EFER: no-execute pages.
+pub const EFER_NXE: u64 = 1 << 11;
+/// RFLAGS: the bit that is always set.
+pub const FLAGS: u64 = 1 << 1;
+/// RFLAGS: interrupts enabled.
+pub const FLAGS_IF: u64 = 1 << 9;
+
+/// The mode in which the code starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// 16-bit real mode, segments based at 0.
+    Real,
+    /// 32-bit protected mode with flat segments, without paging.
+    Protected,
+    /// 64-bit mode, SSE enabled.
+    Long,
+}
+
+/// The machine.
+pub struct Machine {
+    /// The device.
+    pub system: System,
+    /// The virtual machine.
+    pub vm: Vm,
+    /// Its address space.
+    pub space: AddressSpace,
+    /// The RAM, at guest physical address 0 but for the hole.
+    pub ram: Arc<Memory>,
+    /// The RAM's mappings, below and above the hole.
+    pub slots: Vec<Slot<Memory>>,
+    /// The vCPU.
+    pub vcpu: Vcpu,
+    mode: Mode,
+}
+
+/// Opens the device; without hardware that could run anything, the case is skipped.
+///
+/// # Errors
+/// A failure, or the reason to skip.
+pub fn open() -> Result<System, Stop> {
+    let system = System::open()?;
+    let info = system.info()?;
+    ensure_eq!(info.arch, axvcpu_uapi::system::ARCH_X86_64, "architecture");
+    if info.backend == axvcpu_uapi::system::BACKEND_NONE {
+        return Err(Stop::Skip("this CPU has no virtualization extension".into()));
+    }
+    ensure_eq!(info.status, axvcpu_uapi::system::STATUS_READY, "status of the module");
+    Ok(system)
+}
+
+impl Machine {
+    /// A machine without in-kernel APIC that is about to run `code`.
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn new(mode: Mode, code: &[u8]) -> Result<Self, Stop> {
+        Self::with(mode, code, Apic::None)
+    }
+
+    /// A machine that is about to run `code`, with the CPUID table that the module supports.
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn with(mode: Mode, code: &[u8], apic: Apic) -> Result<Self, Stop> {
+        let system = open()?;
+        let cpuid = system.supported_cpuid()?;
+        Self::build(system, mode, code, apic, &cpuid)
+    }
+
+    /// A machine that is about to run `code`, with the given CPUID table.
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn build(system: System, mode: Mode, code: &[u8], apic: Apic, cpuid: &[CpuidEntry]) -> Result<Self, Stop> {
+        let vm = system.create_vm()?;
+        let space = vm.create_address_space()?;
+        let ram = Arc::new(Memory::anonymous(RAM_SIZE)?);
+        let mut slots = Vec::new();
+        for (start, end) in [(0, HOLE as usize), (HOLE_END as usize, RAM_SIZE)] {
+            let at = GuestPhysAddr::new(start as u64);
+            slots.push(space.map(at, Arc::clone(&ram), start, end - start, Permissions::RWX)?);
+        }
+        let mut vcpu = vm.create_vcpu(0)?;
+        harness::watch(vcpu.kicker());
+        vcpu.set_entry(GuestPhysAddr::new(CODE))?;
+        vcpu.set_ept_root(&space)?;
+        vcpu.setup(apic, cpuid)?;
+        let mut machine = Self { system, vm, space, ram, slots, vcpu, mode };
+        machine.write(CODE, code)?;
+        machine.enter()?;
+        Ok(machine)
+    }
+
+    /// Brings tables and registers into the state that the mode starts with.
+    fn enter(&mut self) -> CaseResult {
+        self.write_tables()?;
+        let mut control: Control = self.vcpu.get()?;
+        let mut segments: Segments = self.vcpu.get()?;
+        if self.mode != Mode::Real {
+            control.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE;
+            segments = flat_segments(segments, self.mode);
+        }
+        if self.mode == Mode::Long {
+            control.cr0 |= CR0_PG | CR0_WP;
+            control.cr3 = TABLES;
+            control.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+            control.efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
+        }
+        self.vcpu.set(&control)?;
+        self.vcpu.set(&segments)?;
+        let mut general: General = self.vcpu.get()?;
+        general.gpr[RSP] = STACK;
+        if self.mode != Mode::Real {
+            general.rip = CODE;
+        }
+        self.vcpu.set(&general)?;
+        Ok(())
+    }
+
+    fn write_tables(&mut self) -> CaseResult {
+        // Descriptors as in APM vol. 2 section 4.7: null, code32, data, code64, TSS (two words), user code64, user
+        // data.
+        let descriptors = [
+            0,
+            0x00cf_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            0x00af_9b00_0000_ffff,
+            0x0000_8b00_0000_0067 | TSS << 16,
+            0,
+            0x00af_fb00_0000_ffff,
+            0x00cf_f300_0000_ffff,
+        ];
+        for (i, descriptor) in descriptors.into_iter().enumerate() {
+            self.write_u64(GDT + 8 * i as u64, descriptor)?;
+        }
+        // RSP0 of the 64-bit TSS; no I/O permission map.
+        self.write(TSS + 4, &STACK.to_le_bytes())?;
+        self.write(TSS + 0x66, &0x68u16.to_le_bytes())?;
+        // PML4 and page-directory-pointer table with one entry each, and a page directory of 2 MiB pages (bits P, RW,
+        // US, PS).
+        self.write_u64(TABLES, (TABLES + 0x1000) | 7)?;
+        self.write_u64(TABLES + 0x1000, (TABLES + 0x2000) | 7)?;
+        for i in 0..512 {
+            self.write_u64(TABLES + 0x2000 + 8 * i, i << 21 | 0x87)?;
+        }
+        Ok(())
+    }
+
+    /// Copies `data` into the RAM.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub fn write(&self, at: u64, data: &[u8]) -> CaseResult {
+        Ok(self.ram.write(at as usize, data)?)
+    }
+
+    /// Stores a word in the RAM.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub fn write_u64(&self, at: u64, value: u64) -> CaseResult {
+        Ok(self.ram.write_u64(at as usize, value)?)
+    }
+
+    /// Reads bytes of the RAM.
+    ///
+    /// # Errors
+    /// If they lie outside.
+    pub fn read<const N: usize>(&self, at: u64) -> Result<[u8; N], Stop> {
+        let mut bytes = [0; N];
+        self.ram.read(at as usize, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads a word of the RAM.
+    ///
+    /// # Errors
+    /// If it lies outside.
+    pub fn read_u64(&self, at: u64) -> Result<u64, Stop> {
+        Ok(self.ram.read_u64(at as usize)?)
+    }
+
+    /// Directs an interrupt or exception vector to `handler`, in the form of the machine's mode.
+    ///
+    /// # Errors
+    /// None that a correct vector could cause.
+    pub fn vector(&self, vector: u8, handler: u64) -> CaseResult {
+        let vector = u64::from(vector);
+        // Present interrupt gates of DPL 0: offset 15:0, selector, type and flags, offset 31:16.
+        let gate = |selector: u16| {
+            handler & 0xffff | u64::from(selector) << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48
+        };
+        match self.mode {
+            Mode::Real => self.write(4 * vector, &(handler as u32).to_le_bytes()),
+            Mode::Protected => self.write_u64(IDT + 8 * vector, gate(CODE32)),
+            Mode::Long => {
+                self.write_u64(IDT + 16 * vector, gate(CODE64))?;
+                self.write_u64(IDT + 16 * vector + 8, handler >> 32)
+            }
+        }
+    }
+
+    /// Changes general registers: through the run page after the first run, by ioctl before it.
+    ///
+    /// # Errors
+    /// What the module refuses.
+    pub fn modify(&mut self, change: impl FnOnce(&mut General)) -> CaseResult {
+        let mut general: General = self.vcpu.get()?;
+        change(&mut general);
+        Ok(self.vcpu.set(&general)?)
+    }
+
+    /// Sets RFLAGS.IF or clears it.
+    ///
+    /// # Errors
+    /// What the module refuses.
+    pub fn interrupts(&mut self, enabled: bool) -> CaseResult {
+        self.modify(|general| {
+            general.rflags = if enabled { general.rflags | FLAGS_IF } else { general.rflags & !FLAGS_IF };
+        })
+    }
+
+    /// Runs to the next exit that means something.
+    ///
+    /// # Errors
+    /// What `RUN` reports, or that the time is up.
+    pub fn run(&mut self) -> Result<Exit, Stop> {
+        loop {
+            harness::check_time()?;
+            let exit = self.vcpu.run()?;
+            match exit.reason {
+                AxVCpuExitReason::Nothing
+                | AxVCpuExitReason::ExternalInterrupt { .. }
+                | AxVCpuExitReason::PreemptionTimer => {}
+                AxVCpuExitReason::Interrupted => {
+                    harness::check_time()?;
+                    return Ok(exit);
+                }
+                _ => return Ok(exit),
+            }
+        }
+    }
+
+    /// Runs to the next exit, which must be `reason`.
+    ///
+    /// # Errors
+    /// If it is another, with the guest's registers.
+    pub fn expect(&mut self, reason: AxVCpuExitReason) -> Result<Exit, Stop> {
+        let exit = self.run()?;
+        if exit.reason == reason {
+            return Ok(exit);
+        }
+        Err(Stop::Fail(format!("expected exit {reason:x?}, found {:x?}, with {}", exit.reason, self.registers())))
+    }
+
+    /// The general registers on one line.
+    fn registers(&self) -> String {
+        let General { gpr, rip, rflags } = self.vcpu.general();
+        let names = [
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+            "r15",
+        ];
+        let mut line = format!("rip={rip:x} rflags={rflags:x}");
+        for (name, value) in names.iter().zip(gpr) {
+            line += &format!(" {name}={value:x}");
+        }
+        line
+    }
+
+    /// Expects port output.
+    ///
+    /// # Errors
+    /// If the next exit is another.
+    pub fn expect_out(&mut self, port: u16, width: AccessWidth, data: u64) -> Result<Exit, Stop> {
+        self.expect(AxVCpuExitReason::IoWrite { port, width, data })
+    }
+
+    /// Expects `OUT port, AL` with any value, and returns it with the exit: how guests announce where they are.
+    ///
+    /// # Errors
+    /// If the next exit is another.
+    pub fn expect_mark(&mut self, port: u16) -> Result<(u64, Exit), Stop> {
+        let exit = self.run()?;
+        match exit.reason {
+            AxVCpuExitReason::IoWrite { port: found, data, .. } if found == port => Ok((data, exit)),
+            other => Err(Stop::Fail(format!("expected OUT {port:#x}, found {other:x?}, with {}", self.registers()))),
+        }
+    }
+
+    /// Expects `OUT port, EAX` and returns the value.
+    ///
+    /// # Errors
+    /// If the next exit is another.
+    pub fn expect_word(&mut self, port: u16) -> Result<u64, Stop> {
+        let exit = self.run()?;
+        match exit.reason {
+            AxVCpuExitReason::IoWrite { port: found, width: AccessWidth::Dword, data } if found == port => Ok(data),
+            other => {
+                Err(Stop::Fail(format!("expected OUT {port:#x}, EAX, found {other:x?}, with {}", self.registers())))
+            }
+        }
+    }
+
+    /// Expects `IN EAX, port` and answers it.
+    ///
+    /// # Errors
+    /// If the next exit is another.
+    pub fn feed_word(&mut self, port: u16, value: u32) -> CaseResult {
+        self.expect(AxVCpuExitReason::IoRead { port, width: AccessWidth::Dword })?;
+        self.vcpu.reply(value.into());
+        Ok(())
+    }
+
+    /// Expects HLT as an exit.
+    ///
+    /// # Errors
+    /// If the next exit is another.
+    pub fn expect_halt(&mut self) -> CaseResult {
+        self.expect(AxVCpuExitReason::Halt).map(drop)
+    }
+
+    /// Expects an access to `at`, which is not memory or does not allow it, with all of `flags`; and checks what comes
+    /// with such an exit: instruction bytes, if any, and the snapshot.
+    ///
+    /// # Errors
+    /// If the next exit is another, or lacks something.
+    pub fn expect_fault(&mut self, at: u64, flags: AccessFlags) -> Result<Exit, Stop> {
+        let exit = self.run()?;
+        let AxVCpuExitReason::NestedPageFault { addr, access_flags } = exit.reason else {
+            return Err(Stop::Fail(format!(
+                "expected a fault at {at:#x}, found {:x?}, with {}",
+                exit.reason,
+                self.registers()
+            )));
+        };
+        ensure_eq!(addr.as_u64(), at, "faulting address");
+        ensure!(access_flags.contains(flags), "access flags: found {access_flags:?}, expected {flags:?}");
+        let snapshot = self.vcpu.snapshot().ok_or(Stop::Fail("a fault without snapshot".into()))?;
+        ensure_eq!(snapshot.control, self.vcpu.get::<Control>()?, "control registers of the snapshot");
+        ensure_eq!(snapshot.segments, self.vcpu.get::<Segments>()?, "segments of the snapshot");
+        ensure_eq!(self.vcpu.general(), self.vcpu.get::<General>()?, "general registers of the run page");
+        Ok(exit)
+    }
+
+    /// Steps over the instruction at RIP, which is `length` bytes long, after changing registers as it would have.
+    pub fn step_over(&mut self, length: u64, effect: impl FnOnce(&mut General)) {
+        self.vcpu.modify_general(|general| {
+            effect(general);
+            general.rip += length;
+        });
+    }
+
+    /// Queues an event.
+    ///
+    /// # Errors
+    /// What the module refuses.
+    pub fn inject(&mut self, kind: u32, vector: u8) -> CaseResult {
+        Ok(self.vcpu.inject(&Event { kind, vector: vector.into(), ..Event::default() })?)
+    }
+}
+
+/// A segment register for a segment of the whole address space.
+pub const fn flat_segment(selector: u16, attributes: u16) -> Segment {
+    Segment { base: 0, limit: 0xffff_ffff, selector, attributes }
+}
+
+/// The segments of protected or long mode.
+fn flat_segments(mut segments: Segments, mode: Mode) -> Segments {
+    let data = flat_segment(FLAT, 0xc93);
+    segments.cs = if mode == Mode::Long { flat_segment(CODE64, 0xa9b) } else { flat_segment(CODE32, 0xc9b) };
+    (segments.ds, segments.es, segments.fs, segments.gs, segments.ss) = (data, data, data, data, data);
+    segments.tr = Segment { base: TSS, limit: 0x67, selector: TASK, attributes: 0x8b };
+    segments.ldtr = Segment { base: 0, limit: 0, selector: 0, attributes: 0 };
+    segments.gdtr = DescriptorTable { base: GDT, limit: 0x3f, ..DescriptorTable::default() };
+    segments.idtr = DescriptorTable { base: IDT, limit: 0xfff, ..DescriptorTable::default() };
+    segments
+}
