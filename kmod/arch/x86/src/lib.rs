@@ -1,13 +1,44 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! x86-64 vCPUs.
+//! x86-64 vCPUs: register sets and what they may hold, local APIC, CPUID and MSR policy, events, FPU, and the hardware
+//! backends. [`X86VCpu`] is what the module uses; it implements [`AxArchVCpu`](vcpu_core::AxArchVCpu).
+//!
+//! Nothing here knows a kernel: frames, time, the FPU and per-CPU storage come through [`X86Hal`]. What does not execute
+//! privileged instructions runs in ordinary tests and under Miri. What does is in `cpu.rs` (single instructions) and
+//! `svm/switch.rs` (the world switch).
+//!
+//! - [`state`] is the part of a vCPU that is the same for all backends, over [`state::Registers`], which a backend implements;
+//!   [`msr`], [`regs`], [`events`], [`fpu`], [`length`] and [`linear`] belong to it, and the public modules.
+//! - [`svm`] is the backend for AMD.
 #![no_std]
 
 #[cfg(test)]
 extern crate std;
 
 pub mod apic;
+mod caps;
+mod cpu;
 pub mod cpuid;
+mod events;
 pub mod fault;
+mod fpu;
 mod frame;
+mod hal;
+mod length;
+mod linear;
+mod msr;
 pub mod mtrr;
+mod percpu;
 pub mod pvclock;
+mod regs;
+mod state;
+mod svm;
+#[cfg(test)]
+mod testing;
+mod vcpu;
+
+pub use caps::{detect, in_use, read_tsc, Backend, Capabilities};
+pub use hal::{Mitigations, X86Hal};
+pub use percpu::X86PerCpu;
+pub use state::Reply;
+pub use svm::{PermissionMaps, SvmVCpu};
+pub use vcpu::{load_cpuid, supported_cpuid, InsnInfo, X86CreateConfig, X86SetupConfig, X86VCpu};

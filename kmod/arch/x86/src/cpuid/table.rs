@@ -149,7 +149,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             for (bytes, word) in slot.chunks_exact_mut(4).zip(words) {
                 bytes.copy_from_slice(&word.to_le_bytes());
             }
-            self.count += 1;
+            self.count = self.count.saturating_add(1);
         }
     }
 
@@ -197,7 +197,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             Register::Ecx => leaf.ecx,
             Register::Edx => leaf.edx,
         };
-        (register >> feature.bit) & 1 != 0
+        register.wrapping_shr(feature.bit) & 1 != 0
     }
 
     /// Bits that the guest may set in XCR0: those of leaf 0xd; zero without XSAVE.

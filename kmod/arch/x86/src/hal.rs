@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! What the x86 backends ask of the kernel beyond [`AxVCpuHal`].
+
+use core::ptr::NonNull;
+
+use vcpu_core::AxVCpuHal;
+
+use crate::percpu::X86PerCpu;
+use crate::svm::PermissionMaps;
+
+/// Services of an x86 host.
+pub trait X86Hal: AxVCpuHal {
+    /// This CPU's record. Called with preemption off; the record stays where it is, and only this CPU uses it, until
+    /// preemption is on again.
+    fn per_cpu() -> NonNull<X86PerCpu<Self>>;
+
+    /// The permission maps that every vCPU of the module uses. They outlive the last vCPU.
+    fn maps() -> &'static PermissionMaps<Self>;
+
+    /// Frequency of the time-stamp counter, in kHz; not 0.
+    fn tsc_khz() -> u32;
+
+    /// What the world switch must do against speculative execution attacks, as the host has decided for itself.
+    fn mitigations() -> Mitigations {
+        Mitigations::default()
+    }
+}
+
+/// Measures against speculative execution attacks. The default is all of them, where the CPU has the instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mitigations {
+    /// Clear the CPU's buffers by VERW before each entry (Linux: `X86_FEATURE_CLEAR_CPU_BUF_VM`).
+    pub clear_buffers: bool,
+    /// Refill the return stack buffer after each exit (Linux: `X86_FEATURE_RSB_VMEXIT`).
+    pub refill_rsb: bool,
+    /// Indirect branch prediction barrier when a CPU goes from one vCPU to another (Linux: `switch_vcpu_ibpb`).
+    pub branch_barrier: bool,
+}
+
+impl Default for Mitigations {
+    fn default() -> Self {
+        Self { clear_buffers: true, refill_rsb: true, branch_barrier: true }
+    }
+}

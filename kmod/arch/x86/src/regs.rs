@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! Which register values are valid: for the register sets that userspace loads, and for the writes of the guest that exit.
+//! The rules are those of the architecture (APM vol. 2 chapters 3, 4, 5 and 13 and section 15.5.1), narrowed to what the vCPU's
+//! CPUID offers. What passes here, the hardware accepts at VM entry.
+
+use axvcpu_uapi::x86::{Control, Debug, General, Segment, Segments};
+use vcpu_core::{AxError, AxResult, AxVCpuHal};
+
+use crate::cpuid::CpuidTable;
+use crate::fault::{GeneralProtection, GuestResult};
+
+/// Bits of CR0.
+pub(crate) mod cr0 {
+    pub(crate) const PE: u64 = 1 << 0;
+    pub(crate) const MP: u64 = 1 << 1;
+    pub(crate) const EM: u64 = 1 << 2;
+    pub(crate) const TS: u64 = 1 << 3;
+    pub(crate) const ET: u64 = 1 << 4;
+    pub(crate) const NE: u64 = 1 << 5;
+    pub(crate) const WP: u64 = 1 << 16;
+    pub(crate) const AM: u64 = 1 << 18;
+    pub(crate) const NW: u64 = 1 << 29;
+    pub(crate) const CD: u64 = 1 << 30;
+    pub(crate) const PG: u64 = 1 << 31;
+    /// Every bit that has a meaning.
+    pub(crate) const DEFINED: u64 = PE | MP | EM | TS | ET | NE | WP | AM | NW | CD | PG;
+}
+
+/// Bits of CR4 that the crate has to do with one by one; which of them a guest can have is a matter of its CPUID.
+pub(crate) mod cr4 {
+    pub(crate) const PSE: u64 = 1 << 4;
+    pub(crate) const PAE: u64 = 1 << 5;
+    pub(crate) const PGE: u64 = 1 << 7;
+    pub(crate) const LA57: u64 = 1 << 12;
+    pub(crate) const PCIDE: u64 = 1 << 17;
+    pub(crate) const OSXSAVE: u64 = 1 << 18;
+    pub(crate) const SMEP: u64 = 1 << 20;
+    pub(crate) const SMAP: u64 = 1 << 21;
+    pub(crate) const PKE: u64 = 1 << 22;
+    /// Bits whose change makes cached translations wrong (APM vol. 2 section 5.5.2).
+    pub(crate) const TRANSLATION: u64 = PSE | PAE | PGE | LA57 | PCIDE | SMEP | SMAP | PKE;
+}
+
+/// Bits of EFER.
+pub(crate) mod efer {
+    #[cfg(test)]
+    pub(crate) const SCE: u64 = 1 << 0;
+    pub(crate) const LME: u64 = 1 << 8;
+    pub(crate) const LMA: u64 = 1 << 10;
+    #[cfg(test)]
+    pub(crate) const NXE: u64 = 1 << 11;
+    /// Set for the hardware, hidden from the guest.
+    pub(crate) const SVME: u64 = 1 << 12;
+}
+
+/// Bits of RFLAGS.
+pub(crate) mod rflags {
+    pub(crate) const FIXED: u64 = 1 << 1;
+    pub(crate) const TF: u64 = 1 << 8;
+    pub(crate) const IF: u64 = 1 << 9;
+    pub(crate) const RF: u64 = 1 << 16;
+    /// Every bit that has a meaning: 1, CF, PF, AF, ZF, SF, TF, IF, DF, OF, IOPL, NT, RF, VM, AC, VIF, VIP, ID.
+    pub(crate) const DEFINED: u64 = 0x3f_7fd7;
+}
+
+/// Bits of a segment's attributes.
+pub(crate) mod segment {
+    pub(crate) const TYPE: u16 = 0xf;
+    pub(crate) const S: u16 = 1 << 4;
+    pub(crate) const DPL_SHIFT: u32 = 5;
+    pub(crate) const P: u16 = 1 << 7;
+    pub(crate) const L: u16 = 1 << 9;
+    pub(crate) const DB: u16 = 1 << 10;
+    pub(crate) const G: u16 = 1 << 11;
+    /// Every bit that has a meaning.
+    pub(crate) const DEFINED: u16 = 0xfff;
+}
+
+/// Bits of DR6 that read as one (APM vol. 2 section 13.1.1.3).
+pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
+/// DR6.BS: single step.
+pub(crate) const DR6_BS: u64 = 1 << 14;
+/// Bits of DR6 that can be set or clear: B0-B3, BD, BS, BT.
+const DR6_VOLATILE: u64 = 0xe00f;
+/// The bit of DR7 that reads as one.
+pub(crate) const DR7_FIXED: u64 = 1 << 10;
+/// Bits of DR7 that must be zero: 11, 12, 14, 15 and the upper half.
+const DR7_RESERVED: u64 = !0xffff_27ff;
+/// Enable bits of the four breakpoints in DR7.
+pub(crate) const DR7_ENABLES: u64 = 0xff;
+
+/// Bits of XCR0.
+pub(crate) mod xcr0 {
+    pub(crate) const X87: u64 = 1 << 0;
+    pub(crate) const SSE: u64 = 1 << 1;
+    pub(crate) const AVX: u64 = 1 << 2;
+    /// Opmask, ZMM_Hi256, Hi16_ZMM: all or none.
+    pub(crate) const AVX512: u64 = 7 << 5;
+    pub(crate) const PKRU: u64 = 1 << 9;
+    /// What guests can be given: user state that is saved and loaded by XSAVE alone.
+    pub(crate) const OFFERED: u64 = X87 | SSE | AVX | AVX512 | PKRU;
+}
+
+/// What a vCPU's registers can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Width of a guest physical address.
+    pub(crate) phys_bits: u32,
+    /// Bits that CR4 may have.
+    pub(crate) cr4: u64,
+    /// Bits that EFER may have, LMA included.
+    pub(crate) efer: u64,
+    /// Bits that XCR0 may have; 0 without XSAVE.
+    pub(crate) xcr0: u64,
+}
+
+impl Limits {
+    /// The limits of a vCPU with this CPUID table, which has been checked against the host, on a CPU that offers `xcr0`.
+    pub(crate) fn new<H: AxVCpuHal>(cpuid: &CpuidTable<H>, xcr0: u64) -> Self {
+        Self { phys_bits: cpuid.phys_bits(), cr4: cpuid.cr4_bits(), efer: cpuid.efer_bits(), xcr0: cpuid.xcr0() & xcr0 }
+    }
+
+    /// Whether `address` is canonical in the widest paging mode that the vCPU has.
+    pub(crate) fn canonical(&self, address: u64) -> bool {
+        let unused = if self.cr4 & cr4::LA57 != 0 { 64 - 57 } else { 64 - 48 };
+        ((address << unused) as i64 >> unused) as u64 == address
+    }
+
+    /// Whether XCR0 may be `value`.
+    pub(crate) fn xcr0_valid(&self, value: u64) -> bool {
+        value & !self.xcr0 == 0
+            && value & xcr0::X87 != 0
+            && (value & xcr0::AVX == 0 || value & xcr0::SSE != 0)
+            && (value & xcr0::AVX512 == 0 || value & (xcr0::AVX512 | xcr0::AVX) == xcr0::AVX512 | xcr0::AVX)
+    }
+
+    fn cr3_valid(&self, value: u64) -> bool {
+        value >> self.phys_bits == 0
+    }
+
+    /// What MOV to CR4 checks (APM vol. 2 section 3.1.3, and volume 3, MOV CRn).
+    pub(crate) fn check_cr4_write(&self, old: u64, new: u64, cr3: u64, efer: u64) -> GuestResult {
+        let long_mode = efer & efer::LMA != 0;
+        let changed = old ^ new;
+        let bad = new & !self.cr4 != 0
+            || (long_mode && (new & cr4::PAE == 0 || changed & cr4::LA57 != 0))
+            || (changed & new & cr4::PCIDE != 0 && (!long_mode || cr3 & 0xfff != 0));
+        if bad {
+            return Err(GeneralProtection);
+        }
+        Ok(())
+    }
+
+    /// What WRMSR to EFER checks; gives the new value with LMA as it was.
+    pub(crate) fn check_efer_write(&self, old: u64, new: u64, cr0: u64) -> GuestResult<u64> {
+        // LMA is read-only; Linux and others write back what they have read.
+        let new = new & !efer::LMA | old & efer::LMA;
+        if new & !self.efer != 0 || ((old ^ new) & efer::LME != 0 && cr0 & cr0::PG != 0) {
+            return Err(GeneralProtection);
+        }
+        Ok(new)
+    }
+
+    /// Checks a general register set, and gives RFLAGS with its fixed bit.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`].
+    pub(crate) fn check_general(&self, general: &General) -> AxResult<u64> {
+        if general.rflags & !rflags::DEFINED != 0 || !self.canonical(general.rip) {
+            return Err(AxError::InvalidRegister);
+        }
+        Ok(general.rflags | rflags::FIXED)
+    }
+
+    /// Checks control registers. `cs` is the code segment that goes with them. Does not look at `apic_base`.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`].
+    pub(crate) fn check_control(&self, c: &Control, cs: &Segment) -> AxResult {
+        let paging = c.cr0 & cr0::PG != 0;
+        let long_mode = c.efer & efer::LMA != 0;
+        let bad = c.cr0 & !cr0::DEFINED != 0
+            || c.cr0 & (cr0::NW | cr0::CD) == cr0::NW
+            || (paging && c.cr0 & cr0::PE == 0)
+            || !self.cr3_valid(c.cr3)
+            || c.cr4 & !self.cr4 != 0
+            || c.efer & !self.efer != 0
+            || long_mode != (paging && c.efer & efer::LME != 0)
+            || (long_mode && c.cr4 & cr4::PAE == 0)
+            || (!long_mode && c.cr4 & cr4::PCIDE != 0)
+            || (long_mode && code_is_ambiguous(cs))
+            || c.cr8 > 15
+            || !(self.xcr0_valid(c.xcr0) || (self.xcr0 == 0 && c.xcr0 == xcr0::X87));
+        if bad {
+            return Err(AxError::InvalidRegister);
+        }
+        Ok(())
+    }
+
+    /// Checks segments that go with `efer`.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`].
+    pub(crate) fn check_segments(&self, s: &Segments, efer: u64) -> AxResult {
+        let all = [&s.es, &s.cs, &s.ss, &s.ds, &s.fs, &s.gs, &s.ldtr, &s.tr];
+        let bad = all.into_iter().any(|segment| !segment_consistent(segment))
+            || [s.fs.base, s.gs.base, s.ldtr.base, s.tr.base, s.gdtr.base, s.idtr.base]
+                .into_iter()
+                .any(|base| !self.canonical(base))
+            // The others have 32-bit bases in every mode.
+            || [s.es.base, s.cs.base, s.ss.base, s.ds.base].into_iter().any(|base| base >> 32 != 0)
+            || (efer & efer::LMA != 0 && code_is_ambiguous(&s.cs))
+            // A CPU always has a task register: a busy TSS, in long mode too of either kind until LTR.
+            || s.tr.attributes & (segment::P | segment::S) != segment::P
+            || !matches!(s.tr.attributes & segment::TYPE, 3 | 11)
+            || (s.ldtr.attributes & segment::P != 0 && s.ldtr.attributes & (segment::S | segment::TYPE) != 2);
+        if bad {
+            return Err(AxError::InvalidRegister);
+        }
+        Ok(())
+    }
+}
+
+/// L and D together mean nothing, and VMRUN refuses them.
+fn code_is_ambiguous(cs: &Segment) -> bool {
+    cs.attributes & (segment::L | segment::DB) == segment::L | segment::DB
+}
+
+/// Whether the attributes are such as a descriptor can have, and fit the limit.
+fn segment_consistent(s: &Segment) -> bool {
+    if s.attributes & !segment::DEFINED != 0 {
+        return false;
+    }
+    if s.attributes & segment::P == 0 {
+        return true;
+    }
+    // A limit in pages ends with a page, one in bytes has 20 bits.
+    let pages = s.limit & 0xfff == 0xfff;
+    let bytes = s.limit >> 20 == 0;
+    if s.attributes & segment::G != 0 {
+        pages
+    } else {
+        bytes
+    }
+}
+
+/// Checks debug registers, and gives them with their fixed bits.
+///
+/// # Errors
+/// [`AxError::InvalidRegister`].
+pub(crate) fn check_debug(debug: &Debug) -> AxResult<Debug> {
+    if debug.dr6 & !(DR6_FIXED | DR6_VOLATILE) != 0 || debug.dr7 & DR7_RESERVED != 0 {
+        return Err(AxError::InvalidRegister);
+    }
+    Ok(Debug { dr: debug.dr, dr6: debug.dr6 | DR6_FIXED, dr7: debug.dr7 | DR7_FIXED })
+}
+
+/// The CPL of these segments: the DPL of SS, which the hardware keeps equal to it.
+pub(crate) fn privilege(s: &Segments) -> u8 {
+    (s.ss.attributes >> segment::DPL_SHIFT & 3) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A vCPU with every feature.
+    fn limits() -> Limits {
+        Limits { phys_bits: 48, cr4: 0x77_1fff, efer: 0xd01, xcr0: xcr0::OFFERED }
+    }
+
+    fn real_mode() -> Control {
+        Control { cr0: cr0::ET, xcr0: 1, ..Control::default() }
+    }
+
+    fn long_mode() -> Control {
+        Control {
+            cr0: cr0::PE | cr0::PG | cr0::ET,
+            cr3: 0x1000,
+            cr4: cr4::PAE,
+            efer: efer::LME | efer::LMA,
+            xcr0: 7,
+            ..Control::default()
+        }
+    }
+
+    const CODE16: Segment = Segment { base: 0, limit: 0xffff, selector: 0, attributes: 0x9b };
+
+    fn flat() -> Segments {
+        let data = Segment { base: 0, limit: !0, selector: 0x10, attributes: 0xc93 };
+        Segments {
+            es: data,
+            cs: Segment { selector: 8, attributes: 0xa9b, ..data },
+            ss: data,
+            ds: data,
+            fs: data,
+            gs: data,
+            ldtr: Segment::default(),
+            tr: Segment { base: 0, limit: 0x67, selector: 0x18, attributes: 0x8b },
+            ..Segments::default()
+        }
+    }
+
+    #[test]
+    fn good_control_registers_pass() {
+        for good in [
+            real_mode(),
+            long_mode(),
+            Control { cr0: cr0::PE | cr0::PG | cr0::ET, xcr0: 1, ..Control::default() },
+            Control { cr4: cr4::PAE | cr4::PCIDE | cr4::LA57, ..long_mode() },
+            Control { efer: efer::LME | efer::NXE | efer::SCE, ..real_mode() },
+            Control { cr0: cr0::CD | cr0::NW | cr0::ET, ..real_mode() },
+            Control { cr8: 15, xcr0: 0x2e7, ..real_mode() },
+            Control { cr3: 0xffff_ffff_f000, cr2: !0, ..real_mode() },
+        ] {
+            assert_eq!(limits().check_control(&good, &CODE16), Ok(()), "{good:x?}");
+        }
+    }
+
+    #[test]
+    fn bad_control_registers_are_refused() {
+        for (why, bad) in [
+            ("CR0 upper half", Control { cr0: 1 << 32, ..real_mode() }),
+            ("CR0 reserved bit", Control { cr0: 1 << 6, ..real_mode() }),
+            ("NW without CD", Control { cr0: cr0::NW, ..real_mode() }),
+            ("PG without PE", Control { cr0: cr0::PG, ..real_mode() }),
+            ("CR3 beyond the address width", Control { cr3: 1 << 48, ..real_mode() }),
+            ("CR4.VMXE", Control { cr4: 1 << 13, ..real_mode() }),
+            ("CR4.CET", Control { cr4: 1 << 23, ..real_mode() }),
+            ("CR4 upper half", Control { cr4: 1 << 32, ..real_mode() }),
+            ("EFER.SVME", Control { efer: efer::SVME, ..real_mode() }),
+            ("EFER.LMSLE", Control { efer: 1 << 13, ..real_mode() }),
+            ("LMA without paging", Control { efer: efer::LME | efer::LMA, ..real_mode() }),
+            ("LMA without LME", Control { efer: efer::LMA, ..long_mode() }),
+            ("LME and paging without LMA", Control { efer: efer::LME, ..long_mode() }),
+            ("long mode without PAE", Control { cr4: 0, ..long_mode() }),
+            ("PCIDE outside of long mode", Control { cr4: cr4::PCIDE, ..real_mode() }),
+            ("CR8", Control { cr8: 16, ..real_mode() }),
+            ("XCR0 without x87", Control { xcr0: 2, ..real_mode() }),
+            ("XCR0 AVX without SSE", Control { xcr0: 5, ..real_mode() }),
+            ("XCR0 with part of AVX-512", Control { xcr0: 0x27, ..real_mode() }),
+            ("XCR0 AVX-512 without AVX", Control { xcr0: 0xe3, ..real_mode() }),
+            ("XCR0 AMX", Control { xcr0: 0x6_0007, ..real_mode() }),
+        ] {
+            assert_eq!(limits().check_control(&bad, &CODE16), Err(AxError::InvalidRegister), "{why}");
+        }
+        let both = Segment { attributes: 0xe9b, ..CODE16 };
+        assert_eq!(limits().check_control(&long_mode(), &both), Err(AxError::InvalidRegister), "CS.L and CS.D");
+        assert_eq!(limits().check_control(&real_mode(), &both), Ok(()));
+    }
+
+    #[test]
+    fn good_segments_pass_and_bad_ones_are_refused() {
+        let check = |s: &Segments, lma: bool| limits().check_segments(s, if lma { efer::LMA } else { 0 });
+        assert_eq!(check(&flat(), true), Ok(()));
+        let mut real = Segments { tr: Segment { limit: 0xffff, attributes: 0x83, ..flat().tr }, ..flat() };
+        for s in [&mut real.es, &mut real.cs, &mut real.ss, &mut real.ds, &mut real.fs, &mut real.gs] {
+            *s = Segment { attributes: if s.attributes & 8 != 0 { 0x9b } else { 0x93 }, ..CODE16 };
+        }
+        real.cs = Segment { base: 0xffff_0000, selector: 0xf000, ..real.cs };
+        assert_eq!(check(&real, false), Ok(()));
+        type Change = fn(&mut Segments);
+        let changes: [(&str, Change); 12] = [
+            ("undefined attribute", |s| s.ds.attributes |= 1 << 12),
+            ("L and D", |s| s.cs.attributes |= segment::DB),
+            ("no TSS", |s| s.tr.attributes = 0),
+            ("TSS not busy", |s| s.tr.attributes = 0x89),
+            ("TSS is a code segment", |s| s.tr.attributes = 0x9b),
+            ("LDT is a data segment", |s| s.ldtr.attributes = 0x93),
+            ("FS base not canonical", |s| s.fs.base = 1 << 62),
+            ("GDT base not canonical", |s| s.gdtr.base = 1 << 63),
+            ("CS base beyond 4 GiB", |s| s.cs.base = 1 << 32),
+            ("limit in pages that ends inside of one", |s| s.ds.limit = 0x1234_5678),
+            ("limit in bytes beyond 1 MiB", |s| s.ds.attributes &= !segment::G),
+            ("TSS limit in pages", |s| s.tr.attributes |= segment::G),
+        ];
+        for (why, change) in changes {
+            let mut bad = flat();
+            change(&mut bad);
+            assert_eq!(check(&bad, true), Err(AxError::InvalidRegister), "{why}");
+        }
+    }
+
+    #[test]
+    fn privilege_is_that_of_the_stack() {
+        let mut s = flat();
+        assert_eq!(privilege(&s), 0);
+        s.ss.attributes |= 3 << segment::DPL_SHIFT;
+        assert_eq!(privilege(&s), 3);
+    }
+
+    #[test]
+    fn general_and_debug_registers_are_checked_and_completed() {
+        let l = limits();
+        let general = |rip, rflags| General { rip, rflags, ..General::default() };
+        assert_eq!(l.check_general(&general(0x1000, 0)), Ok(2));
+        assert_eq!(l.check_general(&general(!0, 0x3f_7fd7)), Ok(0x3f_7fd7));
+        for (rip, flags) in [(0, 1 << 3), (0, 1 << 5), (0, 1 << 15), (0, 1 << 22), (0, 1 << 63), (1 << 57, 0)] {
+            assert_eq!(l.check_general(&general(rip, flags)), Err(AxError::InvalidRegister), "{rip:#x} {flags:#x}");
+        }
+        let no_la57 = Limits { cr4: cr4::PAE, ..l };
+        assert!(no_la57.check_general(&general(1 << 47, 0)).is_err() && l.check_general(&general(1 << 47, 0)).is_ok());
+
+        let debug = |dr6, dr7| Debug { dr: [!0; 4], dr6, dr7 };
+        assert_eq!(check_debug(&debug(0, 0)), Ok(debug(0xffff_0ff0, 0x400)));
+        assert_eq!(check_debug(&debug(0xffff_effe | 1, 0xffff_27ff)), Ok(debug(0xffff_efff, 0xffff_27ff)));
+        for (dr6, dr7) in [(1 << 12, 0), (1 << 32, 0), (0, 1 << 11), (0, 1 << 14), (0, 1 << 32)] {
+            assert_eq!(check_debug(&debug(dr6, dr7)), Err(AxError::InvalidRegister), "{dr6:#x} {dr7:#x}");
+        }
+    }
+
+    #[test]
+    fn cr4_writes_of_the_guest() {
+        let l = limits();
+        let lma = efer::LMA | efer::LME;
+        for (old, new, cr3, efer, ok) in [
+            (0, cr4::PAE, 0, 0, true),
+            (cr4::PAE, 0, 0, 0, true),
+            (cr4::PAE, 0, 0, lma, false),
+            (cr4::PAE, cr4::PAE | cr4::LA57, 0, lma, false),
+            (cr4::PAE, cr4::PAE | cr4::LA57, 0, 0, true),
+            (cr4::PAE, cr4::PAE | cr4::PCIDE, 0x1000, lma, true),
+            (cr4::PAE, cr4::PAE | cr4::PCIDE, 0x1001, lma, false),
+            (cr4::PAE | cr4::PCIDE, cr4::PAE | cr4::PCIDE | cr4::PGE, 0x1001, lma, true),
+            (0, cr4::PCIDE, 0, 0, false),
+            (0, 1 << 13, 0, 0, false),
+            (0, 1 << 33, 0, 0, false),
+        ] {
+            assert_eq!(l.check_cr4_write(old, new, cr3, efer).is_ok(), ok, "{old:#x} -> {new:#x}");
+        }
+    }
+
+    #[test]
+    fn efer_writes_of_the_guest() {
+        let l = limits();
+        assert_eq!(l.check_efer_write(0, efer::LME | efer::NXE, 0), Ok(efer::LME | efer::NXE));
+        assert_eq!(l.check_efer_write(0, efer::LMA, 0), Ok(0), "LMA cannot be written");
+        let on = efer::LME | efer::LMA;
+        assert_eq!(l.check_efer_write(on, efer::LME | efer::SCE, cr0::PG), Ok(on | efer::SCE));
+        assert_eq!(l.check_efer_write(on, 0, cr0::PG), Err(GeneralProtection), "LME while paging");
+        assert_eq!(l.check_efer_write(0, efer::SVME, 0), Err(GeneralProtection));
+    }
+}

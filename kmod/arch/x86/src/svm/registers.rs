@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! A vCPU's registers as SVM keeps them: in the VMCB and in the frame of the world switch.
+
+use axvcpu_uapi::x86::{Segment, Segments, RAX, RSP};
+use vcpu_core::AxResult;
+use x86::msr;
+
+use super::switch::Frame;
+use super::vmcb::{SegmentRegister as S, TableRegister as T, Vmcb};
+use crate::caps::Capabilities;
+use crate::frame::Framed;
+use crate::hal::X86Hal;
+use crate::msr::PAT_RESET;
+use crate::regs::{cr0, efer, privilege, rflags, DR6_FIXED, DR7_FIXED};
+use crate::state::Registers;
+
+/// The VMCB, the general registers, and what must be done about them at the next entry.
+pub(crate) struct SvmRegisters<H: X86Hal> {
+    pub(crate) vmcb: Framed<Vmcb, H>,
+    pub(crate) frame: Framed<Frame, H>,
+    /// The guest's translations are to be flushed.
+    pub(crate) flush: bool,
+    /// The hardware switches SPEC_CTRL.
+    virtual_spec_ctrl: bool,
+}
+
+/// Attributes of a present, accessed, writable data segment.
+const DATA16: u16 = 0x93;
+/// Attributes of a present, accessed, readable code segment.
+const CODE16: u16 = 0x9b;
+/// Attributes of a present LDT.
+const LDT: u16 = 0x82;
+/// Attributes of a present, busy 16-bit TSS.
+const TSS16: u16 = 0x83;
+
+impl<H: X86Hal> SvmRegisters<H> {
+    pub(crate) fn new(caps: &Capabilities) -> AxResult<Self> {
+        let mut vmcb = Framed::new(Vmcb::new())?;
+        let mut frame = Framed::new(Frame::new())?;
+        frame.vmcb = vmcb.phys().as_u64();
+        vmcb.set_g_pat(PAT_RESET);
+        Ok(Self { vmcb, frame, flush: true, virtual_spec_ctrl: caps.virtual_spec_ctrl })
+    }
+
+    /// The state after reset or INIT (APM vol. 2 table 14-1), in real mode with CS based at `code_base` and at `rip`; RDX holds
+    /// `signature`, CPUID's. Caches are on, as firmware leaves them.
+    pub(crate) fn reset(&mut self, code_base: u64, selector: u16, rip: u64, signature: u32) {
+        let flat = Segment { base: 0, limit: 0xffff, selector: 0, attributes: DATA16 };
+        for register in [S::Es, S::Ss, S::Ds, S::Fs, S::Gs] {
+            self.vmcb.set_segment(register, &flat);
+        }
+        self.vmcb.set_segment(S::Cs, &Segment { base: code_base, selector, attributes: CODE16, ..flat });
+        self.vmcb.set_segment(S::Ldtr, &Segment { attributes: LDT, ..flat });
+        self.vmcb.set_segment(S::Tr, &Segment { attributes: TSS16, ..flat });
+        let table = axvcpu_uapi::x86::DescriptorTable { base: 0, limit: 0xffff, reserved: [0; 3] };
+        self.vmcb.set_table(T::Gdtr, &table);
+        self.vmcb.set_table(T::Idtr, &table);
+        self.vmcb.set_cpl(0);
+        self.vmcb.set_efer(efer::SVME);
+        // INIT keeps CD and NW as they are.
+        let caching = self.vmcb.cr0() & (cr0::CD | cr0::NW);
+        self.vmcb.set_cr0(cr0::ET | caching);
+        self.vmcb.set_cr2(0);
+        self.vmcb.set_cr3(0);
+        self.vmcb.set_cr4(0);
+        self.vmcb.set_dr6(DR6_FIXED);
+        self.vmcb.set_dr7(DR7_FIXED);
+        self.vmcb.set_rflags(rflags::FIXED);
+        self.vmcb.set_rip(rip);
+        self.vmcb.set_interrupt_shadow(0);
+        for register in 0..16 {
+            self.set_gpr(register, 0);
+        }
+        self.set_gpr(axvcpu_uapi::x86::RDX, signature.into());
+        self.flush = true;
+    }
+
+    pub(crate) fn segments(&self) -> Segments {
+        Segments {
+            es: self.vmcb.segment(S::Es),
+            cs: self.vmcb.segment(S::Cs),
+            ss: self.vmcb.segment(S::Ss),
+            ds: self.vmcb.segment(S::Ds),
+            fs: self.vmcb.segment(S::Fs),
+            gs: self.vmcb.segment(S::Gs),
+            ldtr: self.vmcb.segment(S::Ldtr),
+            tr: self.vmcb.segment(S::Tr),
+            gdtr: self.vmcb.table(T::Gdtr),
+            idtr: self.vmcb.table(T::Idtr),
+        }
+    }
+
+    pub(crate) fn set_segments(&mut self, s: &Segments) {
+        self.vmcb.set_segment(S::Es, &s.es);
+        self.vmcb.set_segment(S::Cs, &s.cs);
+        self.vmcb.set_segment(S::Ss, &s.ss);
+        self.vmcb.set_segment(S::Ds, &s.ds);
+        self.vmcb.set_segment(S::Fs, &s.fs);
+        self.vmcb.set_segment(S::Gs, &s.gs);
+        self.vmcb.set_segment(S::Ldtr, &s.ldtr);
+        self.vmcb.set_segment(S::Tr, &s.tr);
+        self.vmcb.set_table(T::Gdtr, &s.gdtr);
+        self.vmcb.set_table(T::Idtr, &s.idtr);
+        self.vmcb.set_cpl(privilege(s));
+    }
+}
+
+impl<H: X86Hal> Registers for SvmRegisters<H> {
+    fn gpr(&self, register: usize) -> u64 {
+        match register {
+            RAX => self.vmcb.rax(),
+            RSP => self.vmcb.rsp(),
+            _ => self.frame.gpr.get(register).copied().unwrap_or(0),
+        }
+    }
+
+    fn set_gpr(&mut self, register: usize, value: u64) {
+        match register {
+            RAX => self.vmcb.set_rax(value),
+            RSP => self.vmcb.set_rsp(value),
+            _ => {
+                if let Some(slot) = self.frame.gpr.get_mut(register) {
+                    *slot = value;
+                }
+            }
+        }
+    }
+
+    fn rip(&self) -> u64 {
+        self.vmcb.rip()
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.vmcb.set_rip(value);
+    }
+
+    fn rflags(&self) -> u64 {
+        self.vmcb.rflags()
+    }
+
+    fn set_rflags(&mut self, value: u64) {
+        self.vmcb.set_rflags(value);
+    }
+
+    fn cr0(&self) -> u64 {
+        self.vmcb.cr0()
+    }
+
+    fn cr3(&self) -> u64 {
+        self.vmcb.cr3()
+    }
+
+    fn cr4(&self) -> u64 {
+        self.vmcb.cr4()
+    }
+
+    fn set_cr4(&mut self, value: u64) {
+        self.vmcb.set_cr4(value);
+    }
+
+    fn efer(&self) -> u64 {
+        self.vmcb.efer() & !efer::SVME
+    }
+
+    fn set_efer(&mut self, value: u64) {
+        self.vmcb.set_efer(value | efer::SVME);
+    }
+
+    fn cs(&self) -> Segment {
+        self.vmcb.segment(S::Cs)
+    }
+
+    fn cpl(&self) -> u8 {
+        self.vmcb.cpl()
+    }
+
+    fn dr6(&self) -> u64 {
+        self.vmcb.dr6()
+    }
+
+    fn set_dr6(&mut self, value: u64) {
+        self.vmcb.set_dr6(value);
+    }
+
+    fn shadow(&self) -> bool {
+        self.vmcb.interrupt_shadow() & 1 != 0
+    }
+
+    fn set_shadow(&mut self, shadow: bool) {
+        self.vmcb.set_interrupt_shadow(shadow.into());
+    }
+
+    fn pat(&self) -> u64 {
+        self.vmcb.g_pat()
+    }
+
+    fn set_pat(&mut self, value: u64) {
+        self.vmcb.set_g_pat(value);
+        // Cached translations carry the old memory types.
+        self.flush = true;
+    }
+
+    fn set_tsc_offset(&mut self, value: u64) {
+        self.vmcb.set_tsc_offset(value);
+    }
+
+    fn direct_msr(&self, index: u32) -> Option<u64> {
+        let vmcb = &self.vmcb;
+        Some(match index {
+            msr::IA32_SYSENTER_CS => vmcb.sysenter_cs(),
+            msr::IA32_SYSENTER_ESP => vmcb.sysenter_esp(),
+            msr::IA32_SYSENTER_EIP => vmcb.sysenter_eip(),
+            msr::IA32_STAR => vmcb.star(),
+            msr::IA32_LSTAR => vmcb.lstar(),
+            msr::IA32_CSTAR => vmcb.cstar(),
+            msr::IA32_FMASK => vmcb.sfmask(),
+            msr::IA32_FS_BASE => vmcb.segment(S::Fs).base,
+            msr::IA32_GS_BASE => vmcb.segment(S::Gs).base,
+            msr::IA32_KERNEL_GSBASE => vmcb.kernel_gs_base(),
+            _ => return None,
+        })
+    }
+
+    fn set_direct_msr(&mut self, index: u32, value: u64) -> bool {
+        let vmcb = &mut self.vmcb;
+        match index {
+            msr::IA32_SYSENTER_CS => vmcb.set_sysenter_cs(value),
+            msr::IA32_SYSENTER_ESP => vmcb.set_sysenter_esp(value),
+            msr::IA32_SYSENTER_EIP => vmcb.set_sysenter_eip(value),
+            msr::IA32_STAR => vmcb.set_star(value),
+            msr::IA32_LSTAR => vmcb.set_lstar(value),
+            msr::IA32_CSTAR => vmcb.set_cstar(value),
+            msr::IA32_FMASK => vmcb.set_sfmask(value),
+            msr::IA32_FS_BASE | msr::IA32_GS_BASE => {
+                let register = if index == msr::IA32_FS_BASE { S::Fs } else { S::Gs };
+                let segment = Segment { base: value, ..vmcb.segment(register) };
+                vmcb.set_segment(register, &segment);
+            }
+            msr::IA32_KERNEL_GSBASE => vmcb.set_kernel_gs_base(value),
+            _ => return false,
+        }
+        true
+    }
+
+    fn set_spec_ctrl(&mut self, value: u64) {
+        if self.virtual_spec_ctrl {
+            self.vmcb.set_spec_ctrl(value);
+        } else {
+            self.frame.guest_spec_ctrl = value;
+            // In a window the host's value is known, so whether there is a difference is too; otherwise `bind` finds out.
+            if value != self.frame.host_spec_ctrl {
+                self.frame.flags |= super::switch::SWITCH_SPEC_CTRL;
+            } else {
+                self.frame.flags &= !super::switch::SWITCH_SPEC_CTRL;
+            }
+        }
+    }
+
+    fn flush_tlb(&mut self) {
+        self.flush = true;
+    }
+}
