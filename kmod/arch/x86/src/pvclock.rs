@@ -28,7 +28,7 @@ const FLAG_TSC_STABLE: u8 = 1;
 pub struct Scale {
     /// Multiplier, in units of 2^-32.
     pub mul: u32,
-    /// Shift, -12 to 19.
+    /// Shift, -12 to 20.
     pub shift: i8,
 }
 
@@ -36,26 +36,34 @@ impl Scale {
     /// The scale of a TSC of `tsc_khz` (at least 1): the one of highest precision, with `mul` in its upper half. Its error is
     /// below 2^-32, 0.25 ns for each second.
     pub const fn from_khz(tsc_khz: u32) -> Self {
+        /// Nanoseconds in a millisecond, to which kHz are ticks.
+        const NS: u64 = 1_000_000;
         let khz = if tsc_khz == 0 { 1 } else { tsc_khz as u64 };
-        // 10^6 / khz = f * 2^shift with f in [1/2, 1).
-        let mut shift = 0i8;
-        let (mut numerator, mut denominator) = (1_000_000u64, khz);
-        while numerator >= denominator {
-            denominator <<= 1;
-            shift += 1;
+        // NS / khz = f * 2^shift. With the difference of the two bit lengths, -12 to 19, as shift, f is in (1/2, 2).
+        let mut shift = khz.leading_zeros().wrapping_sub(NS.leading_zeros()) as i32;
+        let mut mul = Self::fraction(NS, shift, khz);
+        if mul > u32::MAX as u64 {
+            // Not below 1 (rounded): half of it.
+            shift = shift.wrapping_add(1);
+            mul = Self::fraction(NS, shift, khz);
         }
-        while numerator * 2 < denominator {
-            numerator <<= 1;
-            shift -= 1;
+        Self { mul: mul as u32, shift: shift as i8 }
+    }
+
+    /// `numerator / denominator * 2^(32 - shift)`, rounded. The numerator has 20 bits and 32 - shift is at most 44, so nothing
+    /// overflows.
+    const fn fraction(numerator: u64, shift: i32, denominator: u64) -> u64 {
+        let scaled = numerator.wrapping_shl(32i32.wrapping_sub(shift) as u32);
+        match scaled.wrapping_add(denominator / 2).checked_div(denominator) {
+            Some(quotient) => quotient,
+            None => 0,
         }
-        // f * 2^32, rounded. The numerator is below 2^32 (it is below the denominator, which is khz or at most 2 * 10^6).
-        let mul = ((numerator << 32) + denominator / 2) / denominator;
-        Self { mul: if mul > u32::MAX as u64 { u32::MAX } else { mul as u32 }, shift }
     }
 
     /// Nanoseconds of `ticks`, exactly as a guest computes them.
     pub const fn to_ns(self, ticks: u64) -> u64 {
-        let shifted = if self.shift < 0 { ticks >> -self.shift } else { ticks << self.shift };
+        let distance = self.shift.unsigned_abs() as u32;
+        let shifted = if self.shift < 0 { ticks.wrapping_shr(distance) } else { ticks.wrapping_shl(distance) };
         let mul = self.mul as u64;
         // 64 by 32 bits in two halves; the sum is below 2^64 since mul is below 2^32.
         (shifted >> 32) * mul + (((shifted & 0xffff_ffff) * mul) >> 32)

@@ -181,7 +181,7 @@ impl Mailbox {
         // Acquire pairs with the last step of posting; SeqCst because the next thing may be a decision to sleep.
         let state = self.state.swap(0, Ordering::SeqCst);
         if state & INTERRUPTS != 0 {
-            for (index, (irr, levels)) in self.irr.iter().zip(&self.levels).enumerate() {
+            for (index, (irr, levels)) in (0..self.irr.len()).zip(self.irr.iter().zip(&self.levels)) {
                 if irr.load(Ordering::Relaxed) != 0 {
                     // Acquire pairs with the release of the vector's bit, so its trigger mode is visible.
                     let vectors = irr.swap(0, Ordering::Acquire);

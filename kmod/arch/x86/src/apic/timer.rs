@@ -31,7 +31,8 @@ impl Clock {
         // ticks * 10^6 / khz in two parts, since the product overflows 64 bits after hours: whole milliseconds and the rest,
         // which is below 2^32 * 10^6.
         let (Some(whole), Some(rest)) = (ticks.checked_div(khz), ticks.checked_rem(khz)) else { return NEVER_NS };
-        let ns = whole.saturating_mul(1_000_000).saturating_add((rest * 1_000_000).div_ceil(khz));
+        let rounded_up = rest.wrapping_mul(1_000_000).wrapping_add(khz).wrapping_sub(1).checked_div(khz).unwrap_or(0);
+        let ns = whole.saturating_mul(1_000_000).saturating_add(rounded_up);
         self.now_ns.saturating_add(ns).min(NEVER_NS)
     }
 }

@@ -44,8 +44,8 @@ impl VectorSet {
     /// The highest vector: the one of highest priority.
     pub fn highest(&self) -> Option<u8> {
         let (index, word) = self.words.iter().enumerate().rev().find(|(_, word)| **word != 0)?;
-        // index <= 3 and ilog2 <= 63: below 256.
-        Some((index as u32 * 64 + word.ilog2()) as u8)
+        // The word is not zero, so it has 0 to 63 leading zeros, and 63 ^ n is 63 - n. With index <= 3 the sum is below 256.
+        Some((index as u32 * 64 + (63 ^ word.leading_zeros())) as u8)
     }
 
     /// The 32-bit register that holds vectors `32 * index` and up; zero beyond the eighth.

@@ -85,7 +85,7 @@ const DYNAMIC: Dynamic = Dynamic { cr4: 0, xcr0: 1, apic_enabled: true, apic_id:
 fn what_is_offered_can_be_loaded() {
     for vendor in [AMD, INTEL] {
         let host = rich(vendor);
-        for xcr0 in [1, 3, 7, 0x207, 0xe7, u64::MAX] {
+        for xcr0 in if cfg!(miri) { &[7][..] } else { &[1, 3, 7, 0x207, 0xe7, u64::MAX] }.iter().copied() {
             let caps = Caps { xcr0, speculation_control: xcr0 == 7, ..CAPS };
             let entries = offered(&host, &caps);
             let table = load(&entries, &host, &caps).map(|table| table.entries().collect::<Vec<_>>());
