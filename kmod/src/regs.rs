@@ -33,8 +33,11 @@ pub(crate) fn get(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
         SET_CONTROL => put(&arg, addr, arch.control()),
         SET_DEBUG => put(&arg, addr, arch.debug()),
         SET_EVENTS => put(&arg, addr, arch.events()),
-        SET_LOCAL_APIC => put(&arg, addr, arch.local_apic().map_err(abi::errno)?),
-        SET_MSRS => get_msrs(arch, &arg),
+        SET_LOCAL_APIC => {
+            let state = inner.vcpu.arch_mut().and_then(Arch::local_apic).map_err(abi::errno)?;
+            put(&arg, addr, state)
+        }
+        SET_MSRS => get_msrs(inner.vcpu.arch_mut().map_err(abi::errno)?, &arg),
         SET_XSAVE => {
             let mut area = xsave_area(&arg)?;
             arch.xsave_to(&mut area).map_err(abi::errno)?;
@@ -116,7 +119,7 @@ fn read_msr(arg: &RegisterSet, index: usize) -> Result<Msr> {
     Ok(msr)
 }
 
-fn get_msrs(arch: &Arch, arg: &RegisterSet) -> Result {
+fn get_msrs(arch: &mut Arch, arg: &RegisterSet) -> Result {
     for index in 0..msr_count(arg)? {
         let mut msr = read_msr(arg, index)?;
         msr.value = arch.msr(msr.index).map_err(abi::errno)?;

@@ -171,6 +171,7 @@ impl Vcpu {
         }
         self.set_timer(inner);
         Ok(match exit {
+            Exit::Nothing if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
             Exit::Nothing => None,
             Exit::ExternalInterrupt { .. } => Some(Stop::Again),
             Exit::SendIPI { target_cpu, vector, .. } => {

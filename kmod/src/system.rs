@@ -81,7 +81,7 @@ fn supported_cpuid(addr: usize) -> Result<isize> {
     x86_vcpu::detect().map_err(abi::errno)?;
     let (base, capacity) = (arg.entries_addr, arg.capacity as usize);
     let (mut count, mut result) = (0, Ok(()));
-    x86_vcpu::supported_cpuid(|entry: CpuidEntry| {
+    x86_vcpu::supported_cpuid(ffi::tsc_khz(), |entry: CpuidEntry| {
         if count < capacity && result.is_ok() {
             result = abi::element::<CpuidEntry>(base, count).and_then(|to| abi::write(to, entry));
         }

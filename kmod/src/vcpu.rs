@@ -18,7 +18,7 @@ use kernel::{
     sync::{Arc, ArcBorrow, Mutex},
 };
 use vcpu_core::{AxError, AxVCpu, GuestPhysAddr};
-use x86_vcpu::{cpuid::CpuidTable, X86CreateConfig, X86SetupConfig, X86VCpu};
+use x86_vcpu::{X86CreateConfig, X86SetupConfig, X86VCpu};
 
 use crate::{
     abi,
@@ -104,13 +104,13 @@ impl Vcpu {
             return Err(EINVAL);
         }
         let in_kernel_apic = arg.flags & abi_vcpu::SETUP_IN_KERNEL_APIC != 0;
-        let mut cpuid = CpuidTable::<Host>::new().map_err(abi::errno)?;
-        for index in 0..arg.cpuid_count as usize {
-            let entry: CpuidEntry = abi::read(abi::element::<CpuidEntry>(arg.cpuid_addr, index)?)?;
-            abi::must_be_zero(&[entry.reserved.into()])?;
-            cpuid.push(entry).map_err(abi::errno)?;
-        }
-        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic }).map_err(abi::errno)?;
+        let read = |index| {
+            let addr = abi::element::<CpuidEntry>(arg.cpuid_addr, index);
+            addr.and_then(abi::read::<CpuidEntry>).map_err(|_| AxError::BadAddress)
+        };
+        let cpuid = x86_vcpu::load_cpuid::<Host>(arg.cpuid_count as usize, read).map_err(abi::errno)?;
+        let tsc_origin = self.vm.time_base().host_tsc;
+        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic, tsc_origin }).map_err(abi::errno)?;
         inner.in_kernel_apic = in_kernel_apic;
         self.publish(inner);
         Ok(0)
