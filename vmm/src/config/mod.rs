@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The configuration of a VM: what vm.toml(5) describes, read, checked and with every path made usable.
+//!
+//! `raw.rs` says what the file looks like; this file turns it into [`VmConfig`], which holds only what makes sense, or
+//! into a [`ConfigError`] that points at the offending place. Nothing but the configuration file itself is read here:
+//! whether the kernel exists is for [`crate::image`] to find out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+mod diagnostic;
+mod raw;
+mod size;
+#[cfg(test)]
+mod tests;
+
+pub use diagnostic::{ConfigError, Problem};
+pub use size::Bytes;
+
+use crate::layout;
+
+/// vCPUs that a configuration may ask for.
+const MAX_VCPUS: u32 = 1;
+
+/// The longest command line of a module or kernel, in bytes: one page, shared by all boot protocols. A kernel may have
+/// a lower limit of its own.
+pub const MAX_CMDLINE: usize = 4095;
+
+/// Where guest physical addresses end: 46 bits, which every supported CPU has.
+const MAX_ADDRESS: u64 = 1 << 46;
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// A number that identifies the VM in logs.
+    pub id: u32,
+    /// A name that identifies the VM in logs.
+    pub name: String,
+    /// One entry per vCPU: the host CPUs its thread may use, as a bit mask; `None` for all.
+    pub vcpus: Vec<Option<u64>>,
+    /// Guest RAM, ascending, not overlapping, in multiples of 4 KiB.
+    pub memory: Vec<MemoryRegion>,
+    /// What to boot.
+    pub kernel: KernelConfig,
+    /// Devices that can be chosen.
+    pub devices: DeviceConfig,
+}
+
+/// A range of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// First guest physical address.
+    pub base: u64,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+impl MemoryRegion {
+    /// The address behind the last byte.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.base + self.size
+    }
+}
+
+/// What to boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelConfig {
+    /// The kernel image.
+    pub path: PathBuf,
+    /// The initial RAM disk.
+    pub ramdisk: Option<PathBuf>,
+    /// The kernel's command line, without a terminating NUL.
+    pub cmdline: String,
+    /// Where a raw binary starts.
+    pub entry_point: Option<u64>,
+    /// Where a raw binary is loaded; its entry point if `None`.
+    pub load_addr: Option<u64>,
+    /// The mode in which a raw binary starts.
+    pub entry_mode: EntryMode,
+    /// Multiboot or PVH modules.
+    pub modules: Vec<ModuleConfig>,
+}
+
+/// A boot module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleConfig {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its command line, without a terminating NUL.
+    pub cmdline: String,
+}
+
+/// CPU mode at the first instruction of a raw binary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EntryMode {
+    /// 16-bit real mode.
+    #[default]
+    Real,
+    /// 32-bit protected mode, flat segments, paging off.
+    Protected,
+    /// 64-bit mode, the first 4 GiB mapped one to one.
+    Long,
+}
+
+/// Devices that can be chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Where COM1 leads.
+    pub serial: SerialConfig,
+    /// Port of the debug exit device.
+    pub debug_exit: Option<u16>,
+    /// Port of the debug console.
+    pub debug_console: Option<u16>,
+}
+
+/// Where the serial port COM1 leads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// To standard input and output.
+    #[default]
+    Stdio,
+    /// There is none.
+    Off,
+    /// Output is appended to a file; there is no input.
+    File(PathBuf),
+}
+
+impl VmConfig {
+    /// Reads and checks the file at `path`. Relative paths in it count from its own folder.
+    ///
+    /// # Errors
+    /// The first problem found.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let unreadable = |message: String| ConfigError::new(Problem::Unreadable, path, message);
+        if path.is_dir() {
+            return Err(unreadable("this is a directory, not a configuration file".into())
+                .cure("Name the file itself: axvmm --config DIRECTORY/vm.toml"));
+        }
+        let bytes = fs::read(path).map_err(|error| {
+            unreadable(format!("cannot read the configuration: {}", crate::error::describe_io(&error)))
+                .cure("--config takes the path of a vm.toml; see vm.toml(5)")
+        })?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| unreadable("the file is not UTF-8 text, so it is no configuration".into()))?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the configuration `text`. `path` is named in errors, and its folder is where relative paths start.
+    ///
+    /// # Errors
+    /// The first problem found.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        if let Err(error) = toml::de::DeTable::parse(text) {
+            return Err(located(Problem::Syntax, path, text, &error));
+        }
+        let file: raw::File =
+            toml::from_str(text).map_err(|error| located(class_of(error.message()), path, text, &error))?;
+        Checker { path, text, folder: path.parent().unwrap_or(Path::new("")) }.check(file)
+    }
+
+    /// Bytes of guest RAM.
+    #[must_use]
+    pub fn memory_size(&self) -> u64 {
+        self.memory.iter().map(|region| region.size).sum()
+    }
+}
+
+/// The class of a deserializer's message; serde has no other way to tell.
+fn class_of(message: &str) -> Problem {
+    if message.starts_with("unknown field") {
+        Problem::UnknownKey
+    } else {
+        Problem::Type
+    }
+}
+
+fn located(problem: Problem, path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let message = match problem {
+        Problem::Syntax => format!("not valid TOML: {}", error.message()),
+        Problem::UnknownKey => error.message().replacen("unknown field", "unknown key", 1),
+        _ => error.message().replacen("missing field", "missing key", 1),
+    };
+    let result = ConfigError::new(problem, path, message.replace('\n', "; "));
+    match error.span() {
+        Some(span) => result.at(text, span),
+        None => result,
+    }
+}
+
+/// Everything a check needs to complain.
+struct Checker<'a> {
+    path: &'a Path,
+    text: &'a str,
+    folder: &'a Path,
+}
+
+impl Checker<'_> {
+    fn error<T>(&self, problem: Problem, at: &Spanned<T>, message: impl Into<String>) -> ConfigError {
+        ConfigError::new(problem, self.path, message).at(self.text, at.span())
+    }
+
+    fn check(&self, file: raw::File) -> Result<VmConfig, ConfigError> {
+        let raw::File { base, kernel, devices } = file;
+        let memory = self.memory(&kernel)?;
+        Ok(VmConfig {
+            id: base.id,
+            name: self.name(base.name.as_ref())?,
+            vcpus: self.vcpus(&base)?,
+            memory,
+            kernel: self.kernel(kernel)?,
+            devices: self.devices(&devices)?,
+        })
+    }
+
+    fn name(&self, name: Option<&Spanned<String>>) -> Result<String, ConfigError> {
+        let Some(spanned) = name else { return Ok("vm".into()) };
+        let name = spanned.as_ref();
+        if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
+            return Err(self.error(Problem::Value, spanned, "a name has 1 to 64 printable characters"));
+        }
+        Ok(name.clone())
+    }
+
+    fn vcpus(&self, base: &raw::Base) -> Result<Vec<Option<u64>>, ConfigError> {
+        let count = base.cpu_num.as_ref().map_or(1, |spanned| *spanned.as_ref());
+        if let Some(spanned) = &base.cpu_num {
+            if count == 0 {
+                return Err(self.error(Problem::Value, spanned, "a VM has at least one CPU"));
+            }
+            if count > MAX_VCPUS {
+                return Err(self
+                    .error(Problem::Unsupported, spanned, "guests with more than one CPU are not supported yet")
+                    .cure("Set cpu_num = 1."));
+            }
+        }
+        let Some(spanned) = &base.phys_cpu_sets else { return Ok(vec![None; count as usize]) };
+        let sets = spanned.as_ref();
+        if sets.len() != count as usize {
+            let message = format!("one set of host CPUs per CPU of the guest: {count} expected, {} found", sets.len());
+            return Err(self.error(Problem::Value, spanned, message));
+        }
+        if sets.contains(&0) {
+            return Err(self
+                .error(Problem::Value, spanned, "a set without any host CPU")
+                .cure("Bit n of a set stands for host CPU n: 0x1 is CPU 0, 0x3 is CPUs 0 and 1."));
+        }
+        Ok(sets.iter().copied().map(Some).collect())
+    }
+
+    fn memory(&self, kernel: &raw::Kernel) -> Result<Vec<MemoryRegion>, ConfigError> {
+        match (&kernel.memory, &kernel.memory_regions) {
+            (Some(_), Some(regions)) => {
+                Err(self.error(Problem::Value, regions, "give either memory or memory_regions, not both"))
+            }
+            (None, None) => Err(ConfigError::new(
+                Problem::Type,
+                self.path,
+                "[kernel] says neither memory nor memory_regions: how much memory has the guest?",
+            )
+            .cure("Add for instance memory = \"512M\".")),
+            (Some(size), None) => {
+                let bytes = size.as_ref().0;
+                self.check_total(size, bytes)?;
+                self.check_unit(size, bytes)?;
+                Ok(layout::default_regions(bytes))
+            }
+            (None, Some(regions)) => self.regions(regions),
+        }
+    }
+
+    fn regions(&self, list: &Spanned<Vec<Spanned<raw::Region>>>) -> Result<Vec<MemoryRegion>, ConfigError> {
+        let mut regions: Vec<(MemoryRegion, &Spanned<raw::Region>)> = Vec::new();
+        let mut total = 0u64;
+        for spanned in list.as_ref() {
+            let (base, size) = (spanned.as_ref().base.0, spanned.as_ref().size.0);
+            self.check_unit(spanned, base)?;
+            self.check_unit(spanned, size)?;
+            if size == 0 {
+                return Err(self.error(Problem::Value, spanned, "a region of no size"));
+            }
+            let Some(end) = base.checked_add(size).filter(|end| *end <= MAX_ADDRESS) else {
+                let message = format!("guest memory has to end below {MAX_ADDRESS:#x}");
+                return Err(self.error(Problem::Value, spanned, message));
+            };
+            let devices = layout::DEVICE_HOLE;
+            if base < devices.end && end > devices.start {
+                let message = format!(
+                    "memory at {base:#x} to {end:#x} overlaps the devices at {:#x} to {:#x}",
+                    devices.start, devices.end
+                );
+                return Err(self
+                    .error(Problem::MemoryOverlap, spanned, message)
+                    .cure("Split the region, or write memory = SIZE and leave the layout to axvmm."));
+            }
+            for (other, _) in &regions {
+                if base < other.end() && end > other.base {
+                    let message = format!(
+                        "memory at {base:#x} to {end:#x} overlaps another region, {:#x} to {:#x}",
+                        other.base,
+                        other.end()
+                    );
+                    return Err(self.error(Problem::MemoryOverlap, spanned, message));
+                }
+            }
+            regions.push((MemoryRegion { base, size }, spanned));
+            total = total.saturating_add(size);
+        }
+        self.check_total(list, total)?;
+        regions.sort_by_key(|(region, _)| region.base);
+        let first = regions.first().map(|(region, _)| *region);
+        if first.is_none_or(|region| region.base != 0 || region.size < layout::MIN_MEMORY) {
+            let message =
+                format!("the first region has to be at address 0 and of at least {}", Bytes(layout::MIN_MEMORY));
+            return Err(self.error(Problem::MemoryTooSmall, list, message).cure("A PC starts out in low memory."));
+        }
+        Ok(regions.into_iter().map(|(region, _)| region).collect())
+    }
+
+    fn check_total<T>(&self, at: &Spanned<T>, bytes: u64) -> Result<(), ConfigError> {
+        if bytes < layout::MIN_MEMORY {
+            let message = format!("{} of memory is too small for any guest", Bytes(bytes));
+            let cure = format!("At least {} are needed; a Linux guest wants 128M or more.", Bytes(layout::MIN_MEMORY));
+            return Err(self.error(Problem::MemoryTooSmall, at, message).cure(cure));
+        }
+        if bytes > MAX_ADDRESS / 2 {
+            return Err(self.error(
+                Problem::Value,
+                at,
+                format!("{} of memory is more than a guest can have", Bytes(bytes)),
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_unit<T>(&self, at: &Spanned<T>, value: u64) -> Result<(), ConfigError> {
+        if value % 4096 != 0 {
+            return Err(self.error(Problem::Value, at, format!("{value:#x} is not a multiple of 4096 bytes")));
+        }
+        Ok(())
+    }
+
+    fn kernel(&self, kernel: raw::Kernel) -> Result<KernelConfig, ConfigError> {
+        let below_4g = |value: &Option<Spanned<size::Size>>| match value {
+            Some(spanned) if spanned.as_ref().0 > u32::MAX.into() => {
+                Err(self.error(Problem::Value, spanned, "a raw binary is loaded and started below 4 GiB"))
+            }
+            Some(spanned) => Ok(Some(spanned.as_ref().0)),
+            None => Ok(None),
+        };
+        let entry_point = below_4g(&kernel.entry_point)?;
+        let load_addr = below_4g(&kernel.kernel_load_addr)?;
+        let only_raw = kernel.kernel_load_addr.as_ref().map(Spanned::span);
+        let only_raw = only_raw.or_else(|| kernel.entry_mode.as_ref().map(Spanned::span));
+        if let (None, Some(span)) = (entry_point, only_raw) {
+            return Err(ConfigError::new(
+                Problem::Value,
+                self.path,
+                "this is for raw binaries, which need an entry_point",
+            )
+            .at(self.text, span));
+        }
+        Ok(KernelConfig {
+            path: self.file(&kernel.kernel_path)?,
+            ramdisk: kernel.ramdisk_path.as_ref().map(|path| self.file(path)).transpose()?,
+            cmdline: self.cmdline(kernel.cmdline.as_ref())?,
+            entry_point,
+            load_addr,
+            entry_mode: kernel.entry_mode.map_or_else(EntryMode::default, Spanned::into_inner),
+            modules: kernel
+                .modules
+                .iter()
+                .map(|module| {
+                    Ok(ModuleConfig { path: self.file(&module.path)?, cmdline: self.cmdline(module.cmdline.as_ref())? })
+                })
+                .collect::<Result<_, ConfigError>>()?,
+        })
+    }
+
+    fn cmdline(&self, text: Option<&Spanned<String>>) -> Result<String, ConfigError> {
+        let Some(spanned) = text else { return Ok(String::new()) };
+        let text = spanned.as_ref();
+        if text.contains('\0') {
+            return Err(self.error(Problem::Value, spanned, "a command line cannot hold a NUL"));
+        }
+        if text.len() > MAX_CMDLINE {
+            let message = format!("the command line has {} bytes; {MAX_CMDLINE} are possible", text.len());
+            return Err(self.error(Problem::Value, spanned, message));
+        }
+        Ok(text.clone())
+    }
+
+    fn file(&self, path: &Spanned<PathBuf>) -> Result<PathBuf, ConfigError> {
+        if path.as_ref().as_os_str().is_empty() {
+            return Err(self.error(Problem::Value, path, "an empty path"));
+        }
+        Ok(self.folder.join(path.as_ref()))
+    }
+
+    fn devices(&self, devices: &raw::Devices) -> Result<DeviceConfig, ConfigError> {
+        let debug_exit = devices.debug_exit.as_ref().map(|device| self.port(device, 0xf4, 4)).transpose()?;
+        let debug_console = devices.debug_console.as_ref().map(|device| self.port(device, 0xe9, 1)).transpose()?;
+        if let (Some(exit), Some(console)) = (debug_exit, debug_console) {
+            if (exit..=exit.saturating_add(3)).contains(&console) {
+                let at = [&devices.debug_console, &devices.debug_exit].into_iter().flatten();
+                let span = at.filter_map(|device| device.port.as_ref()).map(Spanned::span).next();
+                let error = ConfigError::new(
+                    Problem::Value,
+                    self.path,
+                    format!("debug_console at port {console:#x} overlaps debug_exit at {exit:#x}, which takes 4 ports"),
+                );
+                return Err(match span {
+                    Some(span) => error.at(self.text, span),
+                    None => error,
+                });
+            }
+        }
+        Ok(DeviceConfig {
+            serial: match &devices.serial {
+                None | Some(raw::Serial::Stdio) => SerialConfig::Stdio,
+                Some(raw::Serial::Off) => SerialConfig::Off,
+                Some(raw::Serial::File(path)) => SerialConfig::File(self.folder.join(path)),
+            },
+            debug_exit,
+            debug_console,
+        })
+    }
+
+    fn port(&self, device: &raw::PortDevice, default: u16, count: u16) -> Result<u16, ConfigError> {
+        let Some(spanned) = &device.port else { return Ok(default) };
+        let port = *spanned.as_ref();
+        if let Some(owner) = layout::port_owner(port, count) {
+            return Err(self.error(Problem::Value, spanned, format!("port {port:#x} belongs to {owner}")));
+        }
+        Ok(port)
+    }
+}

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `axvmm doctor`: looks at everything a VM needs from the host, and says of each thing how it is and how to mend it.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use axvcpu_uapi::client::{self, Errno, System};
+use axvcpu_uapi::system::{self, SystemInfo};
+use axvcpu_uapi::ABI_VERSION;
+use nix::sys::resource::{getrlimit, Resource};
+
+use crate::error::Error;
+use crate::exit::ExitCode;
+use crate::vm::not_ready;
+
+/// Locked memory below which a VM of ordinary size may hit the limit: page tables and vCPU state are charged to it.
+const ENOUGH_MEMLOCK: u64 = 8 << 20;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// As it should be.
+    Good,
+    /// VMs run, but mind this.
+    Note,
+    /// No VM can run.
+    Bad(ExitCode),
+}
+
+/// One thing looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What was found.
+    pub text: String,
+    /// What to do about it; empty if nothing is to be done.
+    pub cure: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = match self.severity {
+            Severity::Good => "ok     ",
+            Severity::Note => "note   ",
+            Severity::Bad(_) => "PROBLEM",
+        };
+        write!(f, "{mark}  {}", self.text)?;
+        if !self.cure.is_empty() {
+            write!(f, "\n         {}", self.cure)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the device node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Missing,
+    NoDevice,
+    Device,
+}
+
+/// The state of the host, gathered before it is judged.
+#[derive(Debug)]
+struct Facts {
+    cpu_flags: Vec<String>,
+    module_loaded: bool,
+    /// KVM's modules that are loaded.
+    kvm: Vec<&'static str>,
+    device: PathBuf,
+    node: Node,
+    /// The result of opening the device, if there is a node.
+    opened: Option<Result<SystemInfo, client::Error>>,
+    /// The result of creating a VM, if the device could be opened.
+    created: Option<Result<(), client::Error>>,
+    /// Soft limit of locked memory in bytes, and whether the user is root, who has none.
+    memlock: u64,
+    is_root: bool,
+    strict_overcommit: bool,
+}
+
+impl Facts {
+    fn gather(device: &Path) -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).and_then(|line| line.split_once(':'));
+        let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
+        let node = match fs::metadata(device) {
+            Err(_) => Node::Missing,
+            Ok(metadata) if metadata.file_type().is_char_device() => Node::Device,
+            Ok(_) => Node::NoDevice,
+        };
+        let system = (node == Node::Device).then(|| System::open_path(device));
+        let created = match &system {
+            Some(Ok(system)) => Some(system.create_vm().map(drop)),
+            _ => None,
+        };
+        Self {
+            cpu_flags: flags.map(|(_, flags)| flags.split_whitespace().map(Into::into).collect()).unwrap_or_default(),
+            module_loaded: loaded("axvcpu"),
+            kvm: ["kvm_amd", "kvm_intel"].into_iter().filter(|module| loaded(module)).collect(),
+            device: device.to_owned(),
+            node,
+            opened: system.map(|system| system.and_then(|system| system.info())),
+            created,
+            memlock: getrlimit(Resource::RLIMIT_MEMLOCK).map_or(u64::MAX, |(soft, _)| soft),
+            is_root: nix::unistd::geteuid().is_root(),
+            strict_overcommit: fs::read_to_string("/proc/sys/vm/overcommit_memory")
+                .is_ok_and(|mode| mode.trim() == "2"),
+        }
+    }
+
+    fn judge(&self) -> Vec<Finding> {
+        let mut findings = vec![self.cpu()];
+        findings.extend(self.device_findings());
+        if let Some(Ok(info)) = &self.opened {
+            findings.extend(self.module(info));
+        }
+        if let Some(Err(error)) = &self.created {
+            let code = Error::Device(error.clone()).exit_code();
+            findings.push(bad(code, format!("a VM could not be created: {error}"), ""));
+        }
+        findings.extend(self.limits());
+        findings
+    }
+
+    fn has(&self, flag: &str) -> bool {
+        self.cpu_flags.iter().any(|candidate| candidate == flag)
+    }
+
+    fn cpu(&self) -> Finding {
+        if self.has("svm") {
+            return good("the CPU has AMD virtualization (SVM)");
+        }
+        if self.has("vmx") {
+            return good("the CPU has Intel virtualization (VMX)");
+        }
+        // Linux hides the flag also when the firmware has locked the extension; the module knows which it is.
+        if self.has("hypervisor") {
+            return bad(
+                ExitCode::NoVirtualization,
+                "the CPU shows no virtualization extension, and this system runs in a virtual machine itself",
+                "Enable nested virtualization outside (QEMU: -cpu host, and kvm_amd or kvm_intel with nested=1).",
+            );
+        }
+        bad(
+            ExitCode::NoVirtualization,
+            "the CPU shows no virtualization extension",
+            "It has none, or the firmware has switched it off: look for \"SVM\", \"AMD-V\" or \"VT-x\" in its setup.",
+        )
+    }
+
+    fn device_findings(&self) -> Vec<Finding> {
+        let device = self.device.display();
+        let mut findings = Vec::new();
+        if self.module_loaded {
+            findings.push(good("the module axvcpu is loaded"));
+        }
+        match (self.node, self.module_loaded) {
+            (Node::Missing, false) => findings.push(bad(
+                ExitCode::NoDevice,
+                format!("{device} is missing: the module axvcpu is not loaded"),
+                "Load it: insmod axvcpu.ko (the README says how to build it).",
+            )),
+            (Node::Missing, true) => findings.push(bad(
+                ExitCode::NoDevice,
+                format!("{device} is missing, although the module is loaded"),
+                "Is /dev a devtmpfs? In a container the device has to be passed in (--device /dev/axvcpu).",
+            )),
+            (Node::NoDevice, _) => findings.push(bad(
+                ExitCode::NoDevice,
+                format!("{device} is no device"),
+                "Remove what is there and load the module again.",
+            )),
+            (Node::Device, _) => match &self.opened {
+                Some(Ok(_)) => findings.push(good(format!("{device} can be opened"))),
+                Some(Err(error)) => findings.push(self.open_failure(error)),
+                None => {}
+            },
+        }
+        findings
+    }
+
+    fn open_failure(&self, error: &client::Error) -> Finding {
+        let device = self.device.display();
+        match error {
+            client::Error::Open { errno: Errno::EACCES | Errno::EPERM, .. } => bad(
+                ExitCode::NoPermission,
+                format!("no permission to open {device}"),
+                "Run as root, or give the device to a group that you are in: a udev rule for it is in axvcpu(4).",
+            ),
+            client::Error::AbiVersion { module, .. } => bad(
+                ExitCode::AbiMismatch,
+                format!("the module speaks version {module} of the ABI, and this axvmm version {ABI_VERSION}"),
+                "Install module and axvmm from the same release; then rmmod axvcpu and load the new one.",
+            ),
+            error => bad(Error::Device(error.clone()).exit_code(), error.to_string(), ""),
+        }
+    }
+
+    fn module(&self, info: &SystemInfo) -> Vec<Finding> {
+        let backend = match info.backend {
+            system::BACKEND_SVM => "AMD SVM",
+            system::BACKEND_VMX => "Intel VMX",
+            system::BACKEND_VHE => "Arm VHE",
+            _ => "no",
+        };
+        let mut findings = vec![good(format!("the module speaks ABI version {}, {backend} backend", info.abi_version))];
+        match not_ready(info.status) {
+            None => findings.push(good(format!(
+                "vCPUs can run now; {} VMs exist, {} vCPUs each at most",
+                info.vms, info.max_vcpus
+            ))),
+            Some((reason, cure)) => {
+                let code = Error::NotReady { status: info.status, reason, cure }.exit_code();
+                findings.push(bad(code, reason, cure));
+            }
+        }
+        if info.status == system::STATUS_READY && info.features & system::FEATURE_IN_KERNEL_APIC == 0 {
+            findings.push(bad(
+                ExitCode::AbiMismatch,
+                "the module has no in-kernel local APIC",
+                "Install a newer module.",
+            ));
+        }
+        findings
+    }
+
+    fn limits(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        let in_use = matches!(&self.opened, Some(Ok(info)) if info.status == system::STATUS_IN_USE);
+        if !self.kvm.is_empty() && !in_use {
+            findings.push(Finding {
+                severity: Severity::Note,
+                text: format!("KVM is loaded ({})", self.kvm.join(", ")),
+                cure: "If axvmm says that the CPU is held, unload it: modprobe -r kvm_amd kvm_intel".into(),
+            });
+        }
+        if self.memlock < ENOUGH_MEMLOCK && !self.is_root {
+            findings.push(Finding {
+                severity: Severity::Note,
+                text: format!(
+                    "only {} KiB of memory may be locked; page tables of VMs count as locked",
+                    self.memlock >> 10
+                ),
+                cure: "Raise the limit: ulimit -l, or memlock in /etc/security/limits.conf".into(),
+            });
+        }
+        if self.strict_overcommit {
+            findings.push(Finding {
+                severity: Severity::Note,
+                text: "the host does not overcommit memory (vm.overcommit_memory = 2)".into(),
+                cure: "Guest memory counts in full against the commit limit, used or not.".into(),
+            });
+        }
+        findings
+    }
+}
+
+fn good(text: impl Into<String>) -> Finding {
+    Finding { severity: Severity::Good, text: text.into(), cure: String::new() }
+}
+
+fn bad(code: ExitCode, text: impl Into<String>, cure: impl Into<String>) -> Finding {
+    Finding { severity: Severity::Bad(code), text: text.into(), cure: cure.into() }
+}
+
+/// Looks at the host; `device` is the device node.
+#[must_use]
+pub fn examine(device: &Path) -> Vec<Finding> {
+    Facts::gather(device).judge()
+}
+
+/// The exit code that findings add up to: the most telling problem, or success. A missing device hides what the CPU's flags
+/// cannot tell for sure, and so does a permission; the module's own word counts most.
+#[must_use]
+pub fn exit_code(findings: &[Finding]) -> ExitCode {
+    let problems = findings.iter().filter_map(|finding| match finding.severity {
+        Severity::Bad(code) => Some(code),
+        _ => None,
+    });
+    problems.last().unwrap_or(ExitCode::Shutdown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        let info = SystemInfo {
+            abi_version: ABI_VERSION,
+            backend: system::BACKEND_SVM,
+            features: system::FEATURE_IN_KERNEL_APIC,
+            max_vcpus: 8,
+            ..SystemInfo::default()
+        };
+        Facts {
+            cpu_flags: vec!["svm".into()],
+            module_loaded: true,
+            kvm: vec![],
+            device: "/dev/axvcpu".into(),
+            node: Node::Device,
+            opened: Some(Ok(info)),
+            created: Some(Ok(())),
+            memlock: u64::MAX,
+            is_root: false,
+            strict_overcommit: false,
+        }
+    }
+
+    fn shown(facts: &Facts) -> (ExitCode, String) {
+        let findings = facts.judge();
+        let text: Vec<String> = findings.iter().map(ToString::to_string).collect();
+        (exit_code(&findings), text.join("\n"))
+    }
+
+    fn with_status(status: u32) -> Facts {
+        let mut facts = facts();
+        if let Some(Ok(info)) = &mut facts.opened {
+            info.status = status;
+        }
+        facts
+    }
+
+    #[test]
+    fn a_healthy_host_has_no_problem() {
+        let (code, text) = shown(&facts());
+        assert_eq!(code, ExitCode::Shutdown);
+        assert!(!text.contains("PROBLEM") && text.contains("vCPUs can run now"), "{text}");
+    }
+
+    #[test]
+    fn each_problem_has_its_code_and_cure() {
+        let open = |errno| client::Error::Open { path: "/dev/axvcpu".into(), errno };
+        let closed = |error| Facts { opened: Some(Err(error)), created: None, ..facts() };
+        let missing =
+            |module_loaded| Facts { node: Node::Missing, opened: None, created: None, module_loaded, ..facts() };
+        let flags = |flags: &[&str]| Facts { cpu_flags: flags.iter().map(|f| (*f).into()).collect(), ..missing(false) };
+        let cases = [
+            (missing(false), ExitCode::NoDevice, "insmod axvcpu.ko"),
+            (missing(true), ExitCode::NoDevice, "--device /dev/axvcpu"),
+            (Facts { node: Node::NoDevice, ..missing(true) }, ExitCode::NoDevice, "is no device"),
+            (closed(open(Errno::EACCES)), ExitCode::NoPermission, "udev rule"),
+            (closed(client::Error::AbiVersion { module: 9, program: 1 }), ExitCode::AbiMismatch, "version 9"),
+            (with_status(system::STATUS_IN_USE), ExitCode::InUse, "modprobe -r"),
+            (with_status(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled, "firmware's setup"),
+            (with_status(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization, "nested virtualization"),
+            (with_status(system::STATUS_TOO_OLD), ExitCode::NoVirtualization, "nested paging"),
+            (flags(&["hypervisor"]), ExitCode::NoDevice, "nested=1"),
+            (flags(&[]), ExitCode::NoDevice, "VT-x"),
+            (
+                Facts { created: Some(Err(client::Error::CreateVm(Errno::ENOSPC))), ..facts() },
+                ExitCode::NoResources,
+                "could not be created",
+            ),
+        ];
+        for (facts, code, words) in cases {
+            let (found, text) = shown(&facts);
+            assert_eq!(found, code, "{text}");
+            assert!(text.contains("PROBLEM") && text.contains(words), "{words}: {text}");
+        }
+    }
+
+    #[test]
+    fn notes_do_no_harm() {
+        let facts = Facts { kvm: vec!["kvm_amd"], memlock: 64 << 10, strict_overcommit: true, ..facts() };
+        let (code, text) = shown(&facts);
+        assert_eq!(code, ExitCode::Shutdown);
+        assert_eq!(text.matches("note").count(), 3, "{text}");
+    }
+
+    #[test]
+    fn this_host_can_be_examined() {
+        assert!(!examine(Path::new("/nonexistent")).is_empty());
+        assert_eq!(exit_code(&examine(Path::new("/nonexistent"))), ExitCode::NoDevice);
+    }
+}

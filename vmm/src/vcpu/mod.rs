@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A vCPU's thread: runs the guest, and does what each exit asks for.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `access.rs` | memory, devices and vector registers as the instruction emulator sees them |
+//! | `state.rs` | register sets to and from the emulator, and for people |
+//! | this file | the loop, one `match` over the exits with a counter for each arm, interrupts of the 8259s |
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+
+use axvcpu_uapi::client::{self, Exit, Vcpu};
+use axvcpu_uapi::exit::AxVCpuExitReason;
+use axvcpu_uapi::vcpu::{self as abi, Event};
+use axvcpu_uapi::x86::{Debug, Events, EVENTS_INTERRUPT_SHADOW};
+
+use crate::control::Stop;
+use crate::emulate::{self, Direction, Exception, Outcome, StringIo};
+use crate::error::Error;
+use crate::exit::ExitCode;
+use crate::machine::Machine;
+use crate::stats::{Counters, UserExit};
+
+mod access;
+mod state;
+
+use access::Access;
+
+/// Answer to a hypercall that does not exist: `-KVM_ENOSYS` (Linux `include/uapi/linux/kvm_para.h`), since guests know us
+/// by KVM's paravirtual interface.
+const KVM_ENOSYS: u64 = (-1000_i64) as u64;
+
+/// Number of the debug exception.
+const DEBUG_VECTOR: u32 = 1;
+/// DR6: single step.
+const DR6_BS: u64 = 1 << 14;
+
+/// How many vCPUs there are, and how many of them are halted for good.
+#[derive(Debug)]
+pub struct Halted {
+    count: AtomicU32,
+    vcpus: u32,
+}
+
+impl Halted {
+    /// For `vcpus` vCPUs, none halted.
+    #[must_use]
+    pub fn new(vcpus: u32) -> Arc<Self> {
+        Arc::new(Self { count: AtomicU32::new(0), vcpus })
+    }
+}
+
+/// A vCPU with all that its thread needs.
+pub struct Runner {
+    vcpu: Vcpu,
+    id: u32,
+    machine: Arc<Machine>,
+    emulator: emulate::Config,
+    counters: Arc<Counters>,
+    halted: Arc<Halted>,
+    is_halted: bool,
+    /// Whether the last exit said that an external interrupt could be delivered at once.
+    window_open: bool,
+    /// Whether an [`InterruptWindow`](AxVCpuExitReason::InterruptWindow) exit is asked for.
+    window_requested: bool,
+}
+
+impl From<client::Error> for Stop {
+    fn from(error: client::Error) -> Self {
+        Self::Failed(Error::Device(error))
+    }
+}
+
+impl Runner {
+    /// For a vCPU that has been set up. `phys_bits` and `gib_pages` are what its CPUID tells of paging.
+    #[must_use]
+    pub fn new(
+        vcpu: Vcpu,
+        id: u32,
+        machine: &Arc<Machine>,
+        (phys_bits, gib_pages): (u8, bool),
+        counters: &Arc<Counters>,
+        halted: &Arc<Halted>,
+    ) -> Self {
+        Self {
+            vcpu,
+            id,
+            machine: Arc::clone(machine),
+            emulator: emulate::Config { phys_bits, gib_pages, ..emulate::Config::default() },
+            counters: Arc::clone(counters),
+            halted: Arc::clone(halted),
+            is_halted: false,
+            window_open: false,
+            window_requested: false,
+        }
+    }
+
+    /// Runs until the VM stops, and stops it if this vCPU cannot go on. The vCPU comes back, for its statistics.
+    pub fn run(mut self) -> Vcpu {
+        while !self.machine.control.is_stopping() {
+            if let Err(reason) = self.step() {
+                self.machine.control.stop(reason);
+                break;
+            }
+        }
+        self.vcpu
+    }
+
+    fn step(&mut self) -> Result<(), Stop> {
+        self.offer_interrupt()?;
+        let exit = self.vcpu.run()?;
+        self.window_open = exit.interrupt_window_open();
+        self.handle(&exit)
+    }
+
+    /// Hands the interrupt of the 8259s to the guest, or asks to be told when the guest can take it. As on a PC they are
+    /// wired to the boot processor.
+    fn offer_interrupt(&mut self) -> Result<(), Stop> {
+        if self.id != 0 {
+            return Ok(());
+        }
+        let mut wanted = self.machine.interrupts.is_pending();
+        if wanted && self.window_open {
+            if let Some(vector) = self.machine.interrupts.acknowledge() {
+                let event = Event { kind: abi::EVENT_EXTERNAL_INTERRUPT, vector: vector.into(), ..Event::default() };
+                self.vcpu.inject(&event)?;
+            }
+            // The one injected closes the window; another may wait behind it.
+            self.window_open = false;
+            wanted = self.machine.interrupts.is_pending();
+        }
+        if wanted != self.window_requested {
+            self.vcpu.request_interrupt_window(wanted);
+            self.window_requested = wanted;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, exit: &Exit) -> Result<(), Stop> {
+        let count = |kind| self.counters.count(kind);
+        if self.is_halted && !matches!(exit.reason, AxVCpuExitReason::Halt | AxVCpuExitReason::Interrupted) {
+            self.is_halted = false;
+            self.halted.count.fetch_sub(1, Ordering::AcqRel);
+        }
+        match exit.reason {
+            AxVCpuExitReason::IoRead { port, width } => {
+                count(UserExit::PortRead);
+                let mut data = [0; 8];
+                self.machine.ports.read(port.into(), &mut data[..width.size()]);
+                self.vcpu.reply(u64::from_le_bytes(data));
+            }
+            AxVCpuExitReason::IoWrite { port, width, data } => {
+                count(UserExit::PortWrite);
+                self.machine.ports.write(port.into(), &data.to_le_bytes()[..width.size()]);
+            }
+            AxVCpuExitReason::NestedPageFault { addr, access_flags } => {
+                count(UserExit::Mmio);
+                tracing::trace!(%addr, ?access_flags, "access to device memory");
+                self.emulate(exit, None)?;
+            }
+            AxVCpuExitReason::IoString { port, width, input, .. } => {
+                count(UserExit::StringIo);
+                let direction = if input { Direction::In } else { Direction::Out };
+                self.emulate(exit, Some(StringIo { port, width: width.size() as u8, direction }))?;
+            }
+            AxVCpuExitReason::InterruptEnd { vector } => {
+                count(UserExit::InterruptEnd);
+                if let Some(vector) = vector {
+                    self.machine.interrupts.end_of_interrupt(vector);
+                }
+            }
+            AxVCpuExitReason::InterruptWindow => count(UserExit::Window),
+            AxVCpuExitReason::Interrupted => count(UserExit::Interrupted),
+            AxVCpuExitReason::SysRegRead { addr, .. } => {
+                count(UserExit::MsrRead);
+                tracing::debug!(msr = format_args!("{addr:#x}"), rip = self.rip(), "unknown MSR read: #GP");
+                self.vcpu.reply_fault();
+            }
+            AxVCpuExitReason::SysRegWrite { addr, value } => {
+                count(UserExit::MsrWrite);
+                let (msr, value) = (format_args!("{addr:#x}"), format_args!("{value:#x}"));
+                tracing::debug!(msr, value, rip = self.rip(), "unknown MSR written: #GP");
+                self.vcpu.reply_fault();
+            }
+            AxVCpuExitReason::Hypercall { nr, args } => {
+                count(UserExit::Hypercall);
+                tracing::debug!(nr, ?args, "unknown hypercall");
+                self.vcpu.reply(KVM_ENOSYS);
+            }
+            AxVCpuExitReason::Halt => {
+                count(UserExit::Halt);
+                // Only NMI and INIT can wake it, and only another vCPU sends those.
+                if !self.is_halted {
+                    self.is_halted = true;
+                    if self.halted.count.fetch_add(1, Ordering::AcqRel) + 1 == self.halted.vcpus {
+                        return Err(Stop::Halted);
+                    }
+                }
+            }
+            AxVCpuExitReason::Nothing
+            | AxVCpuExitReason::ExternalInterrupt { .. }
+            | AxVCpuExitReason::PreemptionTimer => count(UserExit::Other),
+            AxVCpuExitReason::SystemDown => return Err(Stop::Shutdown),
+            AxVCpuExitReason::SystemReset => return Err(Stop::Reset("by the CPU")),
+            AxVCpuExitReason::TripleFault => return Err(Stop::TripleFault(self.describe())),
+            AxVCpuExitReason::FailEntry { hardware_entry_failure_reason: code } => {
+                let what = format!("the CPU refused to enter the guest: hardware code {code:#x}");
+                return Err(self.give_up(ExitCode::EntryFailed, &what));
+            }
+            AxVCpuExitReason::InvalidGuestState { reason, qualification, field } => {
+                let what = format!(
+                    "the CPU found the guest's state inconsistent: reason {reason:#x}, qualification {qualification:#x}, \
+                     our own check says {field:#x} (see axvcpu(4))"
+                );
+                return Err(self.give_up(ExitCode::EntryFailed, &what));
+            }
+            AxVCpuExitReason::TaskSwitch { selector, source } => {
+                let what = format!("the guest switches tasks by hardware (selector {selector:#x}, source {source}), which is not supported");
+                return Err(self.give_up(ExitCode::CannotContinue, &what));
+            }
+            AxVCpuExitReason::UnsupportedInstruction { code } => {
+                let what =
+                    format!("the guest executed an instruction that is not offered to guests (exit code {code:#x})");
+                return Err(self.give_up(ExitCode::CannotContinue, &what));
+            }
+            AxVCpuExitReason::MachineCheck => {
+                return Err(self
+                    .give_up(ExitCode::HostError, "the host's hardware reported a machine check while the guest ran"));
+            }
+            AxVCpuExitReason::Unknown { code, info1, info2 } => {
+                let what =
+                    format!("an exit that nobody understands: code {code:#x}, information {info1:#x} and {info2:#x}");
+                return Err(self.give_up(ExitCode::CannotContinue, &what));
+            }
+            other => {
+                return Err(self.give_up(
+                    ExitCode::CannotContinue,
+                    &format!("an exit that this program does not handle: {other:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries out the instruction at RIP: string I/O, or an access to device memory.
+    fn emulate(&mut self, exit: &Exit, string: Option<StringIo>) -> Result<(), Stop> {
+        let Some(snapshot) = self.vcpu.snapshot() else {
+            return Err(
+                self.give_up(ExitCode::AbiMismatch, "the module gave no snapshot with an exit that needs decoding")
+            );
+        };
+        let general = self.vcpu.general();
+        let before = state::to_emulator(&general, &snapshot, exit.user_mode());
+        let mut cpu = before.clone();
+        let mut access = Access::new(&mut self.vcpu, &self.machine);
+        let result = match string {
+            Some(io) => emulate::string_io(&self.emulator, &mut cpu, &mut access, io, exit.insn()),
+            None => emulate::step(&self.emulator, &mut cpu, &mut access, exit.insn()),
+        };
+        let outcome = match result {
+            Ok(outcome) => outcome,
+            Err(emulate::Error::Bus(error)) => return Err(error.into()),
+            Err(error) => return Err(self.give_up(ExitCode::CannotContinue, &error.to_string())),
+        };
+        if cpu.segments != before.segments {
+            let segments = state::with_segments(snapshot.segments, &cpu);
+            self.vcpu.set(&segments)?;
+        }
+        self.vcpu.set_general(&cpu.general());
+        self.finish(outcome)
+    }
+
+    /// What an emulated instruction leaves behind besides registers.
+    fn finish(&mut self, outcome: Outcome) -> Result<(), Stop> {
+        let debug_trap = match outcome {
+            Outcome::Exception(exception) => return self.inject_exception(exception),
+            Outcome::Unfinished { debug_trap } => debug_trap,
+            Outcome::Retired { debug_trap, interrupt_shadow } => {
+                if interrupt_shadow {
+                    let mut events: Events = self.vcpu.get()?;
+                    events.flags |= EVENTS_INTERRUPT_SHADOW;
+                    self.vcpu.set(&events)?;
+                    self.window_open = false;
+                }
+                debug_trap
+            }
+        };
+        if debug_trap {
+            let mut debug: Debug = self.vcpu.get()?;
+            debug.dr6 |= DR6_BS;
+            self.vcpu.set(&debug)?;
+            let event = Event { kind: abi::EVENT_EXCEPTION, vector: DEBUG_VECTOR, ..Event::default() };
+            self.vcpu.inject(&event)?;
+            self.window_open = false;
+        }
+        Ok(())
+    }
+
+    fn inject_exception(&mut self, exception: Exception) -> Result<(), Stop> {
+        let protected = self.vcpu.snapshot().is_some_and(|snapshot| snapshot.control.cr0 & 1 != 0);
+        let mut event = Event { kind: abi::EVENT_EXCEPTION, vector: exception.vector().into(), ..Event::default() };
+        // Real mode pushes no error codes.
+        if let Some(code) = exception.error_code().filter(|_| protected) {
+            event.flags |= abi::EVENT_HAS_ERROR_CODE;
+            event.error_code = code;
+        }
+        if let Exception::PageFault { address, .. } = exception {
+            event.flags |= abi::EVENT_HAS_ADDRESS;
+            event.address = address.as_u64();
+        }
+        self.window_open = false;
+        self.vcpu.inject(&event)?;
+        Ok(())
+    }
+
+    fn rip(&self) -> u64 {
+        self.vcpu.general().rip
+    }
+
+    fn describe(&mut self) -> String {
+        state::describe(&mut self.vcpu, &self.machine, self.id, &self.emulator)
+    }
+
+    fn give_up(&mut self, code: ExitCode, what: &str) -> Stop {
+        Stop::CannotContinue(code, format!("the guest cannot go on: {what}\n{}", self.describe()))
+    }
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Builds a VM from its configuration, and runs it to its end.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use axvcpu_uapi::client::{AddressSpace, Apic, System, Vcpu, Vm};
+use axvcpu_uapi::system::{self, SystemInfo};
+use nix::sched::{sched_setaffinity, CpuSet};
+use nix::unistd::Pid;
+
+use crate::acpi;
+use crate::config::{SerialConfig, VmConfig};
+use crate::control::{Control, Stop};
+use crate::cpuid;
+use crate::device::irq::Interrupts;
+use crate::error::Error;
+use crate::events::{EventLoop, HostTimer, Signals};
+use crate::image::{self, Loaded};
+use crate::layout;
+use crate::machine::{Machine, Parts};
+use crate::memory::Ram;
+use crate::sandbox;
+use crate::stats::{vcpu_report, vm_report, Counters};
+use crate::terminal::{Output, RawTerminal};
+use crate::vcpu::{Halted, Runner};
+
+/// How to run a VM, apart from its configuration.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The device node.
+    pub device: PathBuf,
+    /// Whether to gather statistics for [`Ended::stats`].
+    pub stats: bool,
+    /// Whether the program gives up rights that it does not need while the guest runs.
+    pub sandbox: bool,
+}
+
+/// How a VM ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub reason: Stop,
+    /// Statistics, if they were asked for.
+    pub stats: Option<String>,
+}
+
+/// Allocates guest memory and loads everything into it: all that can be checked without the device.
+///
+/// # Errors
+/// [`Error::Memory`] or [`Error::Image`].
+pub fn prepare(config: &VmConfig) -> Result<(Ram, Loaded), Error> {
+    let ram = Ram::new(&config.memory)?;
+    let machine = acpi::Machine { cpus: config.vcpus.len() as u32, serial: config.devices.serial != SerialConfig::Off };
+    let tables = acpi::Tables::new(&machine);
+    let loaded = image::load(&config.kernel, &ram, &layout::memory_map(&config.memory), tables.rsdp())?;
+    tables.write(&ram).map_err(|error| Error::host("write the ACPI tables", error))?;
+    Ok((ram, loaded))
+}
+
+/// Opens the device and makes sure that it can run a VM.
+///
+/// # Errors
+/// [`Error::Device`], [`Error::NotReady`] or [`Error::Unsuitable`].
+pub fn open(device: &Path) -> Result<(System, SystemInfo), Error> {
+    let system = System::open_path(device)?;
+    let info = system.info()?;
+    if let Some((reason, cure)) = not_ready(info.status) {
+        return Err(Error::NotReady { status: info.status, reason, cure });
+    }
+    if info.arch != system::ARCH_X86_64 {
+        return Err(Error::Unsuitable("the module is for another architecture than this axvmm".into()));
+    }
+    if info.features & system::FEATURE_IN_KERNEL_APIC == 0 {
+        return Err(Error::Unsuitable("the module has no in-kernel local APIC; install a newer one".into()));
+    }
+    Ok((system, info))
+}
+
+/// What a status other than ready means, and the cure.
+#[must_use]
+pub fn not_ready(status: u32) -> Option<(&'static str, &'static str)> {
+    Some(match status {
+        system::STATUS_READY => return None,
+        system::STATUS_IN_USE => (
+            "another hypervisor, normally KVM, holds the CPU's virtualization extension",
+            "End its virtual machines and unload it: modprobe -r kvm_amd kvm_intel",
+        ),
+        system::STATUS_DISABLED_BY_FIRMWARE => (
+            "the firmware has switched virtualization off",
+            "Enable it (\"SVM\", \"AMD-V\" or \"VT-x\") in the firmware's setup.",
+        ),
+        system::STATUS_TOO_OLD => (
+            "the CPU's virtualization extension lacks nested paging",
+            "A newer CPU is needed (AMD since 2007, Intel since 2008).",
+        ),
+        _ => (
+            "the CPU has no virtualization extension that the module knows",
+            "Within a virtual machine, enable nested virtualization outside.",
+        ),
+    })
+}
+
+/// A built VM. Fields drop in this order: vCPUs before the memory they run on.
+struct Built {
+    vcpus: Vec<Vcpu>,
+    _slots: Vec<axvcpu_uapi::client::Slot<crate::memory::RamRegion>>,
+    _space: AddressSpace,
+    vm: Vm,
+    paging: (u8, bool),
+}
+
+fn build(config: &VmConfig, options: &Options, ram: &Ram, loaded: &Loaded) -> Result<Built, Error> {
+    let (system, info) = open(&options.device)?;
+    let top = config.memory.iter().map(|region| region.end()).max().unwrap_or(0);
+    if info.guest_phys_bits < 64 && top > 1 << info.guest_phys_bits {
+        return Err(Error::Unsuitable(format!(
+            "the guest's memory ends at {top:#x}, beyond the {} address bits of this CPU\nGive the guest less memory.",
+            info.guest_phys_bits
+        )));
+    }
+    let count = config.vcpus.len() as u32;
+    if count > info.max_vcpus {
+        return Err(Error::Unsuitable(format!("the module runs {} vCPUs at most", info.max_vcpus)));
+    }
+    let supported = system.supported_cpuid()?;
+    let vm = system.create_vm()?;
+    let space = vm.create_address_space()?;
+    let slots = ram.map(&space)?;
+    let mut vcpus = Vec::new();
+    for id in 0..count {
+        let mut vcpu = vm.create_vcpu(id)?;
+        vcpu.set_entry(loaded.start.reset_entry())?;
+        vcpu.set_ept_root(&space)?;
+        vcpu.setup(Apic::InKernel, &cpuid::for_vcpu(&supported, id, count))?;
+        if id == 0 {
+            loaded.start.apply(&mut vcpu)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(Built { vcpus, _slots: slots, _space: space, vm, paging: cpuid::paging_features(&supported) })
+}
+
+/// Runs the VM until it stops.
+///
+/// # Errors
+/// What keeps it from starting. What happens later is the reason in [`Ended`].
+pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
+    let (ram, loaded) = prepare(config)?;
+    tracing::info!(format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
+    let stdout = Output::stdout()?;
+    let serial = match &config.devices.serial {
+        SerialConfig::Stdio => Some(stdout.clone()),
+        SerialConfig::File(path) => Some(Output::file(path)?),
+        SerialConfig::Off => None,
+    };
+    let Built { vcpus, _slots, _space, vm, paging } = build(config, options, &ram, &loaded)?;
+
+    let control = Arc::new(Control::new()?);
+    control.set_kickers(vcpus.iter().map(Vcpu::kicker).collect());
+    let kick = {
+        let control = Arc::clone(&control);
+        move || control.kick(0)
+    };
+    let timer = HostTimer::new()?;
+    let (machine, served) = Machine::new(Parts {
+        ram,
+        memory: &config.memory,
+        devices: &config.devices,
+        serial,
+        console: stdout,
+        clock: Box::new(timer.clone()),
+        interrupts: Interrupts::new(Box::new(vm.clone()), Box::new(kick)),
+        control: Arc::clone(&control),
+    });
+    let machine = Arc::new(machine);
+
+    let signals = Signals::block()?;
+    if options.sandbox {
+        sandbox::enter()?;
+    }
+    // After everything that may fail with a message of its own.
+    let interactive = config.devices.serial == SerialConfig::Stdio;
+    let terminal = if interactive { RawTerminal::enter()? } else { None };
+    let input = interactive && (terminal.is_some() || !std::io::stdin().is_terminal());
+
+    let counters: Vec<Arc<Counters>> = vcpus.iter().map(|_| Arc::default()).collect();
+    let halted = Halted::new(vcpus.len() as u32);
+    let mut threads = Vec::new();
+    for ((id, vcpu), (counters, cpus)) in (0..).zip(vcpus).zip(counters.iter().zip(&config.vcpus)) {
+        let runner = Runner::new(vcpu, id, &machine, paging, counters, &halted);
+        threads.push(spawn(id, runner, *cpus, &control)?);
+    }
+    let events = EventLoop { control: &control, served, timer, signals, terminal, input };
+    if let Err(error) = events.run() {
+        control.stop(Stop::Failed(error));
+    }
+
+    let vcpus: Vec<Option<Vcpu>> = threads.into_iter().map(|thread| thread.join().ok()).collect();
+    let stats = options.stats.then(|| {
+        let mut text = String::new();
+        for ((id, vcpu), counters) in (0..).zip(&vcpus).zip(&counters) {
+            let kernel = vcpu.as_ref().and_then(|vcpu| vcpu.stats().ok());
+            text += &vcpu_report(id, kernel.as_ref(), counters);
+        }
+        text + &vm_report(vm.stats().ok().as_ref(), machine.ports.unclaimed(), machine.mmio.unclaimed())
+    });
+    let nothing = || Stop::Failed(Error::host("find out why the VM stopped", "no reason was given"));
+    Ok(Ended { reason: control.take_reason().unwrap_or_else(nothing), stats })
+}
+
+/// Starts a vCPU's thread.
+fn spawn(id: u32, runner: Runner, cpus: Option<u64>, control: &Arc<Control>) -> Result<JoinHandle<Vcpu>, Error> {
+    /// Stops the VM if the thread panics, so that the others do not wait for it.
+    struct Watch(Arc<Control>);
+    impl Drop for Watch {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                self.0.stop(Stop::Failed(Error::host("go on", "a vCPU's thread panicked; this is a bug in axvmm")));
+            }
+        }
+    }
+    let watch = Watch(Arc::clone(control));
+    let body = move || {
+        let watch = watch;
+        if let Some(cpus) = cpus {
+            if let Err(error) = restrict_to(cpus) {
+                watch.0.stop(Stop::Failed(error));
+            }
+        }
+        runner.run()
+    };
+    let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(|error| {
+        control.stop(Stop::Quit);
+        Error::host(format!("start a thread for vCPU {id}"), crate::error::describe_io(&error))
+    });
+    thread
+}
+
+/// Restricts the calling thread to the host CPUs in a bit mask.
+fn restrict_to(cpus: u64) -> Result<(), Error> {
+    let mut set = CpuSet::new();
+    for cpu in (0..64).filter(|cpu| cpus >> cpu & 1 != 0) {
+        let _ = set.set(cpu);
+    }
+    sched_setaffinity(Pid::from_raw(0), &set)
+        .map_err(|errno| Error::host(format!("run a vCPU on the host CPUs {cpus:#x} of phys_cpu_sets"), errno.desc()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::ExitCode;
+
+    #[test]
+    fn every_status_but_ready_is_explained() {
+        assert!(not_ready(system::STATUS_READY).is_none());
+        let code = |status| {
+            let (reason, cure) = not_ready(status).unwrap();
+            Error::NotReady { status, reason, cure }.exit_code()
+        };
+        assert_eq!(code(system::STATUS_IN_USE), ExitCode::InUse);
+        assert_eq!(code(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled);
+        assert_eq!(code(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization);
+        assert_eq!(code(system::STATUS_TOO_OLD), ExitCode::NoVirtualization);
+        assert_eq!(code(99), ExitCode::NoVirtualization);
+    }
+
+    #[test]
+    fn affinity_of_an_absent_cpu_is_an_error_of_its_own() {
+        let error = thread::spawn(|| restrict_to(1 << 63)).join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("phys_cpu_sets"), "{error}");
+    }
+
+    #[test]
+    fn devices_that_are_none() {
+        let code = |path: &str| open(Path::new(path)).map(|_| ()).unwrap_err().exit_code();
+        assert_eq!(code("/nonexistent"), ExitCode::NoDevice);
+        assert_eq!(code("/dev/null"), ExitCode::AbiMismatch);
+    }
+}
