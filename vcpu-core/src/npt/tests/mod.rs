@@ -138,6 +138,10 @@ fn assert_sound<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Census {
         leaves.add(leaf.size, 1);
     }
     assert_eq!(table.leaf_count(), leaves, "leaf count");
+    if cfg!(miri) {
+        // The iterator starts at the root for every entry: too slow there, and covered by the tests of its own.
+        return census;
+    }
     let listed = table.leaves(GuestPhysAddr::new(0), u64::MAX, mem).map(|(gpa, leaf)| (gpa.as_u64(), leaf));
     assert!(listed.eq(census.leaves.iter().copied()), "iteration misses or invents a leaf");
     census

@@ -202,7 +202,7 @@ type Step = (Op, Option<usize>);
 
 fn steps(levels: Levels) -> impl Strategy<Value = Vec<Step>> {
     let budget = prop_oneof![3 => Just(None), 2 => (0usize..5).prop_map(Some)];
-    proptest::collection::vec((operation(levels), budget), 1..if cfg!(miri) { 6 } else { 40 })
+    proptest::collection::vec((operation(levels), budget), 1..if cfg!(miri) { 4 } else { 40 })
 }
 
 struct Pair<F: Format> {
