@@ -4,6 +4,7 @@
 //!
 //! Under nested paging the guest's MTRRs have no effect: the type comes from the nested page table, the host's MTRRs and the
 //! guest's PAT (APM vol. 2 section 15.25.8). They are kept so that the guest finds what it wrote.
+#![forbid(unsafe_code)]
 
 use crate::fault::{GeneralProtection, GuestResult};
 use x86::msr;

@@ -4,6 +4,7 @@
 //!
 //! A guest's system time starts at 0 with the VM and advances with the TSC alone, by one scale fixed for the VM's life. All
 //! vCPUs share one [`TimeBase`], so their clocks agree to the tick and the guest may be told that they do.
+#![forbid(unsafe_code)]
 
 use axvcpu_uapi::addr::GuestPhysAddr;
 

@@ -76,7 +76,7 @@ pub enum Effect {
     /// The guest ended a level-triggered interrupt: tell the I/O APIC.
     InterruptEnd(u8),
     /// An inter-processor interrupt leaves: an interrupt command in the layout of x2APIC mode (destination in bits 63:32, all
-    /// ones for everybody) whatever the APIC's mode, for [`Message::from_icr`] with `x2apic` true.
+    /// ones for everybody) whatever the APIC's mode, for [`Message::from_icr`](super::Message::from_icr) with `x2apic` true.
     Ipi(u64),
 }
 

@@ -9,6 +9,7 @@
 //!
 //! The cycle on the vCPU's thread, before each entry: [`Lapic::collect`] what was posted, act on its INIT, SIPI and NMIs,
 //! inject [`Lapic::pending_vector`] after [`Lapic::acknowledge`], hand [`Lapic::timer_update`] to the host's timer.
+#![forbid(unsafe_code)]
 
 mod base;
 mod lapic;

@@ -4,6 +4,7 @@
 //!
 //! The policy is default deny, leaf by leaf and bit by bit, in `policy`: a bit is offered if the hardware has it and everything
 //! that it lets a guest see or change is switched by the backends, or if the module emulates it.
+#![forbid(unsafe_code)]
 
 mod policy;
 mod table;
