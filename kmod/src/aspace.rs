@@ -4,9 +4,9 @@
 //! Locks: `state`, a spin lock, is innermost and never taken in interrupts; shooting down is done under it, with
 //! interrupts on. MMU notifier callbacks take it, so nothing that allocates or faults is done under it.
 //!
-//! How a fault and an invalidation meet (as in KVM's `mmu_invalidate_retry`): an invalidation first raises `changing`,
-//! then drops the mappings, and counts up `changes` when the host's change is done. A fault reads `changes`, looks the
-//! page up without the lock, and maps it only if nothing is changing there and nothing has changed since.
+//! How a fault and an invalidation meet: the invalidation first says so in `changes`, then drops the mappings, then lets the
+//! host do its change, and says that it is over. A fault looks the page up without the lock, and maps it only if
+//! `changes` knows of no change there meanwhile.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -23,6 +23,7 @@ use kernel::{
     sync::{Arc, ArcBorrow, SpinLock},
 };
 use vcpu_core::{
+    changes::Changes,
     npt::{LeafCount, MemoryType, NestedPageTable, Npt, PageSize, Permissions},
     regions::{Region, RegionMap},
     AccessFlags, AxError, GuestPhysAddr, HostPhysAddr,
@@ -65,12 +66,8 @@ struct State {
     /// Always there until `drop`.
     table: Option<NestedPageTable<Npt>>,
     retired: Retired,
-    /// Invalidations of the host that have begun and not ended, and the host range that covers them all.
-    changing: u32,
-    changing_start: u64,
-    changing_end: u64,
-    /// Invalidations that have ended, and changes of regions.
-    changes: u64,
+    /// Changes of the host's memory, and of regions.
+    changes: Changes,
 }
 
 /// Storage of the regions.
@@ -120,10 +117,7 @@ impl AddressSpace {
             regions: RegionMap::new(Slots(slots)),
             table: Some(table),
             retired,
-            changing: 0,
-            changing_start: 0,
-            changing_end: 0,
-            changes: 0,
+            changes: Changes::default(),
         };
         let mm = vm.mm().clone();
         let vm = Member::address_space(vm);
@@ -186,10 +180,10 @@ impl AddressSpace {
         if access.contains(AccessFlags::EXECUTE) {
             needed |= MEM_EXECUTE;
         }
-        let (region, changes) = {
+        let (region, snapshot) = {
             let state = self.state.lock();
             match state.regions.find(page_addr) {
-                Some(region) if region.flags & needed == needed => (*region, state.changes),
+                Some(region) if region.flags & needed == needed => (*region, state.changes.snapshot()),
                 _ => return Ok(Fault::NotMemory),
             }
         };
@@ -199,19 +193,24 @@ impl AddressSpace {
         let page = GuestPage::lookup(usize::try_from(host).map_err(|_| EFAULT)?, write, region.flags & MEM_WRITE != 0)?;
 
         let mut state = self.state.lock();
-        let changing = state.changing != 0 && (state.changing_start..state.changing_end).contains(&host);
-        if changing || state.changes != changes {
-            return Ok(Fault::Resolved);
-        }
         let mut perms = Permissions::from_bits(region.flags).ok_or(EINVAL)?;
         if !page.writable() {
             perms = perms.intersection(Permissions::READ.union(Permissions::EXECUTE));
         }
         let (guest, phys, size) = self.leaf_for(&region, page_addr, page.phys());
+        let start = region.host_of(guest);
+        if state.changes.disturbed(snapshot, &(start..start.saturating_add(size.bytes()))) {
+            return Ok(Fault::Resolved);
+        }
         let before = state.leaf_count();
         let State { table, retired, .. } = &mut *state;
         let table = table.as_mut().ok_or(EINVAL)?;
         let tables = table.table_count();
+        // Another vCPU may have been faster; what it mapped may allow more than what was found here, and must not shrink.
+        let present = table.query(page_addr, &Memory { spare, retired });
+        if present.is_some_and(|mapping| mapping.perms.bits() & needed == needed) {
+            return Ok(Fault::Resolved);
+        }
         let flush = table
             .map(guest, phys, size, perms, MemoryType::WriteBack, &mut Memory { spare, retired })
             .map_err(abi::errno)?;
@@ -225,7 +224,7 @@ impl AddressSpace {
     }
 
     /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, the
-    /// region and the alignment allow. The lock is held and nothing is changing.
+    /// region and the alignment allow. The lock is held; the answer holds if nothing is changing there.
     fn leaf_for(&self, region: &Region, addr: GuestPhysAddr, phys: HostPhysAddr) -> (GuestPhysAddr, HostPhysAddr, PageSize) {
         let small = (addr, phys, PageSize::Size4K);
         let large = PageSize::Size2M.bytes();
@@ -325,7 +324,7 @@ impl AddressSpace {
             let mut state = self.state.lock();
             change(&mut state.regions).map_err(abi::errno)?;
             // Faults under way, which have seen the old region, must not map it.
-            state.changes = state.changes.wrapping_add(1);
+            state.changes.note(0..u64::MAX);
         }
         let mut done = 0;
         while done < size {
@@ -390,16 +389,7 @@ impl PinnedDrop for AddressSpace {
 
 impl Invalidate for AddressSpace {
     fn begin(&self, start: u64, end: u64) {
-        {
-            let mut state = self.state.lock();
-            if state.changing == 0 {
-                (state.changing_start, state.changing_end) = (start, end);
-            } else {
-                state.changing_start = state.changing_start.min(start);
-                state.changing_end = state.changing_end.max(end);
-            }
-            state.changing = state.changing.wrapping_add(1);
-        }
+        self.state.lock().changes.begin(start..end);
         let mut from = 0;
         loop {
             let mut state = self.state.lock();
@@ -412,10 +402,8 @@ impl Invalidate for AddressSpace {
         }
     }
 
-    fn end(&self, _start: u64, _end: u64) {
-        let mut state = self.state.lock();
-        state.changes = state.changes.wrapping_add(1);
-        state.changing = state.changing.saturating_sub(1);
+    fn end(&self, start: u64, end: u64) {
+        self.state.lock().changes.end(start..end);
     }
 }
 

@@ -9,7 +9,7 @@ use core::sync::atomic::Ordering;
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
 use kernel::prelude::*;
-use vcpu_core::{AxError, AxVCpuHal};
+use vcpu_core::{AxError, AxVCpuHal, VCpuState};
 use x86_vcpu::{
     apic::{Message, TimerUpdate},
     Reply, X86VCpu,
@@ -42,6 +42,7 @@ impl Vcpu {
     pub(crate) fn run(&self, inner: &mut Inner) -> Result<isize> {
         bump(&self.shared.stats.runs);
         self.take_requests(inner)?;
+        self.shared.stats.set_state(VCpuState::Running);
         let (exit, result) = match self.run_until_exit(inner) {
             Ok(exit) => (exit, Ok(0)),
             Err((exit, error)) => (exit, Err(error)),
@@ -115,8 +116,10 @@ impl Vcpu {
     /// Sleeps until there is something for the vCPU, or its user, to do.
     fn sleep(&self, inner: &mut Inner) -> Result<(), (Option<Exit>, Error)> {
         inner.vcpu.block().map_err(|error| (None, abi::errno(error)))?;
+        self.shared.stats.set_state(VCpuState::Blocked);
         let result = self.shared.sleep();
         inner.vcpu.wake();
+        self.shared.stats.set_state(VCpuState::Running);
         result.map_err(|error| (Some(Exit::Interrupted), error))
     }
 
@@ -135,7 +138,9 @@ impl Vcpu {
     /// Enters the guest again and again until something must be done outside the window.
     fn guest_turns(&self, inner: &mut Inner, pinned: &PreemptOff) -> Result<Stop> {
         let irq_off = IrqOff::new(pinned);
-        let in_guest = self.shared.enter(Host::cpu_id(), &irq_off);
+        let cpu = Host::cpu_id();
+        self.shared.stats.last_cpu.store(cpu as u32, Ordering::Relaxed);
+        let in_guest = self.shared.enter(cpu, &irq_off);
         let stop = loop {
             // From here to the entry nothing may be added that posts to ourselves: posts made before are seen below, and posts
             // made later find the vCPU marked as in the guest and interrupt it.
@@ -246,7 +251,7 @@ impl Vcpu {
         stats.run_ns.store(record.run_ns, Ordering::Relaxed);
         stats.halt_ns.store(record.halt_ns, Ordering::Relaxed);
         stats.last_cpu.store(record.last_cpu.map_or(u32::MAX, |cpu| cpu as u32), Ordering::Relaxed);
-        stats.state.store(inner.vcpu.state() as u32, Ordering::Relaxed);
+        stats.set_state(inner.vcpu.state());
         if let Ok(arch) = inner.vcpu.arch() {
             stats.injections.store(arch.injections(), Ordering::Relaxed);
             stats.tlb_flushes.store(arch.tlb_flushes(), Ordering::Relaxed);

@@ -12,6 +12,7 @@ use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, O
 
 use axvcpu_uapi::vcpu::{ExitKind, VcpuStats};
 use kernel::prelude::*;
+use vcpu_core::VCpuState;
 use x86_vcpu::apic::Mailbox;
 
 use crate::ffi::{self, IrqOff, WaitPoint};
@@ -49,7 +50,7 @@ pub(crate) struct Stats {
     pub(crate) run_ns: AtomicU64,
     pub(crate) halt_ns: AtomicU64,
     pub(crate) last_cpu: AtomicU32,
-    pub(crate) state: AtomicU32,
+    state: AtomicU32,
     exits: [AtomicU64; ExitKind::COUNT],
 }
 
@@ -60,6 +61,11 @@ impl Stats {
         if let Some(counter) = self.exits.get(kind as usize) {
             bump(counter);
         }
+    }
+
+    /// Tells the state. A vCPU counts as running all through `RUN`, but for its sleep.
+    pub(crate) fn set_state(&self, state: VCpuState) {
+        self.state.store(state as u32, Ordering::Relaxed);
     }
 
     /// The ABI's form.

@@ -12,6 +12,7 @@ extern crate std;
 
 mod addr;
 mod arch;
+pub mod changes;
 mod error;
 mod hal;
 pub mod npt;
