@@ -8,7 +8,8 @@ use std::sync::Arc;
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{AddressSpace, Backing, Permissions, Slot};
 use vm_memory::{
-    Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion, VolatileMemory,
+    Bytes as _, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    VolatileMemory,
 };
 
 use crate::config::{Bytes, MemoryRegion};
@@ -18,6 +19,8 @@ use crate::error::Error;
 #[derive(Clone, Debug)]
 pub struct Ram {
     memory: GuestMemoryMmap,
+    /// The same regions, for mapping them.
+    regions: Vec<Arc<GuestRegionMmap>>,
 }
 
 /// A range of guest physical addresses that is not RAM from end to end.
@@ -38,13 +41,17 @@ impl Ram {
     pub fn new(regions: &[MemoryRegion]) -> Result<Self, Error> {
         let size = Bytes(regions.iter().map(|region| region.size).sum());
         let fail = |reason: String| Error::Memory { size, reason };
-        let ranges: Vec<(GuestAddress, usize)> = regions
+        let regions: Vec<Arc<GuestRegionMmap>> = regions
             .iter()
-            .map(|region| Ok((GuestAddress(region.base), usize::try_from(region.size)?)))
-            .collect::<Result<_, std::num::TryFromIntError>>()
-            .map_err(|error| fail(error.to_string()))?;
-        let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|error| fail(error.to_string()))?;
-        Ok(Self { memory })
+            .map(|region| {
+                let size = usize::try_from(region.size).map_err(|error| fail(error.to_string()))?;
+                let mapping = MmapRegion::new(size).map_err(|error| fail(error.to_string()))?;
+                let region = GuestRegionMmap::new(mapping, GuestAddress(region.base));
+                region.map(Arc::new).ok_or_else(|| fail("it reaches beyond the last address".into()))
+            })
+            .collect::<Result<_, Error>>()?;
+        let memory = GuestMemoryMmap::from_arc_regions(regions.clone()).map_err(|error| fail(error.to_string()))?;
+        Ok(Self { memory, regions })
     }
 
     /// The regions for code that speaks vm-memory.
@@ -145,11 +152,11 @@ impl Ram {
     /// # Errors
     /// [`Error::Device`].
     pub fn map(&self, space: &AddressSpace) -> Result<Vec<Slot<RamRegion>>, Error> {
-        self.memory
+        self.regions
             .iter()
             .map(|region| {
                 let at = GuestPhysAddr::new(region.start_addr().0);
-                Ok(space.map_all(at, Arc::new(RamRegion(region.get_mmap())), Permissions::RWX)?)
+                Ok(space.map_all(at, Arc::new(RamRegion(Arc::clone(region))), Permissions::RWX)?)
             })
             .collect()
     }
@@ -157,9 +164,9 @@ impl Ram {
 
 /// One region of RAM as the axvcpu handles want it.
 #[derive(Debug)]
-pub struct RamRegion(Arc<MmapRegion>);
+pub struct RamRegion(Arc<GuestRegionMmap>);
 
-// SAFETY: an `MmapRegion` is a mapping of its own, readable and writable, that stays where it is until the last `Arc` is
+// SAFETY: a `GuestRegionMmap` is a mapping of its own, readable and writable, that stays where it is until the last `Arc` is
 // gone, and this value holds one. vm-memory accesses it through volatile slices and atomics only and forms no references
 // to its bytes other than to atomics; it holds guest memory and nothing else.
 unsafe impl Backing for RamRegion {

@@ -139,7 +139,7 @@ impl Loader<'_> {
         }
         params.e820_entries = self.map.len() as u8;
         for (slot, entry) in self.map.iter().enumerate() {
-            params.e820_table[slot] = boot_e820_entry { addr: entry.base, size: entry.size, r#type: entry.kind as u32 };
+            params.e820_table[slot] = boot_e820_entry { addr: entry.base, size: entry.size, type_: entry.kind as u32 };
         }
         Ok(params)
     }
