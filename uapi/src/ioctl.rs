@@ -14,7 +14,7 @@ const READ: u32 = 2;
 
 const fn encode(dir: u32, nr: u8, size: usize) -> u32 {
     assert!(size < 1 << 14, "the size does not fit the ioctl encoding");
-    dir << 30 | (size as u32) << 16 | (TYPE as u32) << 8 | nr as u32
+    (dir << 30) | ((size as u32) << 16) | ((TYPE as u32) << 8) | nr as u32
 }
 const fn none(nr: u8) -> u32 {
     encode(NONE, nr, 0)
