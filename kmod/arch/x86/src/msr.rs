@@ -13,7 +13,7 @@ use crate::fault::{GeneralProtection, GuestResult};
 use crate::hal::X86Hal;
 use crate::mtrr::{is_valid_pat, Mtrr};
 use crate::pvclock::PvClock;
-use crate::regs::cr4;
+use crate::regs::{cr0, cr4};
 use crate::state::{Guest, Registers};
 
 const TSC: u32 = msr::IA32_TIME_STAMP_COUNTER;
@@ -325,6 +325,18 @@ impl<H: X86Hal> Guest<H> {
     /// Whether a write of `index` is for guests only: from userspace it would do something rather than set something.
     pub(crate) fn is_command(index: u32) -> bool {
         index == PRED_CMD || (0x800..=0x8ff).contains(&index)
+    }
+
+    /// MOV to CR0: whether it is allowed; then it is done.
+    pub(crate) fn write_cr0(&mut self, regs: &mut impl Registers, value: u64) -> GuestResult {
+        let old = regs.cr0();
+        let (cr0, efer) = self.limits.check_cr0_write(old, value, regs.cr4(), regs.efer(), &regs.cs())?;
+        if (old ^ cr0) & cr0::TRANSLATION != 0 {
+            regs.flush_tlb();
+        }
+        regs.set_cr0(cr0);
+        regs.set_efer(efer);
+        Ok(())
     }
 
     /// MOV to CR4: whether it is allowed; then it is done.

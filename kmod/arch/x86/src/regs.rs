@@ -22,6 +22,8 @@ pub(crate) mod cr0 {
     pub(crate) const NW: u64 = 1 << 29;
     pub(crate) const CD: u64 = 1 << 30;
     pub(crate) const PG: u64 = 1 << 31;
+    /// Bits whose change makes cached translations wrong.
+    pub(crate) const TRANSLATION: u64 = PE | WP | PG;
     /// Every bit that has a meaning.
     pub(crate) const DEFINED: u64 = PE | MP | EM | TS | ET | NE | WP | AM | NW | CD | PG;
 }
@@ -136,6 +138,32 @@ impl Limits {
 
     fn cr3_valid(&self, value: u64) -> bool {
         value >> self.phys_bits == 0
+    }
+
+    /// What MOV to CR0 checks (APM vol. 2 section 3.1.1 and 14.6, and volume 3, MOV CRn); gives CR0 and EFER as they are then.
+    pub(crate) fn check_cr0_write(
+        &self,
+        old: u64,
+        new: u64,
+        cr4: u64,
+        efer: u64,
+        cs: &Segment,
+    ) -> GuestResult<(u64, u64)> {
+        let (was_paging, paging) = (old & cr0::PG != 0, new & cr0::PG != 0);
+        let long_mode_next = paging && efer & efer::LME != 0;
+        let long_code = cs.attributes & segment::L != 0;
+        let bad = new >> 32 != 0
+            || new & (cr0::NW | cr0::CD) == cr0::NW
+            || (paging && new & cr0::PE == 0)
+            // Long mode is entered with PAE, from code that is not 64-bit code, and left from code that is not either.
+            || (long_mode_next && !was_paging && (cr4 & cr4::PAE == 0 || long_code))
+            || (was_paging && !paging && (cr4 & cr4::PCIDE != 0 || (efer & efer::LMA != 0 && long_code)));
+        if bad {
+            return Err(GeneralProtection);
+        }
+        let efer = if long_mode_next { efer | efer::LMA } else { efer & !efer::LMA };
+        // ET is one, and the other undefined bits are not stored.
+        Ok((new & cr0::DEFINED | cr0::ET, efer))
     }
 
     /// What MOV to CR4 checks (APM vol. 2 section 3.1.3, and volume 3, MOV CRn).
@@ -406,6 +434,42 @@ mod tests {
         assert_eq!(check_debug(&debug(0xffff_effe | 1, 0xffff_27ff)), Ok(debug(0xffff_efff, 0xffff_27ff)));
         for (dr6, dr7) in [(1 << 12, 0), (1 << 32, 0), (0, 1 << 11), (0, 1 << 14), (0, 1 << 32)] {
             assert_eq!(check_debug(&debug(dr6, dr7)), Err(AxError::InvalidRegister), "{dr6:#x} {dr7:#x}");
+        }
+    }
+
+    #[test]
+    fn cr0_writes_of_the_guest() {
+        let l = limits();
+        let (pe, pg, et) = (cr0::PE, cr0::PG, cr0::ET);
+        let (lme, lma) = (efer::LME, efer::LMA);
+        let code64 = Segment { attributes: 0xa9b, ..CODE16 };
+        type Case = (&'static str, u64, u64, u64, u64, Segment, GuestResult<(u64, u64)>);
+        const GP: GuestResult<(u64, u64)> = Err(GeneralProtection);
+        let cases: [Case; 13] = [
+            ("protected mode", et, pe, 0, 0, CODE16, Ok((pe | et, 0))),
+            ("legacy paging", pe | et, pe | pg, 0, 0, CODE16, Ok((pe | pg | et, 0))),
+            ("undefined bits are dropped", et, pe | 1 << 6, 0, 0, CODE16, Ok((pe | et, 0))),
+            ("into long mode", pe, pe | pg, cr4::PAE, lme, CODE16, Ok((pe | pg | et, lme | lma))),
+            ("out of long mode", pe | pg, pe, cr4::PAE, lme | lma, CODE16, Ok((pe | et, lme))),
+            (
+                "within long mode",
+                pe | pg,
+                pe | pg | cr0::WP,
+                cr4::PAE,
+                lme | lma,
+                code64,
+                Ok((pe | pg | et | cr0::WP, lme | lma)),
+            ),
+            ("paging without protection", et, pg, 0, 0, CODE16, GP),
+            ("NW without CD", et, cr0::NW, 0, 0, CODE16, GP),
+            ("upper half", et, 1 << 32, 0, 0, CODE16, GP),
+            ("long mode without PAE", pe, pe | pg, 0, lme, CODE16, GP),
+            ("long mode from 64-bit code", pe, pe | pg, cr4::PAE, lme, code64, GP),
+            ("out of long mode from 64-bit code", pe | pg, pe, cr4::PAE, lme | lma, code64, GP),
+            ("no paging with PCIDs", pe | pg, pe, cr4::PAE | cr4::PCIDE, lme | lma, CODE16, GP),
+        ];
+        for (why, old, new, cr4, efer, cs, expected) in cases {
+            assert_eq!(l.check_cr0_write(old, new, cr4, efer, &cs), expected, "{why}");
         }
     }
 

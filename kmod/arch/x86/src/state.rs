@@ -22,6 +22,14 @@ const APIC_BASE_RESET: u64 = 0xfee0_0800;
 /// IA32_APIC_BASE: boot processor.
 const APIC_BASE_BSP: u64 = 1 << 8;
 
+/// Whether userspace's local APIC can have this IA32_APIC_BASE: no reserved bits, and x2APIC mode only when enabled.
+fn apic_base_valid(value: u64) -> bool {
+    const EXTD: u64 = 1 << 10;
+    const EN: u64 = 1 << 11;
+    let reserved = !(0x000f_ffff_ffff_f000 | APIC_BASE_BSP | EXTD | EN);
+    value & reserved == 0 && value & (EXTD | EN) != EXTD
+}
+
 /// Registers that live in the backend's hardware structure.
 pub(crate) trait Registers {
     /// A general register, by number; 0 for a number that is none.
@@ -32,6 +40,7 @@ pub(crate) trait Registers {
     fn rflags(&self) -> u64;
     fn set_rflags(&mut self, value: u64);
     fn cr0(&self) -> u64;
+    fn set_cr0(&mut self, value: u64);
     fn cr3(&self) -> u64;
     fn cr4(&self) -> u64;
     fn set_cr4(&mut self, value: u64);
@@ -180,7 +189,7 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn restore_apic_base(&mut self, value: u64) -> AxResult {
         match &mut self.lapic {
             Some(lapic) => lapic.restore_base(value),
-            None if value >> 52 == 0 => {
+            None if apic_base_valid(value) => {
                 self.apic_base = value;
                 Ok(())
             }
@@ -357,6 +366,16 @@ fn merge(old: u64, value: u64, bytes: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn apic_bases() {
+        for good in [0xfee0_0000, 0xfee0_0800, 0xfee0_0900, 0xfee0_0d00, 0xf_ffff_f000] {
+            assert!(apic_base_valid(good), "{good:#x}");
+        }
+        for bad in [0xfee0_0801, 0xfee0_0400, 0xfee0_0a00, 1 << 52] {
+            assert!(!apic_base_valid(bad), "{bad:#x}");
+        }
+    }
 
     #[test]
     fn input_replaces_as_much_of_rax_as_the_instruction_does() {

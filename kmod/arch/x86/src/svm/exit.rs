@@ -16,6 +16,7 @@ use crate::hal::X86Hal;
 use crate::length::{self, Found, Instruction, MAX_LENGTH};
 use crate::linear::Paging;
 use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB};
+use crate::regs::{cr0, cr4, efer, segment};
 use crate::state::{is_long_code, Pending, Registers};
 
 /// R8.
@@ -31,6 +32,8 @@ const MOV_CR_VALID: u64 = 1 << 63;
 enum Exit {
     /// MOV to this control register.
     WriteCr(u8),
+    /// A write of CR0 that changes more than TS and MP, by MOV or LMSW.
+    WriteCr0,
     /// Access to a debug register.
     DebugRegister,
     /// #DB.
@@ -99,6 +102,7 @@ impl Exit {
             0x60 => Self::Interrupt,
             0x61..=0x63 => Self::HostEvent,
             0x64 => Self::InterruptWindow,
+            0x65 => Self::WriteCr0,
             0x6f => Self::Rdpmc,
             0x72 => Self::Cpuid,
             0x74 => Self::Iret,
@@ -124,7 +128,7 @@ impl Exit {
     /// For the statistics.
     const fn kind(self) -> ExitKind {
         match self {
-            Self::WriteCr(_) | Self::DebugRegister => ExitKind::Register,
+            Self::WriteCr(_) | Self::WriteCr0 | Self::DebugRegister => ExitKind::Register,
             Self::Interrupt => ExitKind::HostInterrupt,
             Self::InterruptWindow | Self::Iret => ExitKind::Window,
             Self::Cpuid => ExitKind::Cpuid,
@@ -244,7 +248,8 @@ impl<H: X86Hal> SvmVCpu<H> {
         let injected = self.local.injected.take();
         let own_step = self.local.iret != Iret::No && self.follow_iret(exit == Exit::Debug);
         // Exceptions that are intercepted themselves combine with what was being delivered.
-        if !matches!(exit, Exit::Debug | Exit::AlignmentCheck) {
+        // After a shutdown there is nothing to go on with.
+        if !matches!(exit, Exit::Debug | Exit::AlignmentCheck | Exit::Shutdown) {
             if let Some(info) = interrupted {
                 self.guest.events.requeue(info, injected);
             }
@@ -270,6 +275,7 @@ impl<H: X86Hal> SvmVCpu<H> {
             Exit::Msr => self.msr_access(info1 & 1 != 0),
             Exit::Io => self.io(Io::decode(info1), info2),
             Exit::Hlt => self.hlt(),
+            Exit::WriteCr0 => self.write_cr0(),
             Exit::WriteCr(number) => self.write_cr(number),
             Exit::DebugRegister => {
                 self.load_breakpoints();
@@ -327,7 +333,36 @@ impl<H: X86Hal> SvmVCpu<H> {
             }
             self.local.iret = Iret::Due { rip };
         }
-        Reason::FailEntry { hardware_entry_failure_reason: u64::MAX }
+        match self.fault_of_state() {
+            0 => Reason::FailEntry { hardware_entry_failure_reason: u64::MAX },
+            field => Reason::InvalidGuestState { reason: u64::MAX, qualification: 0, field },
+        }
+    }
+
+    /// What VMRUN finds wrong with the state, by the list in APM vol. 2 section 15.5.1: 0 nothing, 1 EFER.SVME, 2 CR0.NW without
+    /// CD, 3 CR0 upper half, 4 CR3, 5 CR4, 6 DR6, 7 DR7, 8 EFER, 9 long mode without PAE, 10 long mode without protection, 11 CS
+    /// with both L and D, 12 ASID. The numbers are documented in axvcpu(4).
+    fn fault_of_state(&self) -> u64 {
+        let vmcb = &self.regs.vmcb;
+        let (cr0, cr4, efer) = (vmcb.cr0(), vmcb.cr4(), vmcb.efer());
+        let limits = &self.guest.limits;
+        let long = cr0 & cr0::PG != 0 && efer & efer::LME != 0;
+        let both = segment::L | segment::DB;
+        let faults = [
+            efer & efer::SVME == 0,
+            cr0 & (cr0::NW | cr0::CD) == cr0::NW,
+            cr0 >> 32 != 0,
+            vmcb.cr3() >> limits.phys_bits != 0,
+            cr4 & !limits.cr4 != 0,
+            vmcb.dr6() >> 32 != 0,
+            vmcb.dr7() >> 32 != 0,
+            efer & !(limits.efer | efer::SVME) != 0,
+            long && cr4 & cr4::PAE == 0,
+            long && cr0 & cr0::PE == 0,
+            long && cr4 & cr4::PAE != 0 && self.regs.cs().attributes & both == both,
+            vmcb.asid() == 0,
+        ];
+        faults.iter().position(|&fault| fault).map_or(0, |index| index as u64 + 1)
     }
 
     /// The guest gets `exception`, which the exit has kept from it.
@@ -487,11 +522,34 @@ impl<H: X86Hal> SvmVCpu<H> {
         }
     }
 
+    fn write_cr0(&mut self) -> Reason {
+        let Some((next, register)) = self.find(Instruction::MovToCr(0)) else {
+            // LMSW can set PE only, which is always allowed: the CPU does it. If this is something else by now, so be it.
+            self.local.pass_cr0 = true;
+            return Reason::Nothing;
+        };
+        let value = self.operand(register);
+        if self.guest.write_cr0(&mut self.regs, value).is_ok() {
+            self.guest.advance(&mut self.regs, next);
+        } else {
+            self.guest.general_protection();
+        }
+        Reason::Nothing
+    }
+
+    /// The general register operand of a MOV to a control register: 32 bits outside of 64-bit code.
+    fn operand(&self, register: u8) -> u64 {
+        let value = self.regs.gpr(register.into());
+        if is_long_code(&self.regs) {
+            value
+        } else {
+            value & 0xffff_ffff
+        }
+    }
+
     fn write_cr(&mut self, number: u8) -> Reason {
         let Some((next, register)) = self.find(Instruction::MovToCr(number)) else { return Reason::Nothing };
-        let value = self.regs.gpr(register.into());
-        // Outside of 64-bit code the operand has 32 bits.
-        let value = if is_long_code(&self.regs) { value } else { value & 0xffff_ffff };
+        let value = self.operand(register);
         let allowed = match number {
             4 => self.guest.write_cr4(&mut self.regs, value).is_ok(),
             8 if value <= 15 => {
@@ -549,6 +607,7 @@ mod tests {
             (0x62, Exit::HostEvent),
             (0x63, Exit::HostEvent),
             (0x64, Exit::InterruptWindow),
+            (0x65, Exit::WriteCr0),
             (0x6f, Exit::Rdpmc),
             (0x72, Exit::Cpuid),
             (0x73, Exit::Undefined),

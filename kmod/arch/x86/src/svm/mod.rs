@@ -57,6 +57,7 @@ const INTERCEPT1: u32 = intercept1::INTR
     | intercept1::NMI
     | intercept1::SMI
     | intercept1::INIT
+    | intercept1::CR0_SELECTIVE
     | intercept1::RDPMC
     | intercept1::CPUID
     | intercept1::RSM
@@ -104,6 +105,8 @@ struct Local {
     /// What the last entry injected.
     injected: Option<Injection>,
     iret: Iret,
+    /// The next entry lets a write of CR0 pass: LMSW, which only the CPU can decode.
+    pass_cr0: bool,
     exit_kind: ExitKind,
     injections: u64,
     tlb_flushes: u64,
@@ -240,6 +243,7 @@ impl<H: X86Hal> SvmVCpu<H> {
                 before: HardwareState::default(),
                 injected: None,
                 iret: Iret::No,
+                pass_cr0: false,
                 exit_kind: ExitKind::Other,
                 injections: 0,
                 tlb_flushes: 0,
@@ -321,6 +325,10 @@ impl<H: X86Hal> SvmVCpu<H> {
             vmcb.set_cr2(address);
         }
         vmcb.set_event_injection(plan.inject.map_or(0, exit::encode_event));
+        if plan.inject.is_some_and(Injection::is_fault) {
+            let flags = vmcb.rflags();
+            vmcb.set_rflags(flags | rflags::RF);
+        }
         if plan.inject == Some(Injection::DEBUG) {
             // Delivering #DB clears DR7.GD (APM vol. 2 section 13.1.1.4); an injected one does not do it by itself.
             vmcb.set_dr7(vmcb.dr7() & !(1 << 13));
@@ -328,7 +336,10 @@ impl<H: X86Hal> SvmVCpu<H> {
         // Injected software interrupts return to the next RIP where the CPU saves it, to RIP otherwise; RIP is behind already.
         vmcb.set_next_rip(vmcb.rip());
         let mut control = int_control::MASKING | u32::from(cr8);
-        let mut intercepts = vmcb.intercept1() & !(intercept1::VINTR | intercept1::IRET);
+        let mut intercepts = vmcb.intercept1() & !(intercept1::VINTR | intercept1::IRET) | intercept1::CR0_SELECTIVE;
+        if core::mem::take(&mut self.local.pass_cr0) {
+            intercepts &= !intercept1::CR0_SELECTIVE;
+        }
         if plan.interrupt_window || (plan.nmi_window && !masked) {
             // A virtual interrupt of the highest priority, intercepted before it is delivered. It also ends an interrupt
             // shadow, or the start of a handler, that an NMI waits for.

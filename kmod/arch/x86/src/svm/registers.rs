@@ -146,6 +146,10 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         self.vmcb.cr0()
     }
 
+    fn set_cr0(&mut self, value: u64) {
+        self.vmcb.set_cr0(value);
+    }
+
     fn cr3(&self) -> u64 {
         self.vmcb.cr3()
     }

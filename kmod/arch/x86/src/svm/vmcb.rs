@@ -37,6 +37,8 @@ macro_rules! fields {
                 }
             )+
         }
+        // Only the checks at compile time and the tests look at it.
+        #[allow(dead_code)]
         const FIELDS: &[Field] =
             &[$(Field { name: stringify!($name), offset: $offset, size: size_of::<$ty>() },)+];
     };
@@ -186,6 +188,7 @@ pub(crate) mod intercept1 {
     pub(crate) const SMI: u32 = 1 << 2;
     pub(crate) const INIT: u32 = 1 << 3;
     pub(crate) const VINTR: u32 = 1 << 4;
+    pub(crate) const CR0_SELECTIVE: u32 = 1 << 5;
     pub(crate) const RDPMC: u32 = 1 << 15;
     pub(crate) const CPUID: u32 = 1 << 18;
     pub(crate) const RSM: u32 = 1 << 19;
