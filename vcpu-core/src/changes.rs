@@ -36,11 +36,8 @@ pub struct Snapshot(u64);
 impl Changes {
     /// Memory in `range` is about to change.
     pub fn begin(&mut self, range: Range<u64>) {
-        self.span = if self.under_way == 0 {
-            range
-        } else {
-            self.span.start.min(range.start)..self.span.end.max(range.end)
-        };
+        self.span =
+            if self.under_way == 0 { range } else { self.span.start.min(range.start)..self.span.end.max(range.end) };
         self.under_way = self.under_way.saturating_add(1);
     }
 
