@@ -2,14 +2,8 @@
 //! ACPI tables: what tells a guest of its CPUs, interrupt controllers, serial port and clock, and how to switch off or
 //! reset. A hardware-reduced platform (ACPI 6.5, section 4.1): no fixed hardware but sleep and reset registers.
 
-use acpi_tables::aml::{self, Device, EISAName, Interrupt, Name, Package, ResourceTemplate, Scope, IO};
-use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
-use acpi_tables::rsdp::Rsdp;
-use acpi_tables::sdt::Sdt;
-use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
+mod aml;
+
 use axvcpu_uapi::addr::GuestPhysAddr;
 
 use crate::device::irq::{IRQ_COM1, ISA_TIMER_GSI};
@@ -17,10 +11,11 @@ use crate::device::power;
 use crate::layout::{self, port};
 use crate::memory::{OutOfRam, Ram};
 
-const OEM: [u8; 6] = *b"AXVCPU";
-const TABLE: [u8; 8] = *b"AXVMM   ";
-const REVISION: u32 = 1;
-
+/// FADT flags (ACPI 6.5, table 5.10): WBINVD works; power and sleep button are no fixed hardware; there is a reset register;
+/// headless; hardware-reduced.
+const FADT_FLAGS: u32 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 10 | 1 << 12 | 1 << 20;
+/// FADT profile: a server.
+const PROFILE_SERVER: u8 = 4;
 /// FADT boot flag: ISA devices are there.
 const LEGACY_DEVICES: u16 = 1 << 0;
 /// FADT boot flag: do not probe for VGA.
@@ -52,23 +47,18 @@ impl Tables {
     /// If they do not fit there: only with thousands of CPUs, which the ABI does not allow.
     #[must_use]
     pub fn new(machine: &Machine) -> Self {
-        let mut bytes = vec![0; size_of::<Rsdp>()];
-        let mut add = |table: &dyn Aml| -> u64 {
+        let mut bytes = vec![0; RSDP_SIZE];
+        let mut add = |table: Vec<u8>| -> u64 {
             bytes.resize(bytes.len().next_multiple_of(16), 0);
             let at = layout::ACPI.start + bytes.len() as u64;
-            table.to_aml_bytes(&mut bytes);
+            bytes.extend_from_slice(&table);
             at
         };
-        let dsdt = add(&dsdt(machine));
-        let fadt = add(&fadt(dsdt));
-        let madt = add(&madt(machine));
-        let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
-        xsdt.add_entry(fadt);
-        xsdt.add_entry(madt);
-        let xsdt = add(&xsdt);
-        let mut rsdp = Vec::new();
-        Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
-        bytes[..rsdp.len()].copy_from_slice(&rsdp);
+        let dsdt = add(dsdt(machine));
+        let fadt = add(fadt(dsdt));
+        let madt = add(madt(machine));
+        let xsdt = add(table(b"XSDT", 1, &[fadt.to_le_bytes(), madt.to_le_bytes()].concat()));
+        bytes[..RSDP_SIZE].copy_from_slice(&rsdp(xsdt));
         assert!(bytes.len() as u64 <= layout::ACPI.end - layout::ACPI.start, "ACPI tables need more room");
         Self { bytes }
     }
@@ -88,104 +78,129 @@ impl Tables {
     }
 }
 
-fn io_register(port: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
+/// Size of the root pointer of revision 2.
+const RSDP_SIZE: usize = 36;
+/// Size of the header that all tables but the root pointer begin with.
+const HEADER_SIZE: usize = 36;
+/// Offset of the checksum in that header.
+const HEADER_CHECKSUM: usize = 9;
+
+/// What makes the bytes add up to 0.
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte))
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
-    let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
-        .preferred_pm_profile(PmProfile::EnterpriseServer)
-        .dsdt_64(dsdt)
-        .flag(Flags::Wbinvd)
-        .flag(Flags::PwrButton)
-        .flag(Flags::SlpButton)
-        .flag(Flags::ResetRegSup)
-        .flag(Flags::Headless)
-        .flag(Flags::HwReducedAcpi);
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | VGA_NOT_PRESENT | NO_ASPM).into();
-    fadt.reset_reg = io_register(port::RESET);
-    fadt.reset_value = power::RESET_VALUE;
-    fadt.sleep_control_reg = io_register(*port::ACPI_SLEEP.start());
-    fadt.sleep_status_reg = io_register(*port::ACPI_SLEEP.end());
-    fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"AXVCPU\0\0").into();
-    fadt.finalize()
+/// Root system description pointer (ACPI 6.5, section 5.2.5.3): signature, checksum, OEM, revision, RSDT, length, XSDT,
+/// checksum of all.
+fn rsdp(xsdt: u64) -> [u8; RSDP_SIZE] {
+    let mut rsdp = [0; RSDP_SIZE];
+    rsdp[..8].copy_from_slice(b"RSD PTR ");
+    rsdp[9..15].copy_from_slice(b"AXVCPU");
+    rsdp[15] = 2;
+    rsdp[20] = RSDP_SIZE as u8;
+    rsdp[24..32].copy_from_slice(&xsdt.to_le_bytes());
+    // The first checksum covers what revision 0 had.
+    rsdp[8] = checksum(&rsdp[..20]);
+    rsdp[32] = checksum(&rsdp);
+    rsdp
 }
 
-/// Multiple APIC description table (ACPI 6.5, section 5.2.12). acpi_tables knows too few of its structures, so the
-/// others are laid out here.
-fn madt(machine: &Machine) -> Sdt {
-    let mut madt = Sdt::new(*b"APIC", 44, 5, OEM, TABLE, REVISION);
-    madt.write_u32(36, layout::LOCAL_APIC.start as u32);
-    madt.write_u32(40, PCAT_COMPAT);
+/// A table: header (ACPI 6.5, section 5.2.6) and body.
+fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = Vec::with_capacity(HEADER_SIZE + body.len());
+    table.extend_from_slice(signature);
+    table.extend_from_slice(&((HEADER_SIZE + body.len()) as u32).to_le_bytes());
+    table.extend_from_slice(&[revision, 0]);
+    // OEM, OEM's table, its revision; creator, its revision.
+    table.extend_from_slice(b"AXVCPUAXVMM   \x01\0\0\0AXVM\x01\0\0\0");
+    table.extend_from_slice(body);
+    table[HEADER_CHECKSUM] = checksum(&table);
+    table
+}
+
+/// Generic address structure of an 8-bit I/O port.
+fn io_register(port: u16) -> [u8; 12] {
+    let mut register = [0; 12];
+    register[..4].copy_from_slice(&[1, 8, 0, 1]);
+    register[4..].copy_from_slice(&u64::from(port).to_le_bytes());
+    register
+}
+
+/// Fixed ACPI description table (ACPI 6.5, section 5.2.9), version 6.5. Offsets are those of the specification.
+fn fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = [0; 276];
+    let mut put = |offset: usize, bytes: &[u8]| fadt[offset..offset + bytes.len()].copy_from_slice(bytes);
+    put(45, &[PROFILE_SERVER]);
+    put(109, &(LEGACY_DEVICES | VGA_NOT_PRESENT | NO_ASPM).to_le_bytes());
+    put(112, &FADT_FLAGS.to_le_bytes());
+    put(116, &io_register(port::RESET));
+    put(128, &[power::RESET_VALUE]);
+    put(131, &[5]); // minor version
+    put(140, &dsdt.to_le_bytes());
+    put(244, &io_register(*port::ACPI_SLEEP.start()));
+    put(256, &io_register(*port::ACPI_SLEEP.end()));
+    put(268, b"AXVCPU\0\0");
+    table(b"FACP", 6, &fadt[HEADER_SIZE..])
+}
+
+/// Multiple APIC description table (ACPI 6.5, section 5.2.12).
+fn madt(machine: &Machine) -> Vec<u8> {
     let mut body = Vec::new();
+    let mut put = |bytes: &[u8]| body.extend_from_slice(bytes);
+    put(&(layout::LOCAL_APIC.start as u32).to_le_bytes());
+    put(&PCAT_COMPAT.to_le_bytes());
     for id in 0..machine.cpus {
         match u8::try_from(id) {
-            Ok(id) if id < 0xff => {
-                ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
-            }
-            // Processor local x2APIC: type 9, length 16, reserved, id, enabled, UID.
+            // Processor local APIC: UID, APIC id, enabled.
+            Ok(id) if id < 0xff => put(&[0, 8, id, id, 1, 0, 0, 0]),
+            // Processor local x2APIC: id, enabled, UID.
             _ => {
-                body.vec(&[9, 16, 0, 0]);
-                body.dword(id);
-                body.dword(1);
-                body.dword(id);
+                put(&[9, 16, 0, 0]);
+                for word in [id, 1, id] {
+                    put(&word.to_le_bytes());
+                }
             }
         }
     }
-    IoApic::new(0, layout::IOAPIC.start as u32, 0).to_aml_bytes(&mut body);
-    // Interrupt source override: type 2, length 10, ISA bus, IRQ 0, GSI, polarity and trigger as the bus has them.
-    body.vec(&[2, 10, 0, 0]);
-    body.dword(ISA_TIMER_GSI);
-    body.word(0);
-    // Local APIC NMI: type 4, length 6, all processors, polarity and trigger as the bus has them, LINT1.
-    body.vec(&[4, 6, 0xff, 0, 0, 1]);
-    madt.append_slice(&body);
-    madt
+    // I/O APIC: id, address, first interrupt.
+    put(&[1, 12, 0, 0]);
+    put(&(layout::IOAPIC.start as u32).to_le_bytes());
+    put(&[0; 4]);
+    // Interrupt source override: ISA bus, IRQ 0, GSI, polarity and trigger as the bus has them.
+    put(&[2, 10, 0, 0]);
+    put(&ISA_TIMER_GSI.to_le_bytes());
+    put(&[0, 0]);
+    // Local APIC NMI: all processors, polarity and trigger as the bus has them, LINT1.
+    put(&[4, 6, 0xff, 0, 0, 1]);
+    table(b"APIC", 5, &body)
 }
 
-fn dsdt(machine: &Machine) -> Sdt {
-    let mut body = Vec::new();
+/// Differentiated system description table: the devices.
+fn dsdt(machine: &Machine) -> Vec<u8> {
+    let mut devices = Vec::new();
     if machine.serial {
-        let (com1, irq) = (*port::COM1.start(), u32::from(IRQ_COM1));
-        Scope::new(
-            "_SB_".into(),
-            vec![&Device::new(
-                "COM1".into(),
-                vec![
-                    &Name::new("_HID".into(), &EISAName::new("PNP0501")),
-                    &Name::new("_UID".into(), &aml::ONE),
-                    &Name::new("_STA".into(), &0x0fu8),
-                    &Name::new(
-                        "_CRS".into(),
-                        // An interrupt that the device consumes: edge-triggered, active high, not shared.
-                        &ResourceTemplate::new(vec![
-                            &Interrupt::new(true, true, false, false, irq),
-                            &IO::new(com1, com1, 0, 8),
-                        ]),
-                    ),
-                ],
-            )],
-        )
-        .to_aml_bytes(&mut body);
-    }
-    let cmos = *port::CMOS.start();
-    Scope::new(
-        "_SB_".into(),
-        vec![&Device::new(
-            "RTC0".into(),
-            vec![
-                &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(cmos, cmos, 0, 2)])),
+        let resources = [aml::edge_interrupt(IRQ_COM1.into()), aml::io(*port::COM1.start(), 8)];
+        devices.push(aml::device(
+            b"COM1",
+            &[
+                aml::name(b"_HID", &aml::integer(aml::eisa_id(b"PNP0501"))),
+                aml::name(b"_UID", &aml::integer(1)),
+                // Present, enabled, shown, working.
+                aml::name(b"_STA", &aml::integer(0xf)),
+                aml::name(b"_CRS", &aml::resources(&resources)),
             ],
-        )],
-    )
-    .to_aml_bytes(&mut body);
-    // Soft off: the sleep type for both halves of a PM1 register that a hardware-reduced platform has one of.
-    Name::new("_S5_".into(), &Package::new(vec![&power::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]))
-        .to_aml_bytes(&mut body);
-    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
-    dsdt.append_slice(&body);
-    dsdt
+        ));
+    }
+    devices.push(aml::device(
+        b"RTC0",
+        &[
+            aml::name(b"_HID", &aml::integer(aml::eisa_id(b"PNP0B00"))),
+            aml::name(b"_CRS", &aml::resources(&[aml::io(*port::CMOS.start(), 2)])),
+        ],
+    ));
+    // Soft off: the sleep type, and three fields that a hardware-reduced platform has no use for.
+    let soft_off = [aml::integer(power::SLEEP_TYPE_S5.into()), aml::integer(0), aml::integer(0), aml::integer(0)];
+    table(b"DSDT", 2, &[aml::scope(b"_SB_", &devices), aml::name(b"_S5_", &aml::array(&soft_off))].concat())
 }
 
 #[cfg(test)]
@@ -305,10 +320,7 @@ mod tests {
         assert!(find(dsdt, &[0x47, 1, 0xf8, 3, 0xf8, 3, 0, 8]));
         assert!(find(dsdt, &[0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0]));
         assert!(find(dsdt, b"RTC0\x08_HID\x0c\x41\xd0\x0b\x00"));
-        assert!(
-            find(dsdt, b"\x08_S5_\x12\x08\x04\x0a\x05\x00\x00\x00")
-                || find(dsdt, b"\x08_S5_\x12\x07\x04\x0a\x05\x00\x00\x00")
-        );
+        assert!(find(dsdt, b"\x08_S5_\x12\x07\x04\x0a\x05\0\0\0"));
         let without = Guest::new(&Machine { cpus: 1, serial: false });
         assert!(!find(without.table(b"DSDT"), b"COM1"));
     }
