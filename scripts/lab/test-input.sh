@@ -95,7 +95,7 @@ fi
 chmod 755 /tmp && chmod 644 good.toml
 su user -c 'axvmm --config /tmp/good.toml' >out 2>&1 </dev/null
 status=$?
-if [ $status -eq 62 ] && grep -qi permission out; then
+if [ $status -eq 62 ] && grep -q udev out; then
 	ok "no permission"
 else
 	not_ok "no permission" "status $status"
