@@ -174,13 +174,12 @@ impl Runner {
             AxVCpuExitReason::Interrupted => count(UserExit::Interrupted),
             AxVCpuExitReason::SysRegRead { addr, .. } => {
                 count(UserExit::MsrRead);
-                tracing::debug!(msr = format_args!("{addr:#x}"), rip = self.rip(), "unknown MSR read: #GP");
+                tracing::debug!(rip = self.rip(), "unknown MSR {addr:#x} read: #GP");
                 self.vcpu.reply_fault();
             }
             AxVCpuExitReason::SysRegWrite { addr, value } => {
                 count(UserExit::MsrWrite);
-                let (msr, value) = (format_args!("{addr:#x}"), format_args!("{value:#x}"));
-                tracing::debug!(msr, value, rip = self.rip(), "unknown MSR written: #GP");
+                tracing::debug!(rip = self.rip(), "unknown MSR {addr:#x} written with {value:#x}: #GP");
                 self.vcpu.reply_fault();
             }
             AxVCpuExitReason::Hypercall { nr, args } => {
