@@ -110,15 +110,12 @@ impl AddressSpace {
         }
         let caps = Capabilities::host();
         let mut retired = Retired::default();
-        let table = NestedPageTable::<Npt>::new(caps.npt_levels, &mut Memory { spare: &mut spare, retired: &mut retired })
-            .map_err(abi::errno)?;
+        let table =
+            NestedPageTable::<Npt>::new(caps.npt_levels, &mut Memory { spare: &mut spare, retired: &mut retired })
+                .map_err(abi::errno)?;
         let root = table.root();
-        let state = State {
-            regions: RegionMap::new(Slots(slots)),
-            table: Some(table),
-            retired,
-            changes: Changes::default(),
-        };
+        let state =
+            State { regions: RegionMap::new(Slots(slots)), table: Some(table), retired, changes: Changes::default() };
         let mm = vm.mm().clone();
         let vm = Member::address_space(vm);
         let this = Arc::pin_init(
@@ -225,7 +222,12 @@ impl AddressSpace {
 
     /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, the
     /// region and the alignment allow. The lock is held; the answer holds if nothing is changing there.
-    fn leaf_for(&self, region: &Region, addr: GuestPhysAddr, phys: HostPhysAddr) -> (GuestPhysAddr, HostPhysAddr, PageSize) {
+    fn leaf_for(
+        &self,
+        region: &Region,
+        addr: GuestPhysAddr,
+        phys: HostPhysAddr,
+    ) -> (GuestPhysAddr, HostPhysAddr, PageSize) {
         let small = (addr, phys, PageSize::Size4K);
         let large = PageSize::Size2M.bytes();
         let guest = addr.align_down(large);
@@ -289,12 +291,8 @@ impl AddressSpace {
         if !ffi::is_user_range(arg.user_addr, arg.size) {
             return Err(EFAULT);
         }
-        let region = Region {
-            guest: GuestPhysAddr::new(arg.guest_addr),
-            size: arg.size,
-            host: arg.user_addr,
-            flags: arg.flags,
-        };
+        let region =
+            Region { guest: GuestPhysAddr::new(arg.guest_addr), size: arg.size, host: arg.user_addr, flags: arg.flags };
         self.state.lock().regions.insert(region).map_err(abi::errno)?;
         Ok(0)
     }

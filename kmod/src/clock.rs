@@ -24,7 +24,9 @@ impl Vcpu {
         let Ok(arch) = inner.vcpu.arch_mut() else { return };
         let Some(aspace) = &inner.aspace else { return };
         let base = self.vm.time_base();
-        while let Some(update) = arch.clock_update(base, || real_time_ns().wrapping_sub(base.system_ns(x86_vcpu::read_tsc()))) {
+        while let Some(update) =
+            arch.clock_update(base, || real_time_ns().wrapping_sub(base.system_ns(x86_vcpu::read_tsc())))
+        {
             let _ = update.apply(|addr, bytes| write_guest(aspace, addr, bytes));
         }
     }

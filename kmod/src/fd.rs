@@ -140,4 +140,3 @@ pub(crate) fn lookup<T: FdObject>(fd: i32) -> Result<Arc<T>> {
     let object = unsafe { FileOperations::<T>::object(raw) };
     Ok(object.into())
 }
-

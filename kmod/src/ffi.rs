@@ -269,9 +269,7 @@ impl WaitPoint {
     /// `EINTR` if a signal waits.
     pub(crate) fn wait<T>(&self, data: &T, ready: unsafe extern "C" fn(*const core::ffi::c_void) -> bool) -> Result {
         // SAFETY: The structure is initialised, and `data` outlives the call; `ready` gets just this pointer.
-        kernel::error::to_result(unsafe {
-            raw::axvcpu_wait(self.0.get(), ready, core::ptr::from_ref(data).cast())
-        })
+        kernel::error::to_result(unsafe { raw::axvcpu_wait(self.0.get(), ready, core::ptr::from_ref(data).cast()) })
     }
 
     /// Wakes the sleeper, if there is one. From any context.

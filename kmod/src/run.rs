@@ -268,4 +268,3 @@ fn flush_if_moved(arch: &mut X86VCpu<Host>, aspace: &AddressSpace, seen: &mut u6
         arch.flush_tlb();
     }
 }
-
