@@ -13,10 +13,11 @@ pub(crate) const FRAME: usize = 4096;
 /// `1 << order` contiguous frames, zeroed when allocated, freed when dropped.
 ///
 /// # Invariants
-/// `addr` came from `H::alloc_frames(order)` and has not been freed.
+/// `addr` came from `H::alloc_frames(order)` and has not been freed; `size` is the block's size in bytes.
 pub(crate) struct Frames<H: AxVCpuHal> {
     addr: HostPhysAddr,
     order: u32,
+    size: usize,
     hal: PhantomData<fn() -> H>,
 }
 
@@ -26,8 +27,9 @@ impl<H: AxVCpuHal> Frames<H> {
     /// # Errors
     /// [`AxError::NoMemory`].
     pub(crate) fn new(order: u32) -> AxResult<Self> {
+        let size = FRAME.checked_shl(order).ok_or(AxError::NoMemory)?;
         // INVARIANT: allocated here.
-        Ok(Self { addr: H::alloc_frames(order).ok_or(AxError::NoMemory)?, order, hal: PhantomData })
+        Ok(Self { addr: H::alloc_frames(order).ok_or(AxError::NoMemory)?, order, size, hal: PhantomData })
     }
 
     /// The least order whose block holds `bytes`.
@@ -53,13 +55,13 @@ impl<H: AxVCpuHal> Frames<H> {
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: By the type invariant the frames are ours alone, initialised (zeroed when allocated), and live as long as
         // `self`, which is borrowed; hardware writes to them only through a pointer, inside the window of `&mut self`.
-        unsafe { core::slice::from_raw_parts(self.as_ptr(), FRAME << self.order) }
+        unsafe { core::slice::from_raw_parts(self.as_ptr(), self.size) }
     }
 
     /// The frames as bytes, to be changed.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: As in `bytes`, and `self` is borrowed mutably.
-        unsafe { core::slice::from_raw_parts_mut(self.as_ptr(), FRAME << self.order) }
+        unsafe { core::slice::from_raw_parts_mut(self.as_ptr(), self.size) }
     }
 }
 

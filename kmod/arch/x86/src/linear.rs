@@ -25,6 +25,8 @@ const LARGE: u64 = 1 << 7;
 /// Physical address in a 64-bit entry.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PAGE: u64 = 4096;
+/// Log2 of what one entry spans at each level of 64-bit tables, from the fifth down.
+const SHIFTS: [u32; 5] = [48, 39, 30, 21, 12];
 
 impl Paging {
     /// The guest physical address of `linear`, or `None` if it is not mapped.
@@ -39,14 +41,16 @@ impl Paging {
             // Four page-directory pointers, 32 bytes aligned, without a size bit.
             let linear = linear & 0xffff_ffff;
             let entry = entry64(memory, (self.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-            return long(memory, entry & ADDRESS, 2, linear);
+            return long(memory, entry & ADDRESS, &SHIFTS[3..], linear);
         }
-        let levels = if self.cr4 & cr4::LA57 != 0 { 5 } else { 4 };
-        let unused = 64 - (12 + 9 * levels);
-        if ((linear << unused) as i64 >> unused) as u64 != linear {
+        let (shifts, sign) =
+            if self.cr4 & cr4::LA57 != 0 { (&SHIFTS[..], 1u64 << 56) } else { (&SHIFTS[1..], 1 << 47) };
+        // Canonical: all bits from the sign bit on are alike.
+        let upper = linear & sign.wrapping_neg();
+        if upper != 0 && upper != sign.wrapping_neg() {
             return None;
         }
-        long(memory, self.cr3 & ADDRESS, levels, linear)
+        long(memory, self.cr3 & ADDRESS, shifts, linear)
     }
 
     /// Legacy paging: 32-bit entries, two levels.
@@ -73,20 +77,20 @@ impl Paging {
             if !memory.read(gpa, part) {
                 break;
             }
-            done += count;
+            done = done.saturating_add(count);
         }
         done
     }
 }
 
-/// Walks 64-bit tables of `levels` levels from `table` on.
-fn long(memory: &impl GuestMemory, table: u64, levels: u32, linear: u64) -> Option<u64> {
+/// Walks 64-bit tables from `table` on, whose index fields start at the bits `shifts`, from the top.
+fn long(memory: &impl GuestMemory, table: u64, shifts: &[u32], linear: u64) -> Option<u64> {
     let mut table = table;
-    for level in (1..=levels).rev() {
-        let shift = 3 + 9 * level;
-        let entry = entry64(memory, table + (linear >> shift & 0x1ff) * 8)?;
-        if level == 1 || ((level == 2 || level == 3) && entry & LARGE != 0) {
-            let offset = (1u64 << shift) - 1;
+    for &shift in shifts {
+        let index = linear.wrapping_shr(shift) & 0x1ff;
+        let entry = entry64(memory, table + index * 8)?;
+        if shift == 12 || (shift <= 30 && entry & LARGE != 0) {
+            let offset = 1u64.wrapping_shl(shift).wrapping_sub(1);
             return Some(entry & ADDRESS & !offset | linear & offset);
         }
         table = entry & ADDRESS;

@@ -136,8 +136,9 @@ impl Limits {
             && (value & xcr0::AVX512 == 0 || value & (xcr0::AVX512 | xcr0::AVX) == xcr0::AVX512 | xcr0::AVX)
     }
 
-    fn cr3_valid(&self, value: u64) -> bool {
-        value >> self.phys_bits == 0
+    /// Whether CR3 may be `value`.
+    pub(crate) fn cr3_valid(&self, value: u64) -> bool {
+        value.checked_shr(self.phys_bits).is_none_or(|beyond| beyond == 0)
     }
 
     /// What MOV to CR0 checks (APM vol. 2 section 3.1.1 and 14.6, and volume 3, MOV CRn); gives CR0 and EFER as they are then.

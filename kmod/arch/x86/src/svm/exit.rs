@@ -352,7 +352,7 @@ impl<H: X86Hal> SvmVCpu<H> {
             efer & efer::SVME == 0,
             cr0 & (cr0::NW | cr0::CD) == cr0::NW,
             cr0 >> 32 != 0,
-            vmcb.cr3() >> limits.phys_bits != 0,
+            !limits.cr3_valid(vmcb.cr3()),
             cr4 & !limits.cr4 != 0,
             vmcb.dr6() >> 32 != 0,
             vmcb.dr7() >> 32 != 0,
