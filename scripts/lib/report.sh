@@ -56,7 +56,7 @@ check() {
 # `ok - NAME`, `not ok - NAME: WHY`, `skip - NAME: WHY` and at the end `1..N`,
 # and reports them; then whether the host stayed clean and the module unloaded.
 lab_tap() {
-	local part=$1 out=$axv_logs/$1.out line results=0 plan='' failed=
+	local part=$1 out=$axv_logs/${1// /-}.out line results=0 plan='' failed=
 	host_check=yes
 	host_boot "$2" >"$out"
 	while IFS= read -r line; do
