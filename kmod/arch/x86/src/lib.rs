@@ -6,9 +6,9 @@
 //! privileged instructions runs in ordinary tests and under Miri. What does is in `cpu.rs` (single instructions) and
 //! `svm/switch.rs` (the world switch).
 //!
-//! - [`state`] is the part of a vCPU that is the same for all backends, over [`state::Registers`], which a backend implements;
-//!   [`msr`], [`regs`], [`events`], [`fpu`], [`length`] and [`linear`] belong to it, and the public modules.
-//! - [`svm`] is the backend for AMD.
+//! - `state` is the part of a vCPU that is the same for all backends, over `state::Registers`, which a backend implements;
+//!   `msr`, `regs`, `events`, `fpu`, `length` and `linear` belong to it, and the public modules.
+//! - `svm` is the backend for AMD.
 #![no_std]
 
 #[cfg(test)]
