@@ -140,6 +140,19 @@ pub fn open() -> Result<System, Stop> {
     Ok(system)
 }
 
+/// Ends the case if the CPU is QEMU's emulation in software, which lacks `what`.
+///
+/// # Errors
+/// The reason to skip.
+pub fn needs_hardware(what: &str) -> CaseResult {
+    // SAFETY: every x86-64 CPU has CPUID; an unknown leaf gives some other leaf's answer.
+    let leaf = unsafe { std::arch::x86_64::__cpuid(0x4000_0000) };
+    if [leaf.ebx, leaf.ecx, leaf.edx] == [0x5447_4354, 0x4354_4743, 0x4743_5447] {
+        return Err(Stop::Skip(format!("QEMU's emulated CPU does not have {what}")));
+    }
+    Ok(())
+}
+
 impl Machine {
     /// A machine without in-kernel APIC that is about to run `code`.
     ///

@@ -2,7 +2,10 @@
 //! Values that the architecture forbids: refused for the host, #GP for the guest, and nothing changed in either case.
 
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{Machine, Mode, CODE, CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, EFER_LMA, EFER_LME};
+use crate::machine::{
+    needs_hardware, Machine, Mode, CODE, CR0_CD, CR0_ET, CR0_MP, CR0_NE, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR,
+    CR4_OSXMMEXCPT, CR4_OSXSAVE, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, STACK, TABLES,
+};
 use crate::{code, ensure_eq, table};
 use axvcpu_uapi::client::{Errno, RegisterSet};
 use axvcpu_uapi::x86::{Control, Debug, Events, General, Msr, Segments};
@@ -16,7 +19,12 @@ pub(super) fn cases() -> Vec<Case> {
         "validity/msrs-from-the-host-all-or-none" => msrs;
         "validity/xsave-from-the-host" => xsave;
         "validity/events-from-the-host" => events;
-        "validity/control-from-the-guest" => guest_control;
+        "validity/cr0-from-the-guest" => guest_cr0;
+        "validity/cr0-upper-half-from-the-guest" => guest_cr0_high;
+        "validity/cr3-from-the-guest" => guest_cr3;
+        "validity/cr4-from-the-guest" => guest_cr4;
+        "validity/cr8-from-the-guest" => guest_cr8;
+        "validity/efer-from-the-guest" => guest_efer;
         "validity/xcr0-from-the-guest" => guest_xcr0;
         "validity/debug-from-the-guest" => guest_debug;
     }
@@ -177,48 +185,63 @@ fn faults(code: &'static [u8], faults: u64) -> Result<Machine, Stop> {
     Ok(m)
 }
 
-fn guest_control() -> CaseResult {
-    let code = code!(
-        guest_control,
-        64,
-        "mov r15d, 3",
-        "mov rbx, cr0",
-        "mov rax, rbx",
-        "and eax, 0xfffffffe", // PG without PE
-        "mov cr0, rax",
-        "mov rax, rbx",
-        "or eax, 0x20000000", // NW without CD
-        "mov cr0, rax",
-        "mov rax, rbx",
-        "bts rax, 32",
-        "mov cr0, rax",
-        "mov rbx, cr4",
-        "mov rax, rbx",
-        "and eax, 0xffffffdf", // PAE off in long mode
-        "mov cr4, rax",
-        "mov rax, rbx",
-        "bts rax, 15",
-        "mov cr4, rax",
-        "mov rax, rbx",
-        "bts rax, 40",
-        "mov cr4, rax",
-        "mov rax, cr3",
-        "bts rax, 61",
-        "mov cr3, rax",
-        "mov r15d, 4",
-        "mov eax, 16",
-        "mov cr8, rax",
-        "mov r15d, 2",
-        "mov ecx, 0xc0000080",
-        "rdmsr",
-        "or eax, 2",
-        "wrmsr", // EFER, reserved bit
-        "rdmsr",
-        "and eax, 0xfffffeff",
-        "wrmsr", // EFER.LME off while paging is on
-        "hlt",
-    );
-    faults(code, 9).map(drop)
+/// Runs `instruction` with each of `values` in RAX, or in EDX:EAX; every one must fault.
+fn all_fault(code: &'static [u8], values: &[(&str, u64)]) -> CaseResult {
+    for (what, value) in values {
+        let mut m = machine()?;
+        m.write(CODE, code)?;
+        m.write(CODE + 0x100, code!(says_so, 64, "out 0x82, al", "hlt"))?;
+        m.vector(13, CODE + 0x100)?;
+        m.modify(|general| (general.gpr[0], general.gpr[1], general.gpr[2]) = (*value, 0xc000_0080, value >> 32))?;
+        let before: Control = m.vcpu.get()?;
+        m.expect_mark(0x82).map_err(|stop| stop.context(what))?;
+        ensure_eq!(m.read_u64(STACK - 40)?, CODE, "RIP of the fault after {what}");
+        ensure_eq!(m.vcpu.get::<Control>()?, before, "control registers after {what}");
+    }
+    Ok(())
+}
+
+/// The values that control registers have in these tests.
+const CR0: u64 = CR0_PG | CR0_WP | CR0_NE | CR0_ET | CR0_MP | CR0_PE;
+const CR4: u64 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+const EFER: u64 = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
+
+fn guest_cr0() -> CaseResult {
+    let code = code!(to_cr0, 64, "mov cr0, rax", "out 0x80, al");
+    all_fault(code, &[("CR0.PG without CR0.PE", CR0 & !CR0_PE), ("CR0.NW without CR0.CD", CR0 | CR0_NW)])
+}
+
+fn guest_cr0_high() -> CaseResult {
+    needs_hardware("the check of CR0's upper half")?;
+    all_fault(code!(to_cr0_high, 64, "mov cr0, rax", "out 0x80, al"), &[("CR0 bit 32", CR0 | 1 << 32)])
+}
+
+fn guest_cr3() -> CaseResult {
+    needs_hardware("the checks of MOV to CR3")?;
+    all_fault(code!(to_cr3, 64, "mov cr3, rax", "out 0x80, al"), &[("CR3 bit 61", TABLES | 1 << 61)])
+}
+
+fn guest_cr4() -> CaseResult {
+    all_fault(
+        code!(to_cr4, 64, "mov cr4, rax", "out 0x80, al"),
+        &[("CR4 without PAE in long mode", CR4 & !CR4_PAE), ("CR4 bit 15", CR4 | 1 << 15), ("CR4.VMXE", CR4 | 1 << 13)],
+    )
+}
+
+fn guest_cr8() -> CaseResult {
+    needs_hardware("the checks of MOV to CR8")?;
+    all_fault(code!(to_cr8, 64, "mov cr8, rax", "out 0x80, al"), &[("CR8 of 16", 16), ("CR8 of 2^63", 1 << 63)])
+}
+
+fn guest_efer() -> CaseResult {
+    all_fault(
+        code!(to_efer, 64, "wrmsr", "out 0x80, al"),
+        &[
+            ("EFER bit 1", EFER | 2),
+            ("EFER bit 63", EFER | 1 << 63),
+            ("EFER without LME while paging is on", EFER & !EFER_LME),
+        ],
+    )
 }
 
 fn guest_xcr0() -> CaseResult {

@@ -44,12 +44,17 @@ fn machine() -> Result<Machine, Stop> {
     Ok(m)
 }
 
-/// The frame of a handler in long mode without change of stack: the words from the top of the original stack down.
+/// RFLAGS.RF, which the CPU sets in the flags that a fault pushes.
+const RF: u64 = 1 << 16;
+
+/// The frame of a handler in long mode without change of stack: the words from the top of the original stack down,
+/// without RF in the flags.
 fn frame<const N: usize>(m: &Machine, top: u64) -> Result<[u64; N], Stop> {
     let mut words = [0; N];
     for (i, word) in words.iter_mut().enumerate() {
         *word = m.read_u64(top - 8 * (i as u64 + 1))?;
     }
+    words[2] &= !RF;
     Ok(words)
 }
 
@@ -76,6 +81,13 @@ fn error_code() -> CaseResult {
     })?;
     m.expect_mark(0x81)?;
     ensure_eq!(frame(&m, STACK)?, [0x10, STACK, 2, 0x18, CODE + 2, 0x1234], "frame of #GP");
+    m.expect_halt()?;
+    // The architecture decides whether there is a code; one that is not given is 0.
+    let mut m = machine()?;
+    m.vector(12, CODE + 0x100)?;
+    m.inject(EVENT_EXCEPTION, 12)?;
+    m.expect_mark(0x81)?;
+    ensure_eq!(frame(&m, STACK)?, [0x10, STACK, 2, 0x18, CODE + 2, 0], "frame of #SS");
     m.expect_halt()
 }
 
@@ -155,6 +167,7 @@ fn refused() -> CaseResult {
         ("exception 2", event(EVENT_EXCEPTION, 2, 0)),
         ("exception 32", event(EVENT_EXCEPTION, 32, 0)),
         ("unknown flag", event(EVENT_EXCEPTION, 6, 4)),
+        ("#UD with an error code", event(EVENT_EXCEPTION, 6, EVENT_HAS_ERROR_CODE)),
         ("software interrupt 256", event(EVENT_SOFTWARE_INTERRUPT, 256, 0)),
     ] {
         ensure_eq!(m.vcpu.inject(&bad), Err(Error::Inject(Errno::EINVAL)), "{what}");
@@ -245,6 +258,7 @@ fn deliver_into_hole(m: &mut Machine, inject: impl FnOnce(&mut Machine) -> CaseR
     for (i, word) in words.iter_mut().enumerate() {
         *word = stack.read_u64(0x1000 - 8 * (i + 1))?;
     }
+    words[2] &= !RF;
     ensure_eq!(words, [0x10, HOLE + 0x1000, frame_flags, 0x18, CODE + 2], "frame");
     m.expect_mark(0x83)?;
     m.expect_halt()?;
@@ -292,7 +306,7 @@ fn no_handler() -> CaseResult {
     segments.idtr.limit = 0;
     segments.idtr.base = DATA;
     m.vcpu.set(&segments)?;
-    m.inject(EVENT_EXCEPTION, 13)?;
+    m.inject(EVENT_EXCEPTION, 6)?;
     m.expect(TripleFault)?;
     Ok(())
 }

@@ -2,12 +2,12 @@
 //! Instructions that need a decision: carried out, made harmless, or refused.
 
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{Machine, Mode, CODE, GDT, STACK, TSS};
+use crate::machine::{needs_hardware, Machine, Mode, CODE, GDT, TSS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::exit::AccessWidth::Byte;
 use axvcpu_uapi::exit::AxVCpuExitReason::{Hypercall, TaskSwitch, TripleFault};
 use axvcpu_uapi::system::{BACKEND_SVM, BACKEND_VMX};
-use axvcpu_uapi::x86::{General, Segments};
+use axvcpu_uapi::x86::{Control, General, Segments};
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
@@ -142,23 +142,19 @@ fn pause() -> CaseResult {
     m.expect_halt()
 }
 
-/// A fault without a handler, in each mode; the vCPU stays as it is, and can be put on its feet again.
+/// A fault without a handler, in each mode. The state is then lost (APM vol. 2 section 15.14.3), but the vCPU is not:
+/// with registers set anew it runs.
 fn triple_fault() -> CaseResult {
     for mode in [Mode::Real, Mode::Protected, Mode::Long] {
         let mut m = Machine::new(mode, code!(triple_fault, 64, "ud2", "hlt"))?;
-        let mut segments: Segments = m.vcpu.get()?;
-        let idtr = segments.idtr;
-        segments.idtr.limit = 0;
+        let (control, segments, general): (Control, Segments, General) = (m.vcpu.get()?, m.vcpu.get()?, m.vcpu.get()?);
+        let mut without = segments;
+        without.idtr.limit = 0;
+        m.vcpu.set(&without)?;
+        m.expect(TripleFault).map_err(|stop| stop.context(format_args!("{mode:?}")))?;
+        m.vcpu.set(&control)?;
         m.vcpu.set(&segments)?;
-        for _ in 0..2 {
-            m.expect(TripleFault)?;
-        }
-        segments.idtr = idtr;
-        m.vcpu.set(&segments)?;
-        m.modify(|general| general.rip = if mode == Mode::Real { general.rip } else { CODE + 2 })?;
-        if mode == Mode::Real {
-            m.write(CODE, &[0xf4, 0xf4])?;
-        }
+        m.vcpu.set(&General { rip: general.rip + 2, ..general })?;
         m.expect_halt().map_err(|stop| stop.context(format_args!("{mode:?}")))?;
     }
     Ok(())
@@ -166,6 +162,7 @@ fn triple_fault() -> CaseResult {
 
 /// A far jump to a task is reported, not carried out.
 fn task_jump() -> CaseResult {
+    needs_hardware("the intercept of task switches")?;
     let code = code!(task_jump, 32, ".byte 0xea", ".long 0", ".word 0x28", "hlt");
     let mut m = Machine::new(Mode::Protected, code)?;
     // An available 32-bit TSS at selector 0x28.
@@ -200,15 +197,30 @@ fn prefixes() -> CaseResult {
     m.expect_halt()
 }
 
+/// Code that the guest writes, and code that the program writes. A jump comes between (SDM vol. 3 section 10.1.3).
 fn self_modifying() -> CaseResult {
-    let code =
-        code!(self_modifying, 64, "mov byte ptr [rip + 2f + 1], 0x5a", "2: mov al, 0x11", "out 0x80, al", "hlt",);
+    let code = code!(
+        self_modifying,
+        64,
+        "mov byte ptr [rip + 3f + 1], cl",
+        "jmp 2f",
+        "2: nop",
+        "3: mov al, 0x11",
+        "out 0x80, al",
+        "inc cl",
+        "jmp 77b",
+    );
     let mut m = Machine::new(Mode::Long, code)?;
-    m.expect_out(0x80, Byte, 0x5a)?;
-    m.expect_halt()?;
-    // And by the host, in code that has run.
-    m.write(CODE + 8, &[0x66])?;
-    m.modify(|general| (general.rip, general.gpr[4]) = (CODE + 7, STACK))?;
-    m.expect_out(0x80, Byte, 0x66)?;
-    m.expect_halt()
+    m.vcpu.set_gpr(1, 0x20)?;
+    for value in 0x20..0x24 {
+        m.expect_out(0x80, Byte, value)?;
+    }
+    let code = code!(modified, 64, "mov al, 0x11", "out 0x80, al", "jmp 77b");
+    m.write(CODE, code)?;
+    m.modify(|general| general.rip = CODE)?;
+    for value in 0x41..0x44 {
+        m.write(CODE + 1, &[value])?;
+        m.expect_out(0x80, Byte, value.into())?;
+    }
+    Ok(())
 }

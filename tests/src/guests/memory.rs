@@ -138,8 +138,8 @@ fn discard_storm() -> CaseResult {
             Ok(())
         });
         let mut result = Ok(());
-        for _ in 0..200 {
-            result = m.expect_mark(0x80).map(drop);
+        for round in 0..20 {
+            result = m.expect_mark(0x80).map(drop).map_err(|stop| stop.context(format_args!("round {round}")));
             if result.is_err() {
                 break;
             }
