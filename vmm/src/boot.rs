@@ -9,7 +9,8 @@ use axvcpu_uapi::x86::{Control, DescriptorTable, General, Segment, Segments, RBX
 use axvcpu_uapi::x86::{RAX, RDI};
 
 use crate::config::EntryMode;
-use crate::layout::{GDT, PAGE_TABLES};
+use crate::device::power::RESET_VALUE;
+use crate::layout::{GDT, PAGE_TABLES, RESET_VECTOR};
 use crate::memory::{OutOfRam, Ram};
 
 /// Selector of the code segment at entry: `__BOOT_CS` of the Linux boot protocol, which suits the others, too.
@@ -27,6 +28,18 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 /// EFER: long mode enabled and active.
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+
+/// All the firmware there is: `mov al, 6; mov dx, 0xcf9; out dx, al; 1: hlt; jmp 1b`. Linux jumps there to restart when ACPI
+/// is hardware-reduced and there is no EFI (`efi_reboot_required` in `arch/x86/platform/efi/quirks.c`).
+const RESET_CODE: [u8; 9] = [0xb0, RESET_VALUE, 0xba, 0xf9, 0x0c, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// Writes the code at the real-mode reset vector, which resets the machine.
+///
+/// # Errors
+/// [`OutOfRam`].
+pub fn write_reset_vector(ram: &Ram) -> Result<(), OutOfRam> {
+    ram.write(GuestPhysAddr::new(RESET_VECTOR), &RESET_CODE)
+}
 
 /// How the boot processor starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,6 +237,24 @@ mod tests {
         let mut entry = [0; 8];
         ram.read(GuestPhysAddr::new(GDT + u64::from(CODE_SELECTOR)), &mut entry).unwrap();
         assert_eq!(u64::from_le_bytes(entry), 0x00cf_9b00_0000_ffff);
+    }
+
+    #[test]
+    fn reset_code_writes_the_reset_register() {
+        let ram = ram();
+        write_reset_vector(&ram).unwrap();
+        let mut code = [0; 9];
+        ram.read(GuestPhysAddr::new(0xf_fff0), &mut code).unwrap();
+        let text: Vec<String> = iced_x86::Decoder::with_ip(16, &code, 0xfff0, 0)
+            .iter()
+            .map(|insn| {
+                let mut text = String::new();
+                iced_x86::FastFormatter::new().format(&insn, &mut text);
+                text
+            })
+            .collect();
+        assert_eq!(text, ["mov al,6", "mov dx,0cf9h", "out dx,al", "hlt", "jmp 0fff6h"]);
+        assert_eq!(crate::layout::port::RESET, 0xcf9);
     }
 
     #[test]

@@ -144,6 +144,11 @@ impl Control {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Whether the VM stops because of SIGQUIT, at which every vCPU shows its state.
+    pub fn shows_state(&self) -> bool {
+        matches!(*lock(&self.reason), Some(Stop::Signal(Signal::SIGQUIT)))
+    }
+
     /// The reason, once the VM has stopped.
     pub fn take_reason(&self) -> Option<Stop> {
         lock(&self.reason).take()

@@ -11,6 +11,7 @@
 //! | `0x9_0000` | page tables that map the first 4 GiB one to one, six pages |
 //! | `0x9_fc00` | end of low memory: extended BIOS data area |
 //! | `0xe_0000` | ACPI tables, up to `0x10_0000` |
+//! | `0xf_fff0` | real-mode reset vector: code that resets the machine |
 //! | `0x10_0000` | kernels; raw binaries and kernels may also use what is free below `0x7_0000` |
 //! | `0xc000_0000` | where memory gives way to devices if axvmm chooses the layout |
 //! | `0xfec0_0000` | I/O APIC |
@@ -38,6 +39,8 @@ pub const EBDA: u64 = 0x9_fc00;
 pub const LOW_END: u64 = 0xa_0000;
 /// ACPI tables.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+/// Where real-mode code jumps to reset a PC: the entry point of its firmware. Inside of [`ACPI`], far behind the tables.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Start of extended memory, where kernels are loaded.
 pub const HIGH_START: u64 = 0x10_0000;
 /// The smallest guest memory.

@@ -85,7 +85,7 @@ impl Machine {
         ports.attach(&(command..=command), share(Keyboard::new(&control, (command - data) as u8)));
         ports.attach(&(port::SYSTEM_A..=port::SYSTEM_A), share(SystemControlA::new(&control)));
         ports.attach(&port::ACPI_SLEEP, share(AcpiSleep(Arc::clone(&control))));
-        ports.attach(&port::PCI, share(PciPorts(Arc::clone(&control))));
+        ports.attach(&port::PCI, share(PciPorts::new(&control)));
 
         let serial = serial.map(|output| {
             let device = share(SerialPort::new(Line::new(&interrupts, IRQ_COM1), output, &control));

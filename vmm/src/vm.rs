@@ -12,6 +12,7 @@ use nix::sched::{sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
 use crate::acpi;
+use crate::boot;
 use crate::config::{SerialConfig, VmConfig};
 use crate::control::{Control, Stop};
 use crate::cpuid;
@@ -57,6 +58,7 @@ pub fn prepare(config: &VmConfig) -> Result<(Ram, Loaded), Error> {
     let tables = acpi::Tables::new(&machine);
     let loaded = image::load(&config.kernel, &ram, &layout::memory_map(&config.memory), tables.rsdp())?;
     tables.write(&ram).map_err(|error| Error::host("write the ACPI tables", error))?;
+    boot::write_reset_vector(&ram).map_err(|error| Error::host("write the reset vector", error))?;
     Ok((ram, loaded))
 }
 

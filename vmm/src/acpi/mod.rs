@@ -59,7 +59,7 @@ impl Tables {
         let madt = add(madt(machine));
         let xsdt = add(table(b"XSDT", 1, &[fadt.to_le_bytes(), madt.to_le_bytes()].concat()));
         bytes[..RSDP_SIZE].copy_from_slice(&rsdp(xsdt));
-        assert!(bytes.len() as u64 <= layout::ACPI.end - layout::ACPI.start, "ACPI tables need more room");
+        assert!(bytes.len() as u64 <= layout::RESET_VECTOR - layout::ACPI.start, "ACPI tables need more room");
         Self { bytes }
     }
 

@@ -15,7 +15,7 @@
 //! | `ioapic.rs` | I/O APIC |
 //! | `irq.rs` | interrupt lines and where they lead |
 //! | `keyboard.rs` | i8042, as far as resetting goes |
-//! | `pci.rs` | PCI configuration ports of a machine without PCI |
+//! | `pci.rs` | PCI configuration ports of an empty bus, reset control |
 //! | `pic.rs` | pair of 8259s |
 //! | `pit.rs` | 8254 timer and port 0x61 |
 //! | `power.rs` | ACPI sleep, reset control, system control port A |

@@ -104,6 +104,9 @@ impl Runner {
                 break;
             }
         }
+        if self.machine.control.shows_state() {
+            eprintln!("{}", self.describe());
+        }
         self.vcpu
     }
 
@@ -148,10 +151,13 @@ impl Runner {
                 count(UserExit::PortRead);
                 let mut data = [0; 8];
                 self.machine.ports.read(port.into(), &mut data[..width.size()]);
-                self.vcpu.reply(u64::from_le_bytes(data));
+                let value = u64::from_le_bytes(data) & width.mask();
+                tracing::trace!("port {port:#x} ({} bytes) reads {value:#x}", width.size());
+                self.vcpu.reply(value);
             }
             AxVCpuExitReason::IoWrite { port, width, data } => {
                 count(UserExit::PortWrite);
+                tracing::trace!("port {port:#x} ({} bytes) written with {data:#x}", width.size());
                 self.machine.ports.write(port.into(), &data.to_le_bytes()[..width.size()]);
             }
             AxVCpuExitReason::NestedPageFault { addr, access_flags } => {
