@@ -82,7 +82,14 @@ macro_rules! table {
     ($($name:literal => $run:path $(, in $seconds:literal)?;)*) => {
         vec![$($crate::harness::Case {
             name: $name,
-            limit: { let limit = $crate::harness::TIME_LIMIT; $(let _ = limit; let limit = std::time::Duration::from_secs($seconds);)? limit },
+            limit: {
+                let limit = $crate::harness::TIME_LIMIT;
+                $(
+                    let _ = limit;
+                    let limit = std::time::Duration::from_secs($seconds);
+                )?
+                limit
+            },
             run: $run,
         },)*]
     };

@@ -54,11 +54,11 @@ fn sizes() -> CaseResult {
     let mut objects = Objects::new()?;
     let mut buffer = [0u8; 1 << 14];
     for call in &CALLS {
-        let size = call.request >> 16 & 0x3fff;
+        let size = (call.request >> 16) & 0x3fff;
         let mut others: Vec<u32> = [0, 1, size.wrapping_sub(1), size + 1, size + 8, size.wrapping_sub(8), 0x3fff]
             .into_iter()
             .filter(|other| *other != size && *other < 1 << 14)
-            .map(|other| call.request & !(0x3fff << 16) | other << 16)
+            .map(|other| call.request & !(0x3fff << 16) | (other << 16))
             .collect();
         others.extend([1 << 30, 2 << 30, 3 << 30].map(|bits| call.request ^ bits));
         for request in others {
@@ -283,7 +283,7 @@ fn values() -> CaseResult {
         let result = raw::plain(vcpu, ioctl::SET_ENTRY, Entry { guest_addr });
         ensure_eq!(result, Err(Errno::EINVAL), "entry point {guest_addr:#x}");
     }
-    for address in [0, 0x1000, 0xfed0_0000, 0xfef0_0000, 0xfee0_0000 | 1 << 32] {
+    for address in [0, 0x1000, 0xfed0_0000, 0xfef0_0000, 0xfee0_0000 | (1 << 32)] {
         let result = raw::plain(vm, ioctl::SIGNAL_MSI, Msi { address, data: 0x40, flags: 0 });
         ensure_eq!(result, Err(Errno::EINVAL), "message to {address:#x}");
     }

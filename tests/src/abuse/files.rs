@@ -122,7 +122,7 @@ fn close_on_exec() -> CaseResult {
 fn orders() -> Vec<[usize; 4]> {
     let mut orders = Vec::new();
     for code in 0..256 {
-        let order = [code & 3, code >> 2 & 3, code >> 4 & 3, code >> 6];
+        let order = [code & 3, (code >> 2) & 3, (code >> 4) & 3, code >> 6];
         if (0..4).all(|thing| order.contains(&thing)) {
             orders.push(order);
         }

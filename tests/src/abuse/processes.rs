@@ -80,7 +80,7 @@ fn helper(what: &str) -> Result<(std::process::Child, UnixStream), Stop> {
     Ok((child, ours))
 }
 
-/// The helper's part: what [`cases`] start in another process. Reports by its exit status.
+/// The helper's part: what a case of this file starts in another process. Reports by its exit status.
 ///
 /// # Errors
 /// What went wrong.

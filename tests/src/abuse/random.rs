@@ -112,7 +112,7 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
         let file = files.pick(random);
         *lock(current) = Some(Arc::clone(&file));
         let call = &CALLS[random.below(CALLS.len())];
-        let request = if random.below(20) == 0 { call.request ^ 1 << random.below(32) } else { call.request };
+        let request = if random.below(20) == 0 { call.request ^ (1 << random.below(32)) } else { call.request };
         // The argument: words of zeros, small numbers, flags, addresses, and noise.
         let mut words = [0u64; 512];
         let used = 1 + random.below(34);
@@ -221,7 +221,7 @@ fn run(threads: usize, count: usize) -> CaseResult {
         let workers: Vec<_> = (0u64..)
             .zip(&currents)
             .map(|(i, current)| {
-                let mut random = Random(seed ^ i << 32);
+                let mut random = Random(seed ^ (i << 32));
                 let (files, arena) = (&files, &arena);
                 scope.spawn(move || calls(files, current, arena, &mut random, count))
             })

@@ -475,12 +475,12 @@ fn timer_deadline() -> CaseResult {
     );
     let mut m = machine(code)?;
     let entry = m.system.supported_cpuid()?.into_iter().find(|entry| entry.function == 1);
-    if entry.is_none_or(|entry| entry.ecx >> 24 & 1 == 0) {
+    if entry.is_none_or(|entry| (entry.ecx >> 24) & 1 == 0) {
         return Err(Stop::Skip("TSC deadlines are not offered here".into()));
     }
     m.expect_mark(0x80)?;
     let gpr = m.vcpu.general().gpr;
-    let deadline = gpr[9] << 32 | gpr[8];
+    let deadline = (gpr[9] << 32) | gpr[8];
     ensure!(gpr[11] >= deadline, "the timer fired at {:#x}, before {deadline:#x}", gpr[11]);
     ensure_eq!(gpr[10], 0, "deadline register after it fired");
     Ok(())

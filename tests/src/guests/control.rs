@@ -213,18 +213,22 @@ fn guest_cr0() -> CaseResult {
 
 fn guest_cr0_high() -> CaseResult {
     needs_hardware("the check of CR0's upper half")?;
-    all_fault(code!(to_cr0_high, 64, "mov cr0, rax", "out 0x80, al"), &[("CR0 bit 32", CR0 | 1 << 32)])
+    all_fault(code!(to_cr0_high, 64, "mov cr0, rax", "out 0x80, al"), &[("CR0 bit 32", CR0 | (1 << 32))])
 }
 
 fn guest_cr3() -> CaseResult {
     needs_hardware("the checks of MOV to CR3")?;
-    all_fault(code!(to_cr3, 64, "mov cr3, rax", "out 0x80, al"), &[("CR3 bit 61", TABLES | 1 << 61)])
+    all_fault(code!(to_cr3, 64, "mov cr3, rax", "out 0x80, al"), &[("CR3 bit 61", TABLES | (1 << 61))])
 }
 
 fn guest_cr4() -> CaseResult {
     all_fault(
         code!(to_cr4, 64, "mov cr4, rax", "out 0x80, al"),
-        &[("CR4 without PAE in long mode", CR4 & !CR4_PAE), ("CR4 bit 15", CR4 | 1 << 15), ("CR4.VMXE", CR4 | 1 << 13)],
+        &[
+            ("CR4 without PAE in long mode", CR4 & !CR4_PAE),
+            ("CR4 bit 15", CR4 | (1 << 15)),
+            ("CR4.VMXE", CR4 | (1 << 13)),
+        ],
     )
 }
 
@@ -238,7 +242,7 @@ fn guest_efer() -> CaseResult {
         code!(to_efer, 64, "wrmsr", "out 0x80, al"),
         &[
             ("EFER bit 1", EFER | 2),
-            ("EFER bit 63", EFER | 1 << 63),
+            ("EFER bit 63", EFER | (1 << 63)),
             ("EFER without LME while paging is on", EFER & !EFER_LME),
         ],
     )

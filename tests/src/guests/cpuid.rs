@@ -142,8 +142,8 @@ fn osxsave() -> CaseResult {
     }
     m.expect_halt()?;
     let gpr = m.vcpu.general().gpr;
-    ensure_eq!(gpr[8] >> 27 & 1, 0, "OSXSAVE before CR4.OSXSAVE is set");
-    ensure_eq!(gpr[9] >> 27 & 1, 1, "OSXSAVE after CR4.OSXSAVE is set");
+    ensure_eq!((gpr[8] >> 27) & 1, 0, "OSXSAVE before CR4.OSXSAVE is set");
+    ensure_eq!((gpr[9] >> 27) & 1, 1, "OSXSAVE after CR4.OSXSAVE is set");
     Ok(())
 }
 
@@ -176,8 +176,8 @@ fn refused() -> CaseResult {
 fn nothing_nested() -> CaseResult {
     for entry in open()?.supported_cpuid()? {
         match entry.function {
-            1 => ensure_eq!(entry.ecx >> 5 & 1, 0, "VMX"),
-            0x8000_0001 => ensure_eq!(entry.ecx >> 2 & 1, 0, "SVM"),
+            1 => ensure_eq!((entry.ecx >> 5) & 1, 0, "VMX"),
+            0x8000_0001 => ensure_eq!((entry.ecx >> 2) & 1, 0, "SVM"),
             0x8000_000a => ensure_eq!([entry.eax, entry.ebx, entry.ecx, entry.edx], [0; 4], "leaf 8000000a"),
             _ => {}
         }

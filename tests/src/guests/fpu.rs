@@ -164,7 +164,7 @@ fn x87() -> CaseResult {
     let error = (sum - (std::f64::consts::PI + 1.0)).abs();
     ensure_eq!(error < 1e-12, true, "whether pi + 1 is {sum}");
     ensure_eq!(m.read::<2>(DATA + 2)?, 0x0e7fu16.to_le_bytes(), "control word");
-    ensure_eq!(m.vcpu.general().gpr[0] >> 11 & 7, 0, "top of the stack");
+    ensure_eq!((m.vcpu.general().gpr[0] >> 11) & 7, 0, "top of the stack");
     Ok(())
 }
 

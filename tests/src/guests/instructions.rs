@@ -121,7 +121,7 @@ fn rdtscp() -> CaseResult {
     let code = code!(rdtscp, 64, "rdtscp", "mov esi, ecx", "hlt");
     let mut m = Machine::new(Mode::Long, code)?;
     let entry = m.system.supported_cpuid()?.into_iter().find(|entry| entry.function == 0x8000_0001);
-    if entry.is_none_or(|entry| entry.edx >> 27 & 1 == 0) {
+    if entry.is_none_or(|entry| (entry.edx >> 27) & 1 == 0) {
         return Err(Stop::Skip("this CPU has no RDTSCP".into()));
     }
     m.vcpu.set_msrs(&[axvcpu_uapi::x86::Msr { index: 0xc000_0103, value: 0xabc, reserved: 0 }])?;
@@ -166,7 +166,7 @@ fn task_jump() -> CaseResult {
     let code = code!(task_jump, 32, ".byte 0xea", ".long 0", ".word 0x28", "hlt");
     let mut m = Machine::new(Mode::Protected, code)?;
     // An available 32-bit TSS at selector 0x28.
-    m.write_u64(GDT + 0x28, 0x0000_8900_0000_0067 | (TSS + 0x80) << 16)?;
+    m.write_u64(GDT + 0x28, 0x0000_8900_0000_0067 | ((TSS + 0x80) << 16))?;
     m.expect(TaskSwitch { selector: 0x28, source: 2 })?;
     Ok(())
 }

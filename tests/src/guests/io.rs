@@ -194,7 +194,7 @@ fn ins_backwards() -> CaseResult {
     let mut m = Machine::new(Mode::Long, code)?;
     m.modify(|general| (general.gpr[RSI], general.gpr[RCX], general.gpr[2]) = (0x1_0000_0000 | DATA, 3, 0x77))?;
     let general = expect_string(&mut m, CODE + 1, (0x77, Byte, false, true))?;
-    ensure_eq!(general.rflags & 1 << 10, 1 << 10, "RFLAGS.DF");
+    ensure_eq!(general.rflags & (1 << 10), 1 << 10, "RFLAGS.DF");
     ensure_eq!(general.gpr[RSI], 0x1_0000_0000 | DATA, "RSI, of which the instruction uses the low half");
     m.step_over(4, |general| general.gpr[RCX] = 0);
     m.expect_halt()

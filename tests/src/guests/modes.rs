@@ -154,7 +154,7 @@ fn user_mode() -> CaseResult {
     ensure!(exit.user_mode(), "ring 3 is not reported as user mode");
     let segments: Segments = m.vcpu.get()?;
     ensure_eq!(segments.cs.selector, USER_CODE, "CS in ring 3");
-    ensure_eq!(segments.ss.attributes >> 5 & 3, 3, "DPL of SS, which is the CPL");
+    ensure_eq!((segments.ss.attributes >> 5) & 3, 3, "DPL of SS, which is the CPL");
     let exit = m.expect_out(0x82, Byte, 0)?;
     ensure!(!exit.user_mode(), "the fault handler is reported as user mode");
     ensure_eq!(m.vcpu.general().gpr[RSP], STACK - 48, "stack from the TSS, with an error code");

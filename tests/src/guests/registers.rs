@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Values that differ in every byte from each other, and in RSP is a stack.
 fn pattern() -> General {
-    let mut general = General { rip: CODE, rflags: FLAGS | 0xcd5 | 1 << 21, ..General::default() };
+    let mut general = General { rip: CODE, rflags: FLAGS | 0xcd5 | (1 << 21), ..General::default() };
     for (i, gpr) in general.gpr.iter_mut().enumerate() {
         *gpr = 0x0101_0101_0101_0101u64.wrapping_mul(0x10 + i as u64) ^ 0x8000_0000_0000_0000;
     }

@@ -79,10 +79,9 @@ impl Memory {
     pub fn anonymous(size: usize) -> Result<Self> {
         let fail = |errno| Error::AllocateMemory { size, errno };
         let length = NonZeroUsize::new(size).ok_or(fail(Errno::EINVAL))?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs no existing memory.
-        let start =
-            unsafe { mmap_anonymous(None, length, PROTECTION, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE) }
-                .map_err(fail)?;
+        let start = unsafe { mmap_anonymous(None, length, PROTECTION, flags) }.map_err(fail)?;
         Ok(Self { start: start.cast(), size, owned: true, file: None })
     }
 
