@@ -273,15 +273,15 @@ pub fn examine(device: &Path) -> Vec<Finding> {
     Facts::gather(device).judge()
 }
 
-/// The exit code that findings add up to: the most telling problem, or success. A missing device hides what the CPU's flags
-/// cannot tell for sure, and so does a permission; the module's own word counts most.
+/// The exit code that findings add up to: that of the last problem, or success. Later findings are closer to the device, and
+/// so to the truth: the module knows better than the CPU's flags.
 #[must_use]
 pub fn exit_code(findings: &[Finding]) -> ExitCode {
-    let problems = findings.iter().filter_map(|finding| match finding.severity {
+    let mut problems = findings.iter().filter_map(|finding| match finding.severity {
         Severity::Bad(code) => Some(code),
         _ => None,
     });
-    problems.last().unwrap_or(ExitCode::Shutdown)
+    problems.next_back().unwrap_or(ExitCode::Shutdown)
 }
 
 #[cfg(test)]

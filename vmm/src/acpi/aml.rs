@@ -30,8 +30,8 @@ pub(super) fn array(elements: &[Vec<u8>]) -> Vec<u8> {
 pub(super) fn integer(value: u32) -> Vec<u8> {
     match value {
         0 | 1 => vec![value as u8],
-        0..=0xff => vec![0x0a, value as u8],
-        0..=0xffff => [&[0x0b][..], &(value as u16).to_le_bytes()].concat(),
+        2..=0xff => vec![0x0a, value as u8],
+        0x100..=0xffff => [&[0x0b][..], &(value as u16).to_le_bytes()].concat(),
         _ => [&[0x0c][..], &value.to_le_bytes()].concat(),
     }
 }

@@ -31,6 +31,11 @@ pub enum Problem {
 pub struct ConfigError {
     /// Its class.
     pub problem: Problem,
+    details: Box<Details>,
+}
+
+#[derive(Clone, Debug)]
+struct Details {
     path: PathBuf,
     message: String,
     place: Option<Place>,
@@ -47,7 +52,8 @@ struct Place {
 
 impl ConfigError {
     pub(super) fn new(problem: Problem, path: &Path, message: impl Into<String>) -> Self {
-        Self { problem, path: path.to_owned(), message: message.into(), place: None, cure: None }
+        let details = Details { path: path.to_owned(), message: message.into(), place: None, cure: None };
+        Self { problem, details: Box::new(details) }
     }
 
     /// Adds the place: `span` is a byte range in `source`.
@@ -57,7 +63,7 @@ impl ConfigError {
         let line_end = source[start..].find('\n').map_or(source.len(), |i| start + i);
         let text = source[line_start..line_end].trim_end_matches('\r');
         let end = floor_char_boundary(source, span.end).clamp(start, line_end);
-        self.place = Some(Place {
+        self.details.place = Some(Place {
             line: source[..start].matches('\n').count() + 1,
             column: source[line_start..start].chars().count() + 1,
             width: source[start..end].trim_end().chars().count().max(1),
@@ -68,14 +74,14 @@ impl ConfigError {
 
     /// Adds what the user can do about it.
     pub(super) fn cure(mut self, cure: impl Into<String>) -> Self {
-        self.cure = Some(cure.into());
+        self.details.cure = Some(cure.into());
         self
     }
 
     /// Line and column, both counted from 1, if the problem has a place in the file.
     #[must_use]
     pub fn position(&self) -> Option<(usize, usize)> {
-        self.place.as_ref().map(|place| (place.line, place.column))
+        self.details.place.as_ref().map(|place| (place.line, place.column))
     }
 }
 
@@ -89,12 +95,13 @@ fn floor_char_boundary(text: &str, mut index: usize) -> usize {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
-        if let Some(place) = &self.place {
+        let Details { path, message, place, cure } = &*self.details;
+        write!(f, "{}", path.display())?;
+        if let Some(place) = place {
             write!(f, ":{}:{}", place.line, place.column)?;
         }
-        write!(f, ": {}", self.message)?;
-        if let Some(place) = &self.place {
+        write!(f, ": {}", message)?;
+        if let Some(place) = place {
             // Tabs are kept in front of the caret, so that it stands under its text whatever their width.
             let number = place.line.to_string();
             let indent: String =
@@ -102,7 +109,7 @@ impl fmt::Display for ConfigError {
             write!(f, "\n {number} | {}", place.text)?;
             write!(f, "\n {:pad$} | {indent}{}", "", "^".repeat(place.width), pad = number.len())?;
         }
-        if let Some(cure) = &self.cure {
+        if let Some(cure) = cure {
             write!(f, "\n{cure}")?;
         }
         Ok(())

@@ -66,7 +66,8 @@ fn raw_binaries() {
 #[test]
 fn bad_configurations() {
     let kernel = |rest: &str| format!("[kernel]\nkernel_path = \"k\"\n{rest}");
-    let cases: &[(String, Problem, Option<(usize, usize)>, &str)] = &[
+    type Case<'a> = (String, Problem, Option<(usize, usize)>, &'a str);
+    let cases: &[Case<'_>] = &[
         ("[kernel\n".into(), Problem::Syntax, Some((1, 8)), "not valid TOML"),
         (kernel("memory = \"1G\"\nmemory = \"2G\""), Problem::Syntax, Some((4, 1)), "duplicate"),
         (kernel("cmdlin = \"x\""), Problem::UnknownKey, Some((3, 1)), "unknown key `cmdlin`"),

@@ -139,7 +139,7 @@ impl Cmos {
         if self.is_set(B_BINARY) {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 

@@ -228,7 +228,7 @@ fn counts_to_ns(counts: u64) -> u64 {
 }
 
 fn to_bcd(value: u16) -> u16 {
-    (value / 1000 % 10) << 12 | (value / 100 % 10) << 8 | (value / 10 % 10) << 4 | value % 10
+    (value / 1000 % 10) << 12 | (value / 100 % 10) << 8 | (value / 10 % 10) << 4 | (value % 10)
 }
 
 fn from_bcd(value: u16) -> u16 {
