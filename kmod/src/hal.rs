@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 
 use kernel::bindings;
 use vcpu_core::{AxVCpuHal, HostPhysAddr};
-use x86_vcpu::{PermissionMaps, X86Hal, X86PerCpu};
+use x86_vcpu::{Mitigations, PermissionMaps, X86Hal, X86PerCpu};
 
 use crate::{backends, ffi, percpu};
 
@@ -59,5 +59,17 @@ impl X86Hal for Host {
 
     fn tsc_khz() -> u32 {
         ffi::tsc_khz()
+    }
+
+    fn mitigations() -> Mitigations {
+        let host = ffi::Mitigations::of_host();
+        Mitigations {
+            clear_buffers: host.clear_buffers(),
+            refill_rsb: host.refill_rsb(),
+            untrain_returns: host.untrain_returns(),
+            barrier_at_exit: host.barrier_at_exit(),
+            // Linux' own decision about vCPU switches is not to be seen by modules: always.
+            branch_barrier: true,
+        }
     }
 }

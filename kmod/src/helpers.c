@@ -16,6 +16,7 @@
 #include <linux/smp.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
+#include <asm/cpufeature.h>
 #include <asm/tsc.h>
 
 #include "helpers.h"
@@ -170,6 +171,24 @@ int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *d
 void axvcpu_wake(struct rcuwait *wait)
 {
 	rcuwait_wake_up(wait);
+}
+
+/* The bits are those of Mitigations in ffi.rs. */
+unsigned int axvcpu_mitigations(void)
+{
+	unsigned int bits = 0;
+
+	if (boot_cpu_has(X86_FEATURE_CLEAR_CPU_BUF_VM))
+		bits |= 1 << 0;
+	if (boot_cpu_has(X86_FEATURE_RSB_VMEXIT) || boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE))
+		bits |= 1 << 1;
+	if (boot_cpu_has(X86_FEATURE_UNRET))
+		bits |= 1 << 2;
+	if (boot_cpu_has(X86_FEATURE_IBPB_ON_VMEXIT))
+		bits |= 1 << 3;
+	if (boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER))
+		bits |= 1 << 4;
+	return bits;
 }
 
 unsigned int axvcpu_tsc_khz(void)

@@ -32,6 +32,7 @@ void axvcpu_send_ipi(int cpu);
 void axvcpu_interrupt_and_wait(int cpu);
 int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *data);
 void axvcpu_wake(struct rcuwait *wait);
+unsigned int axvcpu_mitigations(void);
 unsigned int axvcpu_tsc_khz(void);
 bool axvcpu_tsc_stable(void);
 

@@ -18,7 +18,7 @@ use x86_vcpu::{
 use crate::{
     abi,
     aspace::{AddressSpace, Fault},
-    ffi::{self, IrqOff, PreemptOff},
+    ffi::{self, IrqOff, Mitigations, PreemptOff},
     hal::Host,
     shared::bump,
     vcpu::{Inner, Vcpu},
@@ -129,6 +129,10 @@ impl Vcpu {
         inner.vcpu.bind().map_err(abi::errno)?;
         let stop = self.guest_turns(inner, &pinned);
         let unbound = inner.vcpu.unbind().map_err(abi::errno);
+        if Mitigations::of_host().barrier_before_user() {
+            // Preemption may let another task's user code run here at once, so there is no later place for it.
+            x86_vcpu::branch_barrier();
+        }
         drop(pinned);
         let stop = stop?;
         unbound?;

@@ -26,7 +26,7 @@ pub trait X86Hal: AxVCpuHal {
     }
 }
 
-/// Measures against speculative execution attacks. The default is all of them, where the CPU has the instruction.
+/// Measures against speculative execution attacks. The default is all that a host need not know of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mitigations {
     /// Clear the CPU's buffers by VERW before each entry (Linux: `X86_FEATURE_CLEAR_CPU_BUF_VM`).
@@ -35,10 +35,21 @@ pub struct Mitigations {
     pub refill_rsb: bool,
     /// Indirect branch prediction barrier when a CPU goes from one vCPU to another (Linux: `switch_vcpu_ibpb`).
     pub branch_barrier: bool,
+    /// Make the CPU forget return predictions that the guest has trained, after each exit, by the kernel's own
+    /// `entry_untrain_ret` (Linux: `X86_FEATURE_UNRET`). Not part of the default, as the routine exists only where it is needed.
+    pub untrain_returns: bool,
+    /// Indirect branch prediction barrier after each exit (Linux: `X86_FEATURE_IBPB_ON_VMEXIT`).
+    pub barrier_at_exit: bool,
 }
 
 impl Default for Mitigations {
     fn default() -> Self {
-        Self { clear_buffers: true, refill_rsb: true, branch_barrier: true }
+        Self {
+            clear_buffers: true,
+            refill_rsb: true,
+            branch_barrier: true,
+            untrain_returns: false,
+            barrier_at_exit: false,
+        }
     }
 }

@@ -36,7 +36,7 @@ mod svm;
 mod testing;
 mod vcpu;
 
-pub use caps::{detect, in_use, read_tsc, Backend, Capabilities};
+pub use caps::{branch_barrier, detect, in_use, read_tsc, Backend, Capabilities};
 pub use hal::{Mitigations, X86Hal};
 pub use percpu::X86PerCpu;
 pub use state::Reply;

@@ -30,6 +30,10 @@ pub(crate) const SWITCH_SPEC_CTRL: u32 = 1 << 0;
 pub(crate) const REFILL_RSB: u32 = 1 << 1;
 /// [`Frame::flags`]: VERW before the entry.
 pub(crate) const CLEAR_BUFFERS: u32 = 1 << 2;
+/// [`Frame::flags`]: the kernel's `entry_untrain_ret` after the exit.
+pub(crate) const UNTRAIN_RETURNS: u32 = 1 << 3;
+/// [`Frame::flags`]: indirect branch prediction barrier after the exit.
+pub(crate) const BARRIER_AT_EXIT: u32 = 1 << 4;
 
 const _: () = {
     assert!(core::mem::offset_of!(Frame, vmcb) == 128);
@@ -80,6 +84,21 @@ macro_rules! annotate_call {
 }
 #[cfg(not(axvcpu_kernel))]
 macro_rules! annotate_call {
+    () => {
+        ""
+    };
+}
+
+// The kernel's routine against return predictions that the guest has trained. Weak: it exists only in kernels that may need
+// it, and is called only if the flag says so. It clobbers RAX at most.
+#[cfg(axvcpu_kernel)]
+macro_rules! untrain_returns {
+    () => {
+        ".weak entry_untrain_ret\ncall entry_untrain_ret"
+    };
+}
+#[cfg(not(axvcpu_kernel))]
+macro_rules! untrain_returns {
     () => {
         ""
     };
@@ -171,6 +190,17 @@ global_asm!(
     "jnz 3b",
     "lfence",
     "4:",
+    "test byte ptr [rsp + 16], 8",
+    "jz 7f",
+    untrain_returns!(),
+    "7:",
+    "test byte ptr [rsp + 16], 16",
+    "jz 8f",
+    "mov ecx, 0x49",
+    "mov eax, 1",
+    "xor edx, edx",
+    "wrmsr",
+    "8:",
     "test byte ptr [rsp + 16], 1",
     "jz 5f",
     "mov ecx, 0x48",

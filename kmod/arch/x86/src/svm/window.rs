@@ -5,7 +5,7 @@
 use vcpu_core::{AxArchPerCpu, AxResult};
 use x86::msr;
 
-use super::switch::{CLEAR_BUFFERS, REFILL_RSB, SWITCH_SPEC_CTRL};
+use super::switch::{BARRIER_AT_EXIT, CLEAR_BUFFERS, REFILL_RSB, SWITCH_SPEC_CTRL, UNTRAIN_RETURNS};
 use super::SvmVCpu;
 use crate::cpu;
 use crate::hal::X86Hal;
@@ -99,6 +99,12 @@ impl<H: X86Hal> SvmVCpu<H> {
         }
         if mitigations.clear_buffers {
             frame.flags |= CLEAR_BUFFERS;
+        }
+        if mitigations.untrain_returns {
+            frame.flags |= UNTRAIN_RETURNS;
+        }
+        if caps.branch_barrier && mitigations.barrier_at_exit {
+            frame.flags |= BARRIER_AT_EXIT;
         }
         self.local.cpu = per_cpu.cpu();
         if self.regs.vmcb.dr7() & DR7_ENABLES != 0 {
