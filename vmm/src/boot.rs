@@ -253,7 +253,7 @@ mod tests {
                 text
             })
             .collect();
-        assert_eq!(text, ["mov al,6", "mov dx,0cf9h", "out dx,al", "hlt", "jmp 0fff6h"]);
+        assert_eq!(text, ["mov al,6h", "mov dx,0CF9h", "out dx,al", "hlt", "jmp 0FFF6h"]);
         assert_eq!(crate::layout::port::RESET, 0xcf9);
     }
 
