@@ -85,6 +85,7 @@ impl fmt::Display for Stop {
 pub struct Control {
     reason: Mutex<Option<Stop>>,
     stopping: AtomicBool,
+    shows_state: AtomicBool,
     wake: EventFd,
     kickers: OnceLock<Vec<Kicker>>,
 }
@@ -97,7 +98,13 @@ impl Control {
     pub fn new() -> Result<Self, Error> {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| Error::host("create an event file descriptor", errno.desc()))?;
-        Ok(Self { reason: Mutex::new(None), stopping: AtomicBool::new(false), wake, kickers: OnceLock::new() })
+        Ok(Self {
+            reason: Mutex::new(None),
+            stopping: AtomicBool::new(false),
+            shows_state: AtomicBool::new(false),
+            wake,
+            kickers: OnceLock::new(),
+        })
     }
 
     /// Tells which vCPUs there are, in the order of their numbers; once, before the first runs.
@@ -107,6 +114,7 @@ impl Control {
 
     /// Asks the VM to stop. If somebody asked before, that reason stays.
     pub fn stop(&self, reason: Stop) {
+        self.shows_state.fetch_or(matches!(reason, Stop::Signal(Signal::SIGQUIT)), Ordering::Release);
         lock(&self.reason).get_or_insert(reason);
         self.stopping.store(true, Ordering::Release);
         // A kick is sticky: a vCPU that was about to enter the guest returns at once, and then sees the flag.
@@ -146,7 +154,7 @@ impl Control {
 
     /// Whether the VM stops because of SIGQUIT, at which every vCPU shows its state.
     pub fn shows_state(&self) -> bool {
-        matches!(*lock(&self.reason), Some(Stop::Signal(Signal::SIGQUIT)))
+        self.shows_state.load(Ordering::Acquire)
     }
 
     /// The reason, once the VM has stopped.

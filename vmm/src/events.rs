@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The event loop, on the main thread while the vCPUs run on theirs: typed input, signals, the timer, and the end.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -116,7 +116,13 @@ pub struct EventLoop<'a> {
     pub terminal: Option<RawTerminal>,
     /// Whether standard input goes to the guest.
     pub input: bool,
+    /// What was typed and the serial port has not taken yet.
+    pub typed: Vec<u8>,
 }
+
+/// How long to wait before asking a serial port again that is busy: its output may be blocked by whoever reads it, and this
+/// loop must not be, or no signal would be heard.
+const BUSY_MS: u16 = 10;
 
 impl EventLoop<'_> {
     /// Runs until the VM stops. The terminal is back in its old mode then.
@@ -127,19 +133,16 @@ impl EventLoop<'_> {
         let stdin = io::stdin();
         let mut filter = self.terminal.is_some().then(EscapeFilter::default);
         while !self.control.is_stopping() {
-            let room = match &self.served.serial {
-                Some(serial) if self.input => lock(serial).room(),
-                _ => 0,
-            };
+            let busy = !self.pass_on();
             let mut descriptors: Vec<(Source, BorrowedFd<'_>)> = vec![
                 (Source::Wake, self.control.wake_fd()),
                 (Source::Signal, self.signals.0.as_fd()),
                 (Source::Timer, self.timer.0.as_fd()),
             ];
-            if room > 0 {
+            if self.input && self.typed.is_empty() {
                 descriptors.push((Source::Input, stdin.as_fd()));
             }
-            let ready = wait(&descriptors)?;
+            let ready = wait(&descriptors, if busy { BUSY_MS.into() } else { PollTimeout::NONE })?;
             for source in ready {
                 match source {
                     Source::Wake => self.control.clear_wake(),
@@ -149,7 +152,7 @@ impl EventLoop<'_> {
                             lock(&self.served.pit).expire();
                         }
                     }
-                    Source::Input => self.read_input(room, filter.as_mut()),
+                    Source::Input => self.read_input(filter.as_mut()),
                 }
             }
         }
@@ -167,10 +170,30 @@ impl EventLoop<'_> {
         }
     }
 
-    fn read_input(&mut self, room: usize, filter: Option<&mut EscapeFilter>) {
+    /// Gives the serial port what was typed, as far as it has room; what is left waits until it says that it has. Says
+    /// whether the port could be asked.
+    fn pass_on(&mut self) -> bool {
+        if self.typed.is_empty() {
+            return true;
+        }
+        let Some(serial) = &self.served.serial else {
+            self.typed.clear();
+            return true;
+        };
+        let Ok(mut serial) = serial.try_lock() else { return false };
+        while !self.typed.is_empty() && serial.room() > 0 {
+            let count = serial.room().min(self.typed.len());
+            let rest = self.typed.split_off(count);
+            serial.input(&self.typed);
+            self.typed = rest;
+        }
+        true
+    }
+
+    fn read_input(&mut self, filter: Option<&mut EscapeFilter>) {
         let mut buffer = [0; 512];
-        let size = room.min(buffer.len());
-        let count = match io::stdin().lock().read(&mut buffer[..size]) {
+        // Not through the standard library's buffer: poll would not see what is in there.
+        let count = match nix::unistd::read(io::stdin(), &mut buffer).map_err(io::Error::from) {
             Ok(0) => {
                 // The guest's console just gets no more input.
                 self.input = false;
@@ -190,11 +213,7 @@ impl EventLoop<'_> {
         };
         for item in typed {
             match item {
-                Typed::Input(bytes) => {
-                    if let Some(serial) = &self.served.serial {
-                        lock(serial).input(&bytes);
-                    }
-                }
+                Typed::Input(bytes) => self.typed.extend_from_slice(&bytes),
                 Typed::Quit => self.control.stop(Stop::Quit),
                 Typed::Help => eprint!("{HELP}"),
             }
@@ -210,11 +229,11 @@ enum Source {
     Input,
 }
 
-/// Waits until something can be read, and says what.
-fn wait(descriptors: &[(Source, BorrowedFd<'_>)]) -> Result<Vec<Source>, Error> {
+/// Waits until something can be read or the time is over, and says what.
+fn wait(descriptors: &[(Source, BorrowedFd<'_>)], timeout: PollTimeout) -> Result<Vec<Source>, Error> {
     let mut polled: Vec<PollFd<'_>> =
         descriptors.iter().map(|(_, descriptor)| PollFd::new(*descriptor, PollFlags::POLLIN)).collect();
-    match poll(&mut polled, PollTimeout::NONE) {
+    match poll(&mut polled, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(errno) => return Err(Error::host("wait for events", errno.desc())),
     }
@@ -233,10 +252,10 @@ mod tests {
         assert!(!timer.take_expired());
         let deadline = timer.now() + 2_000_000;
         timer.arm(Some(deadline));
-        wait(&[(Source::Timer, timer.0.as_fd())]).unwrap();
+        wait(&[(Source::Timer, timer.0.as_fd())], PollTimeout::NONE).unwrap();
         assert!(timer.now() >= deadline && timer.take_expired() && !timer.take_expired());
         timer.arm(Some(0));
-        wait(&[(Source::Timer, timer.0.as_fd())]).unwrap();
+        wait(&[(Source::Timer, timer.0.as_fd())], PollTimeout::NONE).unwrap();
         assert!(timer.take_expired(), "a deadline in the past is due at once");
         timer.arm(Some(timer.now() + 3_600_000_000_000));
         timer.arm(None);

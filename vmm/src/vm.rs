@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use axvcpu_uapi::client::{AddressSpace, Apic, System, Vcpu, Vm};
 use axvcpu_uapi::system::{self, SystemInfo};
@@ -27,6 +28,9 @@ use crate::sandbox;
 use crate::stats::{vcpu_report, vm_report, Counters};
 use crate::terminal::{Output, RawTerminal};
 use crate::vcpu::{Halted, Runner};
+
+/// How long a vCPU's thread may take to end when a signal or the user ends the VM.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How to run a VM, apart from its configuration.
 #[derive(Clone, Debug)]
@@ -151,7 +155,7 @@ fn build(config: &VmConfig, options: &Options, ram: &Ram, loaded: &Loaded) -> Re
 /// What keeps it from starting. What happens later is the reason in [`Ended`].
 pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
     let (ram, loaded) = prepare(config)?;
-    tracing::info!(format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
+    tracing::info!(vm = config.id, name = config.name, format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
     let stdout = Output::stdout()?;
     let serial = match &config.devices.serial {
         SerialConfig::Stdio => Some(stdout.clone()),
@@ -195,12 +199,14 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
         let runner = Runner::new(vcpu, id, &machine, paging, counters, &halted);
         threads.push(spawn(id, runner, *cpus, &control)?);
     }
-    let events = EventLoop { control: &control, served, timer, signals, terminal, input };
+    let events = EventLoop { control: &control, served, timer, signals, terminal, input, typed: Vec::new() };
     if let Err(error) = events.run() {
         control.stop(Stop::Failed(error));
     }
 
-    let vcpus: Vec<Option<Vcpu>> = threads.into_iter().map(|thread| thread.join().ok()).collect();
+    let reason = control.take_reason();
+    let hurry = matches!(reason, Some(Stop::Signal(_) | Stop::Quit));
+    let vcpus: Vec<Option<Vcpu>> = threads.into_iter().map(|thread| join(thread, hurry)).collect();
     let stats = options.stats.then(|| {
         let mut text = String::new();
         for ((id, vcpu), counters) in (0..).zip(&vcpus).zip(&counters) {
@@ -210,7 +216,7 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
         text + &vm_report(vm.stats().ok().as_ref(), machine.ports.unclaimed(), machine.mmio.unclaimed())
     });
     let nothing = || Stop::Failed(Error::host("find out why the VM stopped", "no reason was given"));
-    Ok(Ended { reason: control.take_reason().unwrap_or_else(nothing), stats })
+    Ok(Ended { reason: reason.unwrap_or_else(nothing), stats })
 }
 
 /// Starts a vCPU's thread.
@@ -239,6 +245,19 @@ fn spawn(id: u32, runner: Runner, cpus: Option<u64>, control: &Arc<Control>) -> 
         Error::host(format!("start a thread for vCPU {id}"), crate::error::describe_io(&error))
     });
     thread
+}
+
+/// Waits for a vCPU's thread to end. In a hurry only for a moment: it may be stuck writing to a pipe that nobody reads, and
+/// the end of the process ends it, too.
+fn join(thread: JoinHandle<Vcpu>, hurry: bool) -> Option<Vcpu> {
+    let deadline = Instant::now() + PATIENCE;
+    while hurry && !thread.is_finished() {
+        if Instant::now() > deadline {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    thread.join().ok()
 }
 
 /// Restricts the calling thread to the host CPUs in a bit mask.

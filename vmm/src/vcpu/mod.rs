@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-use axvcpu_uapi::client::{self, Exit, Vcpu};
+use axvcpu_uapi::client::{self, Errno, Exit, Vcpu};
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::vcpu::{self as abi, Event};
 use axvcpu_uapi::x86::{Debug, Events, EVENTS_INTERRUPT_SHADOW};
@@ -60,6 +60,8 @@ pub struct Runner {
     counters: Arc<Counters>,
     halted: Arc<Halted>,
     is_halted: bool,
+    /// A vector that the 8259s gave out and the vCPU could not take yet.
+    acknowledged: Option<u8>,
     /// Whether the last exit said that an external interrupt could be delivered at once.
     window_open: bool,
     /// Whether an [`InterruptWindow`](AxVCpuExitReason::InterruptWindow) exit is asked for.
@@ -91,6 +93,7 @@ impl Runner {
             counters: Arc::clone(counters),
             halted: Arc::clone(halted),
             is_halted: false,
+            acknowledged: None,
             window_open: false,
             window_requested: false,
         }
@@ -123,16 +126,23 @@ impl Runner {
         if self.id != 0 {
             return Ok(());
         }
-        let mut wanted = self.machine.interrupts.is_pending();
-        if wanted && self.window_open {
-            if let Some(vector) = self.machine.interrupts.acknowledge() {
-                let event = Event { kind: abi::EVENT_EXTERNAL_INTERRUPT, vector: vector.into(), ..Event::default() };
-                self.vcpu.inject(&event)?;
+        if self.window_open {
+            if self.acknowledged.is_none() {
+                self.acknowledged = self.machine.interrupts.acknowledge();
             }
-            // The one injected closes the window; another may wait behind it.
-            self.window_open = false;
-            wanted = self.machine.interrupts.is_pending();
+            if let Some(vector) = self.acknowledged {
+                let event = Event { kind: abi::EVENT_EXTERNAL_INTERRUPT, vector: vector.into(), ..Event::default() };
+                match self.vcpu.inject(&event) {
+                    Ok(()) => self.acknowledged = None,
+                    // One injected earlier has not been delivered yet: try again at the next window.
+                    Err(client::Error::Inject(Errno::EAGAIN)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                // The one injected closes the window; another may wait behind it.
+                self.window_open = false;
+            }
         }
+        let wanted = self.acknowledged.is_some() || self.machine.interrupts.is_pending();
         if wanted != self.window_requested {
             self.vcpu.request_interrupt_window(wanted);
             self.window_requested = wanted;
