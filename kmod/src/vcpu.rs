@@ -112,6 +112,8 @@ impl Vcpu {
         let tsc_origin = self.vm.time_base().host_tsc;
         inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic, tsc_origin }).map_err(abi::errno)?;
         inner.in_kernel_apic = in_kernel_apic;
+        // Publishes who the vCPU is: INIT and start-up messages may come before its first `RUN`.
+        inner.vcpu.arch_mut().map_err(abi::errno)?.prepare(&self.shared.mailbox);
         self.publish(inner);
         Ok(0)
     }
