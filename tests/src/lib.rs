@@ -11,4 +11,5 @@ pub mod code;
 pub mod guests;
 pub mod harness;
 pub mod machine;
+pub mod random;
 pub mod raw;

@@ -117,9 +117,8 @@ mod tests {
 
     #[test]
     fn changes_elsewhere_do_not_disturb_until_too_many_to_remember() {
-        let mut changes = Changes::default();
         // Past the end of the ring, and of the counter.
-        changes.ended = u64::MAX - 30;
+        let mut changes = Changes { ended: u64::MAX - 30, ..Changes::default() };
         let then = changes.snapshot();
         for i in 0..RECENT as u64 {
             changes.note(1000 + i..1001 + i);

@@ -7,6 +7,7 @@
 use super::{Kind, CALLS};
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{open, Machine, Mode};
+use crate::random::{seed, Random};
 use crate::{code, ensure, raw, table};
 use axvcpu_uapi::client::{Backing, Errno, Memory};
 use axvcpu_uapi::ioctl;
@@ -14,7 +15,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
@@ -43,34 +44,6 @@ const DOCUMENTED: [Errno; 17] = [
     Errno::ENOTTY,
     Errno::EOPNOTSUPP,
 ];
-
-/// A small generator of random numbers (xorshift64*, Vigna 2016).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len())]
-    }
-}
-
-fn seed() -> Result<u64, Stop> {
-    let seed = match std::env::var("AXVCPU_SEED") {
-        Ok(text) => u64::from_str_radix(text.trim_start_matches("0x"), 16)
-            .map_err(|_| Stop::Fail("AXVCPU_SEED is not a hexadecimal number".into()))?,
-        Err(_) => SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64),
-    };
-    println!("# AXVCPU_SEED={seed:#x}");
-    Ok(seed | 1)
-}
 
 /// The files that calls are made on; never empty, and never too many.
 struct Files(Mutex<Vec<Arc<OwnedFd>>>);
@@ -119,19 +92,19 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
         for word in &mut words[..used] {
             *word = match random.below(12) {
                 0..=3 => 0,
-                4 => random.next() % 16,
-                5 => 0x1000 * (random.next() % 64),
+                4 => random.word() % 16,
+                5 => 0x1000 * (random.word() % 64),
                 6 => 1 << random.below(64),
-                7 => 0xfee0_0000 | (random.next() % 0x1000),
-                8 => (random.next() % 256) | ((random.next() % 8) << 32),
-                9 => random.next(),
-                10 => u64::MAX - random.next() % 0x2000,
+                7 => 0xfee0_0000 | (random.word() % 0x1000),
+                8 => (random.word() % 256) | ((random.word() % 8) << 32),
+                9 => random.word(),
+                10 => u64::MAX - random.word() % 0x2000,
                 _ => start + 0x1000 * random.below(SIZE / 0x1000) as u64,
             };
         }
         // Where the ABI has an address, only our buffer, or an address at which nothing can be.
         let address = match random.below(6) {
-            0 => 0xffff_8000_0000_0000 | random.next(),
+            0 => 0xffff_8000_0000_0000 | random.word(),
             1 => 0,
             _ => start + 0x1000 * random.below(8) as u64,
         };
@@ -147,17 +120,17 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
             }
             ioctl::GET_REGS | ioctl::SET_REGS => {
                 let length = random.pick(&[144, 160, 64, 48, 16, 2048, 56, 256, 0, 1, 832, 576]);
-                (words[0], words[1]) = ((random.next() % 10) | (length << 32), address);
+                (words[0], words[1]) = ((random.word() % 10) | (length << 32), address);
             }
             ioctl::SETUP => {
-                (words[0], words[1]) = ((random.next() % 2) | (random.pick(&[0, 0, 1, 30, 1000]) << 32), address);
+                (words[0], words[1]) = ((random.word() % 2) | (random.pick(&[0, 0, 1, 30, 1000]) << 32), address);
                 if random.below(4) != 0 {
                     words[2..8].fill(0);
                 }
             }
-            ioctl::SET_EPT_ROOT => words[0] = random.next() % 40,
+            ioctl::SET_EPT_ROOT => words[0] = random.word() % 40,
             ioctl::CREATE_VM | ioctl::CREATE_ADDRESS_SPACE if random.below(4) != 0 => words[0] = 0,
-            ioctl::CREATE_VCPU if random.below(4) != 0 => words[0] = random.next() % 8,
+            ioctl::CREATE_VCPU if random.below(4) != 0 => words[0] = random.word() % 8,
             _ => {}
         }
         let argument = if random.below(16) == 0 { address } else { words.as_mut_ptr() as u64 };
@@ -196,7 +169,7 @@ fn run(threads: usize, count: usize) -> CaseResult {
     let before = system.info()?.vms;
     let arena = Memory::anonymous(1 << 18)?;
     let files = Files(Mutex::new(vec![Arc::new(system.as_fd().try_clone_to_owned()?)]));
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     // A VM to begin with, so that the first calls find something.
     let vm = system.create_vm()?;
     for fd in [vm.as_fd(), vm.create_address_space()?.as_fd(), vm.create_vcpu(0)?.as_fd()] {
@@ -221,7 +194,7 @@ fn run(threads: usize, count: usize) -> CaseResult {
         let workers: Vec<_> = (0u64..)
             .zip(&currents)
             .map(|(i, current)| {
-                let mut random = Random(seed ^ (i << 32));
+                let mut random = Random::new(seed ^ (i << 32));
                 let (files, arena) = (&files, &arena);
                 scope.spawn(move || calls(files, current, arena, &mut random, count))
             })

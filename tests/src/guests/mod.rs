@@ -7,6 +7,7 @@ mod control;
 mod cpuid;
 mod events;
 mod fpu;
+mod hostile;
 mod instructions;
 mod interrupts;
 mod io;
@@ -34,6 +35,7 @@ pub fn cases() -> Vec<Case> {
         interrupts::cases(),
         apic::cases(),
         fpu::cases(),
+        hostile::cases(),
         memory::cases(),
         threads::cases(),
     ]

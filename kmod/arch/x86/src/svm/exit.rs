@@ -234,6 +234,8 @@ impl<H: X86Hal> SvmVCpu<H> {
     /// Deals with the exit that the VMCB holds.
     pub(super) fn handle_exit(&mut self) -> Reason {
         let vmcb = &mut self.regs.vmcb;
+        let efer = vmcb.efer() | core::mem::take(&mut self.local.hidden_efer);
+        vmcb.set_efer(efer);
         let code = vmcb.exit_code();
         let (info1, info2) = (vmcb.exit_info1(), vmcb.exit_info2());
         let exit = Exit::decode(code);

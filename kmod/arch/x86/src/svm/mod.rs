@@ -28,7 +28,7 @@ use crate::frame::Framed;
 use crate::hal::X86Hal;
 use crate::msr::{Access, Written};
 use crate::pvclock::{ClockUpdate, TimeBase};
-use crate::regs::{check_debug, cr0, rflags, Limits};
+use crate::regs::{check_debug, cr0, cr4, efer, rflags, Limits};
 use crate::state::{Guest, Registers, Reply};
 use crate::vcpu::{InsnInfo, X86CreateConfig, X86SetupConfig};
 
@@ -102,6 +102,8 @@ struct Local {
     host: HostState,
     /// State before the entry, in case it is refused.
     before: HardwareState,
+    /// Bits of EFER that the hardware was not shown at the last entry.
+    hidden_efer: u64,
     /// What the last entry injected.
     injected: Option<Injection>,
     iret: Iret,
@@ -241,6 +243,7 @@ impl<H: X86Hal> SvmVCpu<H> {
                 asid: Assignment::default(),
                 host: HostState::default(),
                 before: HardwareState::default(),
+                hidden_efer: 0,
                 injected: None,
                 iret: Iret::No,
                 pass_cr0: false,
@@ -351,7 +354,10 @@ impl<H: X86Hal> SvmVCpu<H> {
         }
         vmcb.set_int_control(control);
         vmcb.set_intercept1(intercepts);
-        vmcb.set_intercept_cr(CR4_WRITE | if blocked_by_tpr { CR8_WRITE } else { 0 });
+        // Also while the window's interrupt waits: it needs no look at the TPR, and QEMU's emulated CPU (10.0) aborts at
+        // a write of CR8 then.
+        let follow_tpr = blocked_by_tpr || control & int_control::IRQ != 0;
+        vmcb.set_intercept_cr(CR4_WRITE | if follow_tpr { CR8_WRITE } else { 0 });
         // Nothing is cached from the VMCB: it is the CPU's own memory traffic against a list of what has changed.
         vmcb.set_clean(0);
         if plan.inject.is_some() {
@@ -360,6 +366,20 @@ impl<H: X86Hal> SvmVCpu<H> {
         self.local.injected = plan.inject;
         self.choose_asid();
         self.local.before = self.regs.vmcb.hardware_state();
+        self.hide_long_mode_enable();
+    }
+
+    /// Keeps EFER.LME from the hardware while it means nothing: without paging, and without PAE, which paging would need. The
+    /// guest cannot change any of the three without an exit, so the bit is there again when it matters.
+    ///
+    /// QEMU's emulated CPU (10.0) loads the host's CR0 at an exit while it still has the guest's EFER and CR4; with LME and
+    /// without PAE it then drops CR0.PG, and with it the host.
+    fn hide_long_mode_enable(&mut self) {
+        let vmcb = &mut self.regs.vmcb;
+        let value = vmcb.efer();
+        let hide = value & efer::LME != 0 && vmcb.cr0() & cr0::PG == 0 && vmcb.cr4() & cr4::PAE == 0;
+        self.local.hidden_efer = if hide { efer::LME } else { 0 };
+        vmcb.set_efer(value & !self.local.hidden_efer);
     }
 
     fn choose_asid(&mut self) {
