@@ -24,11 +24,11 @@ use kernel::{
 };
 use vcpu_core::{
     changes::Changes,
-    npt::{LeafCount, MemoryType, NestedPageTable, Npt, PageSize, Permissions},
+    npt::{LeafCount, MemoryType, PageSize, Permissions},
     regions::{Region, RegionMap},
     AccessFlags, AxError, GuestPhysAddr, HostPhysAddr,
 };
-use x86_vcpu::Capabilities;
+use x86_vcpu::{Capabilities, NestedTable};
 
 use crate::{
     abi,
@@ -64,7 +64,7 @@ pub(crate) struct AddressSpace {
 struct State {
     regions: RegionMap<Slots>,
     /// Always there until `drop`.
-    table: Option<NestedPageTable<Npt>>,
+    table: Option<NestedTable>,
     retired: Retired,
     /// Changes of the host's memory, and of regions.
     changes: Changes,
@@ -100,7 +100,7 @@ impl AddressSpace {
     /// An empty address space of `vm`, for the current process.
     ///
     /// # Errors
-    /// `ENOMEM`, `EINTR`.
+    /// `ENOMEM`, `EINTR`; `ENODEV` and the like if the CPU has no backend.
     pub(crate) fn new(vm: Arc<Vm>) -> Result<Arc<Self>> {
         let mut spare = Spare::empty();
         spare.fill()?;
@@ -109,10 +109,10 @@ impl AddressSpace {
             slots.push(Region::default(), GFP_KERNEL_ACCOUNT)?;
         }
         let caps = Capabilities::host();
+        let backend = x86_vcpu::detect().map_err(abi::errno)?;
         let mut retired = Retired::default();
-        let table =
-            NestedPageTable::<Npt>::new(caps.npt_levels, &mut Memory { spare: &mut spare, retired: &mut retired })
-                .map_err(abi::errno)?;
+        let mut memory = Memory { spare: &mut spare, retired: &mut retired };
+        let table = NestedTable::new(backend, caps.npt_levels, &mut memory).map_err(abi::errno)?;
         let root = table.root();
         let state =
             State { regions: RegionMap::new(Slots(slots)), table: Some(table), retired, changes: Changes::default() };
@@ -351,7 +351,7 @@ fn check_rights(flags: u32) -> Result {
 
 impl State {
     fn leaf_count(&self) -> LeafCount {
-        self.table.as_ref().map(NestedPageTable::leaf_count).unwrap_or_default()
+        self.table.as_ref().map(NestedTable::leaf_count).unwrap_or_default()
     }
 
     /// The first piece of guest memory at or above `from`, of at most `CHUNK` bytes, that the host range `start..end` backs.
@@ -380,7 +380,7 @@ impl Drop for State {
 impl PinnedDrop for AddressSpace {
     fn drop(self: Pin<&mut Self>) {
         let state = self.state.lock();
-        let tables = state.table.as_ref().map_or(0, NestedPageTable::table_count);
+        let tables = state.table.as_ref().map_or(0, NestedTable::table_count);
         self.account(state.leaf_count(), LeafCount::default(), 0u64.wrapping_sub(tables));
     }
 }
@@ -427,7 +427,7 @@ impl FdObject for AddressSpace {
             let state = self.state.lock();
             let regions = state.regions.as_slice();
             let bytes = regions.iter().fold(0u64, |sum, region| sum.wrapping_add(region.size));
-            let tables = state.table.as_ref().map_or(0, NestedPageTable::table_count);
+            let tables = state.table.as_ref().map_or(0, NestedTable::table_count);
             (regions.len(), state.leaf_count(), tables, bytes)
         };
         seq_print!(to, "regions:\t{}\n", regions);

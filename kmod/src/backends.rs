@@ -8,6 +8,7 @@ use core::{
 };
 
 use kernel::prelude::*;
+use vcpu_core::AxError;
 use x86_vcpu::PermissionMaps;
 
 use crate::{abi, hal::Host, percpu::PerCpu};
@@ -29,7 +30,10 @@ impl Backends {
     /// # Errors
     /// `ENOMEM`, `ENOSPC`.
     pub(crate) fn new() -> Result<Option<Self>> {
-        if x86_vcpu::detect().is_err() {
+        if let Err(error) = x86_vcpu::detect() {
+            if let (AxError::Unsupported, Some(missing)) = (error, x86_vcpu::missing_feature()) {
+                pr_warn!("no vCPUs on this CPU: it lacks {}\n", missing);
+            }
             return Ok(None);
         }
         let maps = KBox::new(PermissionMaps::<Host>::new().map_err(abi::errno)?, GFP_KERNEL)?;

@@ -2,7 +2,7 @@
 //! `RUN`: the loop between the guest and its user.
 //!
 //! A *window* is a stretch with the vCPU bound to the CPU, preemption off, its FPU and debug state loaded. Inside it,
-//! interrupts stay off; an external interrupt ends the guest's turn and the window, and is taken by the host as soon as
+//! interrupts stay off from the first entry on; an external interrupt ends the guest's turn and the window, and is taken by the host as soon as
 //! the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done between windows.
 
 use core::sync::atomic::Ordering;
@@ -157,9 +157,11 @@ impl Vcpu {
                 Err(error) => break Err(abi::errno(error)),
             }
         };
+        // A vCPU that has failed has left by itself, and cannot be asked to.
+        let left = inner.vcpu.arch_mut().map_or(Ok(()), X86VCpu::leave).map_err(abi::errno);
         drop(in_guest);
         drop(irq_off);
-        stop
+        left.and(stop)
     }
 
     /// One entry into the guest, and what can be done about its exit right here.
@@ -182,7 +184,7 @@ impl Vcpu {
         Ok(match exit {
             Exit::Nothing if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
             Exit::Nothing => None,
-            Exit::ExternalInterrupt { .. } => Some(Stop::Again),
+            Exit::ExternalInterrupt { .. } | Exit::PreemptionTimer => Some(Stop::Again),
             Exit::SendIPI { target_cpu, vector, .. } => {
                 self.send_ipi(inner, target_cpu, vector);
                 None

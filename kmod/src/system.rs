@@ -5,7 +5,7 @@ use axvcpu_uapi::{
     ioctl,
     run::RunPage,
     system::{
-        CpuidTable, CreateVm, SystemInfo, ARCH_X86_64, BACKEND_NONE, BACKEND_SVM, FEATURE_DECODE_ASSISTS,
+        CpuidTable, CreateVm, SystemInfo, ARCH_X86_64, BACKEND_NONE, BACKEND_SVM, BACKEND_VMX, FEATURE_DECODE_ASSISTS,
         FEATURE_HUGE_2M, FEATURE_IN_KERNEL_APIC, FEATURE_NEXT_RIP, FEATURE_PV_CLOCK, STATUS_DISABLED_BY_FIRMWARE,
         STATUS_IN_USE, STATUS_READY, STATUS_TOO_OLD, STATUS_UNSUPPORTED,
     },
@@ -44,16 +44,27 @@ fn info() -> SystemInfo {
         vms: vm::count(),
         ..SystemInfo::default()
     };
-    match x86_vcpu::detect() {
-        Ok(Backend::Svm) => {
-            let status = if x86_vcpu::in_use() { STATUS_IN_USE } else { STATUS_READY };
-            describe(SystemInfo { backend: BACKEND_SVM, status, ..info })
-        }
-        Err(AxError::DisabledByFirmware) => {
-            SystemInfo { backend: BACKEND_SVM, status: STATUS_DISABLED_BY_FIRMWARE, ..info }
-        }
-        Err(AxError::Unsupported) => SystemInfo { backend: BACKEND_SVM, status: STATUS_TOO_OLD, ..info },
-        Err(_) => SystemInfo { backend: BACKEND_NONE, status: STATUS_UNSUPPORTED, ..info },
+    let (backend, status) = match x86_vcpu::detect() {
+        Ok(_) if x86_vcpu::in_use() => (backend_number(), STATUS_IN_USE),
+        Ok(_) => (backend_number(), STATUS_READY),
+        Err(AxError::DisabledByFirmware) => (backend_number(), STATUS_DISABLED_BY_FIRMWARE),
+        Err(AxError::Unsupported) => (backend_number(), STATUS_TOO_OLD),
+        Err(_) => (BACKEND_NONE, STATUS_UNSUPPORTED),
+    };
+    let info = SystemInfo { backend, status, ..info };
+    if matches!(status, STATUS_READY | STATUS_IN_USE) {
+        describe(info)
+    } else {
+        info
+    }
+}
+
+/// The extension that the CPU has, usable or not.
+fn backend_number() -> u32 {
+    match x86_vcpu::extension() {
+        Some(Backend::Svm) => BACKEND_SVM,
+        Some(Backend::Vmx) => BACKEND_VMX,
+        None => BACKEND_NONE,
     }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! What the host CPU offers: whether there is a backend for it, and what that backend can use (APM vol. 3 appendix E).
+//! What the host CPU offers: whether there is a backend for it, and what that backend can use (APM vol. 3 appendix E;
+//! for VMX see `vmx/capabilities.rs`).
 
 use vcpu_core::npt::Levels;
 use vcpu_core::AxError;
@@ -7,6 +8,7 @@ use vcpu_core::AxError;
 use crate::cpu::{self, Cpuid};
 use crate::msr::{PRED_CMD, PRED_CMD_IBPB};
 use crate::regs::{cr4, efer, xcr0};
+use crate::vmx::capabilities::{Missing, Msrs, VmxCapabilities};
 
 /// VM_CR (APM vol. 2 section 15.30.1).
 const MSR_VM_CR: u32 = 0xc001_0114;
@@ -22,6 +24,24 @@ const CR4_FRED: u64 = 1 << 32;
 pub enum Backend {
     /// AMD Secure Virtual Machine.
     Svm,
+    /// Intel Virtual Machine Extensions.
+    Vmx,
+}
+
+/// CPUID 1: VMX.
+const VMX: u32 = 1 << 5;
+/// IA32_FEATURE_CONTROL (SDM vol. 3 section 24.7).
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
+/// IA32_FEATURE_CONTROL: locked, VMX outside of SMX.
+const FEATURE_CONTROL_VMX: u64 = 1 << 0 | 1 << 2;
+
+/// The virtualization extension of the current CPU, whether it can be used or not.
+pub fn extension() -> Option<Backend> {
+    if cpu::cpuid(1, 0).ecx & VMX != 0 {
+        return Some(Backend::Vmx);
+    }
+    let svm = cpu::cpuid(0x8000_0000, 0).eax >= 0x8000_000a && cpu::cpuid(0x8000_0001, 0).ecx >> 2 & 1 != 0;
+    svm.then_some(Backend::Svm)
 }
 
 /// Finds the backend for the current CPU. Kernel context.
@@ -29,27 +49,55 @@ pub enum Backend {
 /// # Errors
 /// - [`AxError::NoHardware`]: no extension that we know.
 /// - [`AxError::DisabledByFirmware`].
-/// - [`AxError::Unsupported`]: the extension lacks nested paging, or the CPU XSAVE, or the host does not use it.
+/// - [`AxError::Unsupported`]: the extension lacks something, or the host does not use XSAVE; see [`missing_feature`].
 pub fn detect() -> Result<Backend, AxError> {
-    let extended = cpu::cpuid(0x8000_0000, 0).eax;
-    if extended < 0x8000_000a || cpu::cpuid(0x8000_0001, 0).ecx >> 2 & 1 == 0 {
-        return Err(AxError::NoHardware);
-    }
-    // SAFETY: Kernel context, and a CPU with SVM has VM_CR.
-    if unsafe { cpu::rdmsr(MSR_VM_CR) } & VM_CR_SVMDIS != 0 {
+    let backend = extension().ok_or(AxError::NoHardware)?;
+    // SAFETY: Kernel context, and a CPU with the extension has the register that can lock it.
+    let disabled = unsafe {
+        match backend {
+            Backend::Svm => cpu::rdmsr(MSR_VM_CR) & VM_CR_SVMDIS != 0,
+            Backend::Vmx => cpu::rdmsr(MSR_FEATURE_CONTROL) & FEATURE_CONTROL_VMX != FEATURE_CONTROL_VMX,
+        }
+    };
+    if disabled {
         return Err(AxError::DisabledByFirmware);
     }
-    // SAFETY: Kernel context.
-    let os_xsave = unsafe { cpu::cr4() } & cr4::OSXSAVE != 0;
-    if cpu::cpuid(0x8000_000a, 0).edx & 1 == 0 || !os_xsave {
-        return Err(AxError::Unsupported);
+    match missing_feature() {
+        None => Ok(backend),
+        Some(_) => Err(AxError::Unsupported),
     }
-    Ok(Backend::Svm)
 }
 
-/// Whether another hypervisor has the extension switched on, on the current CPU, just now. Kernel context, outside of a
-/// window of ours.
+/// What VMX can do on the current CPU, which has it. Kernel context.
+///
+/// # Errors
+/// What the CPU lacks.
+pub(crate) fn vmx() -> Result<VmxCapabilities, Missing> {
+    // SAFETY: Kernel context, and a CPU with VMX has the MSRs that `read` asks for.
+    VmxCapabilities::new(&Msrs::read(|index| unsafe { cpu::rdmsr(index) }))
+}
+
+/// What [`detect`] has found wanting when it says [`AxError::Unsupported`], for people. Kernel context.
+pub fn missing_feature() -> Option<&'static str> {
+    // SAFETY: Kernel context.
+    let host_cr4 = unsafe { cpu::cr4() };
+    if host_cr4 & cr4::OSXSAVE == 0 {
+        return Some("XSAVE, in use by the host");
+    }
+    match extension()? {
+        Backend::Svm => (cpu::cpuid(0x8000_000a, 0).edx & 1 == 0).then_some("nested paging"),
+        // Machine checks and NMIs are handed to the host through its IDT.
+        Backend::Vmx if host_cr4 & CR4_FRED != 0 => Some("event delivery by IDT (the host uses FRED)"),
+        Backend::Vmx => vmx().err().map(|Missing(name)| name),
+    }
+}
+
+/// Whether another hypervisor has the extension to itself, on the current CPU, just now. VMX can be shared. Kernel context,
+/// outside of a window of ours.
 pub fn in_use() -> bool {
+    if extension() == Some(Backend::Vmx) {
+        return false;
+    }
     // SAFETY: Kernel context; every x86-64 CPU has EFER.
     unsafe { cpu::rdmsr(MSR_EFER) & efer::SVME != 0 }
 }
@@ -119,7 +167,23 @@ impl Capabilities {
         let host_cr4 = unsafe { cpu::cr4() };
         // SAFETY: `detect` has made sure that CR4.OSXSAVE is set.
         let host_xcr0 = unsafe { cpu::xcr0() };
-        Self { fred: host_cr4 & CR4_FRED != 0, ..Self::from_cpuid(cpu::cpuid, host_cr4, host_xcr0) }
+        let caps = Self { fred: host_cr4 & CR4_FRED != 0, ..Self::from_cpuid(cpu::cpuid, host_cr4, host_xcr0) };
+        if extension() == Some(Backend::Vmx) {
+            caps.on_vmx(vmx().map_or(Levels::Four, |vmx| vmx.levels(cpu::cpuid(0x8000_0008, 0).eax & 0xff)))
+        } else {
+            caps
+        }
+    }
+
+    /// The same with what does not come from CPUID on VMX: an extended page table of `levels`, whatever the host's paging, and
+    /// instruction lengths at exits.
+    fn on_vmx(self, levels: Levels) -> Self {
+        Self {
+            next_rip: true,
+            npt_levels: levels,
+            guest_phys_bits: self.guest_phys_bits.min(levels.limit().trailing_zeros()),
+            ..self
+        }
     }
 
     /// Nothing at all.
@@ -237,6 +301,15 @@ mod tests {
     fn host_paging_decides_the_levels() {
         let caps = Capabilities::from_cpuid(epyc, cr4::LA57, 7);
         assert_eq!((caps.npt_levels, caps.guest_phys_bits), (Levels::Five, 48));
+    }
+
+    #[test]
+    fn vmx_decides_the_levels_whatever_the_host_has() {
+        let host = Capabilities { guest_phys_bits: 52, npt_levels: Levels::Five, ..Capabilities::none() };
+        let caps = host.on_vmx(Levels::Four);
+        assert_eq!((caps.npt_levels, caps.guest_phys_bits, caps.next_rip), (Levels::Four, 48, true));
+        assert_eq!(host.on_vmx(Levels::Five).guest_phys_bits, 52);
+        assert_eq!(Capabilities::none().on_vmx(Levels::Five).guest_phys_bits, 36);
     }
 
     #[test]

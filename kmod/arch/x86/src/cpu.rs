@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! Instructions of the host CPU. All of the crate's privileged instructions are here, but for the world switch
-//! (`svm/switch.rs`); nothing in this file decides anything.
+//! Instructions of the host CPU. All of the crate's privileged instructions are here, but for the world switches
+//! (`svm/switch.rs`, `vmx/switch.rs`) and what only VMX needs (`vmx/instructions.rs`); nothing in this file decides anything.
 
 use core::arch::asm;
 

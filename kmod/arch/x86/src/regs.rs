@@ -61,6 +61,7 @@ pub(crate) mod rflags {
     pub(crate) const TF: u64 = 1 << 8;
     pub(crate) const IF: u64 = 1 << 9;
     pub(crate) const RF: u64 = 1 << 16;
+    pub(crate) const VM: u64 = 1 << 17;
     /// Every bit that has a meaning: 1, CF, PF, AF, ZF, SF, TF, IF, DF, OF, IOPL, NT, RF, VM, AC, VIF, VIP, ID.
     pub(crate) const DEFINED: u64 = 0x3f_7fd7;
 }
@@ -88,6 +89,8 @@ const DR6_VOLATILE: u64 = 0xe00f;
 pub(crate) const DR7_FIXED: u64 = 1 << 10;
 /// Bits of DR7 that must be zero: 11, 12, 14, 15 and the upper half.
 const DR7_RESERVED: u64 = !0xffff_27ff;
+/// DR7.GD: accesses to debug registers raise #DB.
+pub(crate) const DR7_GD: u64 = 1 << 13;
 /// Enable bits of the four breakpoints in DR7.
 pub(crate) const DR7_ENABLES: u64 = 0xff;
 

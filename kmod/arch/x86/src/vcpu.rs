@@ -13,6 +13,7 @@ use crate::hal::X86Hal;
 use crate::pvclock::{ClockUpdate, TimeBase};
 use crate::state::Reply;
 use crate::svm::SvmVCpu;
+use crate::vmx::VmxVCpu;
 
 /// What [`AxArchVCpu::new`] needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +47,15 @@ pub struct InsnInfo {
 pub enum X86VCpu<H: X86Hal> {
     /// On AMD SVM.
     Svm(SvmVCpu<H>),
+    /// On Intel VMX.
+    Vmx(VmxVCpu<H>),
 }
 
 macro_rules! on {
     ($self:ident, $vcpu:ident => $body:expr) => {
         match $self {
             X86VCpu::Svm($vcpu) => $body,
+            X86VCpu::Vmx($vcpu) => $body,
         }
     };
 }
@@ -63,6 +67,7 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
     fn new(config: X86CreateConfig) -> AxResult<Self> {
         match detect()? {
             Backend::Svm => SvmVCpu::new(config).map(Self::Svm),
+            Backend::Vmx => VmxVCpu::new(config).map(Self::Vmx),
         }
     }
 
@@ -238,6 +243,18 @@ impl<H: X86Hal> X86VCpu<H> {
     /// change that.
     pub fn runnable(&mut self, mailbox: &Mailbox) -> bool {
         on!(self, vcpu => vcpu.runnable(mailbox))
+    }
+
+    /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on
+    /// only while they are off is switched off. Nothing if there is nothing. When `run` fails it does so by itself.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): the CPU is as it was before, the vCPU may not be.
+    pub fn leave(&mut self) -> AxResult {
+        match self {
+            Self::Svm(_) => Ok(()),
+            Self::Vmx(vcpu) => vcpu.leave(),
+        }
     }
 
     /// Has everything flushed before the next entry that the CPU has cached of the guest's translations.

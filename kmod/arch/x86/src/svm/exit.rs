@@ -4,9 +4,9 @@
 
 use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
+use vcpu_core::npt::Npt;
 use vcpu_core::{AccessFlags, AccessWidth, AxVCpuExitReason as Reason, GuestPhysAddr};
 
-use super::memory::NestedMemory;
 use super::vmcb::{int_control, Vmcb};
 use super::{Iret, SvmVCpu};
 use crate::apic::Effect;
@@ -16,6 +16,7 @@ use crate::hal::X86Hal;
 use crate::length::{self, Found, Instruction, MAX_LENGTH};
 use crate::linear::Paging;
 use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB};
+use crate::nested::NestedMemory;
 use crate::regs::{cr0, cr4, efer, segment};
 use crate::state::{is_long_code, Pending, Registers};
 
@@ -398,7 +399,7 @@ impl<H: X86Hal> SvmVCpu<H> {
             Paging { cr0: self.regs.cr0(), cr3: self.regs.cr3(), cr4: self.regs.cr4(), efer: self.regs.efer() };
         // SAFETY: The root is the module's nested page table of `npt_levels` levels (`set_ept_root`), interrupts are off until
         // `run` returns, and the object is gone by then.
-        let memory = unsafe { NestedMemory::<H>::new(self.local.root, caps.npt_levels) };
+        let memory = unsafe { NestedMemory::<H, Npt>::new(self.local.root, caps.npt_levels) };
         let mut bytes = [0; MAX_LENGTH];
         let count = paging.read(&memory, linear, wrap, &mut bytes);
         match bytes.get(..count).and_then(|bytes| length::find(bytes, long, instruction)) {

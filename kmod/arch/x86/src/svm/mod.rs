@@ -7,7 +7,6 @@
 
 mod asid;
 mod exit;
-mod memory;
 mod permission;
 mod registers;
 mod switch;

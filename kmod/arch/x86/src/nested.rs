@@ -5,7 +5,7 @@
 use core::marker::PhantomData;
 use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 
-use vcpu_core::npt::{self, Levels, Npt, Permissions};
+use vcpu_core::npt::{self, Format, Levels, Permissions};
 use vcpu_core::{AxVCpuHal, GuestPhysAddr, HostPhysAddr};
 
 use crate::linear::GuestMemory;
@@ -13,23 +13,23 @@ use crate::linear::GuestMemory;
 /// The memory behind a nested page table.
 ///
 /// # Invariants
-/// `root` is a table of `levels` levels in the NPT format, whose tables and pages stay as long as this object.
-pub(super) struct NestedMemory<H: AxVCpuHal> {
+/// `root` is a table of `levels` levels in the format `F`, whose tables and pages stay as long as this object.
+pub(crate) struct NestedMemory<H: AxVCpuHal, F: Format> {
     root: HostPhysAddr,
     levels: Levels,
-    hal: PhantomData<H>,
+    hal: PhantomData<(H, F)>,
 }
 
-impl<H: AxVCpuHal> NestedMemory<H> {
+impl<H: AxVCpuHal, F: Format> NestedMemory<H, F> {
     /// # Safety
     /// As the invariant says. The object must not outlive the stretch with interrupts off.
-    pub(super) unsafe fn new(root: HostPhysAddr, levels: Levels) -> Self {
+    pub(crate) unsafe fn new(root: HostPhysAddr, levels: Levels) -> Self {
         // INVARIANT: The caller's promise.
         Self { root, levels, hal: PhantomData }
     }
 }
 
-impl<H: AxVCpuHal> GuestMemory for NestedMemory<H> {
+impl<H: AxVCpuHal, F: Format> GuestMemory for NestedMemory<H, F> {
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
         let read_entry = |table: HostPhysAddr, index: usize| {
             // SAFETY: By the type invariant `table` is a live table of 512 entries, and the walk's index is below that. Others
@@ -37,7 +37,7 @@ impl<H: AxVCpuHal> GuestMemory for NestedMemory<H> {
             unsafe { AtomicU64::from_ptr(H::phys_to_virt(table).cast::<u64>().add(index & 511)) }
                 .load(Ordering::Acquire)
         };
-        let Some(mapping) = npt::walk::<Npt>(self.root, self.levels, read_entry, GuestPhysAddr::new(gpa)) else {
+        let Some(mapping) = npt::walk::<F>(self.root, self.levels, read_entry, GuestPhysAddr::new(gpa)) else {
             return false;
         };
         if !mapping.perms.contains(Permissions::READ) {
