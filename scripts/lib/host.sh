@@ -29,7 +29,7 @@ host_trouble=   # why there is no status, or why the run is not clean
 host_log=       # the kernel's messages
 
 # Lines in the kernel's messages that no run may leave.
-host_bad_lines='BUG:|WARNING:|Oops:|Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
+host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
 
 # KVM is of use only where it passes the virtualization extension on.
 host_can_nest() {
