@@ -68,7 +68,7 @@ bochs_kernel() {
 # status of host_boot.
 host_run_bochs() {
 	local run=$1 lib=$axv_root/usr/lib/x86_64-linux-gnu
-	: "${host_cpus:=1}" "${host_memory:=512}"
+	: "${host_cpus:=1}" "${host_memory:=1024}"
 	root_program usr/bin/python3 "$axv_bochs/pvh_image.py" ram \
 		"$(kernel_dir "$host_kernel")/vmlinux" "$run/initrd.img" \
 		"$bochs_cmdline" "$host_memory" "$run/ram.img"

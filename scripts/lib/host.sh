@@ -73,7 +73,7 @@ host_overlay() {
 # Returns 0 whatever the session did: callers look at host_status and
 # host_trouble.
 host_boot() {
-	local session=$1 run status=0 fs_pid=
+	local session=$1 run status=0
 	: "${host_kernel:=$axv_kernel}"
 	mkdir -p "$axv_cache/runs"
 	run=$(mktemp -d "$axv_cache/runs/XXXXXX")
@@ -92,7 +92,7 @@ host_boot() {
 # host_run_qemu RUN: one boot, in the directory that holds its files. Sets the status
 # of host_boot.
 host_run_qemu() {
-	local run=$1 fs_pid
+	local run=$1 fs_pid=''
 	local -a qemu=(
 		-nodefaults -no-user-config -display none -no-reboot
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
