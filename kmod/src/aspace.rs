@@ -101,6 +101,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// `ENOMEM`, `EINTR`; `ENODEV` and the like if the CPU has no backend.
+    #[inline(never)] // A stack frame of its own, gone when the caller goes on.
     pub(crate) fn new(vm: Arc<Vm>) -> Result<Arc<Self>> {
         let mut spare = Spare::empty();
         spare.fill()?;
@@ -122,7 +123,7 @@ impl AddressSpace {
             try_pin_init!(&this in Self {
                 generation: AtomicU64::new(1),
                 root,
-                limit: caps.npt_levels.limit().min(1 << caps.guest_phys_bits),
+                limit: 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit()),
                 vm,
                 state <- new_spinlock!(state),
                 // SAFETY: The notifier is a field of the pinned object it points to, initialised last and dropped first.

@@ -113,7 +113,7 @@ impl Page {
         // SAFETY: The VMA is undergoing set-up and ours to read.
         let offset = unsafe { (*vma.as_ptr()).vm_pgoff };
         let shared = vma.flags() & kernel::mm::virt::flags::SHARED != 0;
-        if vma.end() - vma.start() != core::mem::size_of::<RunPage>() || offset != 0 || !shared {
+        if vma.end().wrapping_sub(vma.start()) != core::mem::size_of::<RunPage>() || offset != 0 || !shared {
             return Err(EINVAL);
         }
         vma.try_clear_mayexec()?;

@@ -96,7 +96,7 @@ fn supported_cpuid(addr: usize) -> Result<isize> {
         if count < capacity && result.is_ok() {
             result = abi::element::<CpuidEntry>(base, count).and_then(|to| abi::write(to, entry));
         }
-        count += 1;
+        count = count.wrapping_add(1);
     });
     result?;
     arg.count = count as u32;

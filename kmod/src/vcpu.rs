@@ -65,6 +65,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// `ENOMEM`, and the backend's.
+    #[inline(never)] // A stack frame of its own, gone when the caller goes on.
     pub(crate) fn new(vm: Arc<Vm>, shared: Arc<Shared>) -> Result<Arc<Self>> {
         let inner = Inner {
             vcpu: AxVCpu::new(X86CreateConfig { vcpu_id: shared.id }).map_err(abi::errno)?,

@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 #
 # The lab host: a stock Debian kernel in QEMU with our module and programs. One
-# boot runs one session (a shell script) and comes back with its status.
+# boot runs one session (a shell script) and comes back with its status. With
+# host_lab=bochs it boots in Bochs instead (see bochs.sh).
 #
 # QEMU is the build root's (see root_program): one version on every machine.
 #
@@ -11,9 +12,10 @@
 # of it all (see scripts/lab/host-init).
 
 # What a boot is made of; callers set these before host_boot.
+host_lab=qemu   # or bochs
 host_kernel=    # release; the main kernel if empty
-host_cpus=2
-host_memory=2048 # MiB
+host_cpus=      # if empty, what suits the lab
+host_memory=    # MiB, the same
 host_share=     # directory to show at /share
 host_kvm=       # not empty: load KVM as well
 host_terminal=  # not empty: the session gets this terminal
@@ -27,7 +29,7 @@ host_trouble=   # why there is no status, or why the run is not clean
 host_log=       # the kernel's messages
 
 # Lines in the kernel's messages that no run may leave.
-host_bad_lines='BUG:|WARNING:|Oops:|Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
+host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
 
 # KVM is of use only where it passes the virtualization extension on.
 host_can_nest() {
@@ -55,8 +57,8 @@ host_overlay() {
 	done
 	printf '%s\n' "$session" >"$tree/lab/session"
 	{
-		printf 'SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
-			"${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
+		printf 'LAB=%q SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
+			"$host_lab" "${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
 		if [[ -n $host_terminal ]]; then
 			printf 'TERM=%q ROWS=%q COLUMNS=%q\n' "${TERM:-vt100}" \
 				"$(stty size | cut -d' ' -f1)" "$(stty size | cut -d' ' -f2)"
@@ -71,7 +73,7 @@ host_overlay() {
 # Returns 0 whatever the session did: callers look at host_status and
 # host_trouble.
 host_boot() {
-	local session=$1 run status=0 fs_pid=
+	local session=$1 run status=0
 	: "${host_kernel:=$axv_kernel}"
 	mkdir -p "$axv_cache/runs"
 	run=$(mktemp -d "$axv_cache/runs/XXXXXX")
@@ -81,10 +83,20 @@ host_boot() {
 	host_log=$axv_logs/host-$(date +%m%d-%H%M%S)-${run##*/}.log
 	touch "$host_log" "$run/control"
 
+	"host_run_$host_lab" "$run"
+	host_conclude "$run" "$status"
+	host_cleanup "$run"
+	trap - EXIT
+}
+
+# host_run_qemu RUN: one boot, in the directory that holds its files. Sets the status
+# of host_boot.
+host_run_qemu() {
+	local run=$1 fs_pid=''
 	local -a qemu=(
 		-nodefaults -no-user-config -display none -no-reboot
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
-		-smp "$host_cpus" -m "$host_memory"
+		-smp "${host_cpus:=2}" -m "${host_memory:=2048}"
 		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
 		-append "console=ttyS0 loglevel=7 panic=-1 oops=panic"
 		-chardev "file,id=log,path=$host_log" -serial chardev:log
@@ -127,9 +139,6 @@ host_boot() {
 		"${qemu[@]}" 2>"$run/qemu.log" </dev/null || status=$?
 	fi
 	[[ -z $fs_pid ]] || wait "$fs_pid" || true
-	host_conclude "$run" "$status"
-	host_cleanup "$run"
-	trap - EXIT
 }
 
 # Waits up to five seconds for a socket to appear while its maker lives.
@@ -163,7 +172,7 @@ host_conclude() {
 	elif ((status == 124 || status == 137)); then
 		host_trouble="the lab host did not finish in $host_limit s"
 	elif ((status != 0)); then
-		host_trouble="QEMU ended with status $status: $(tail -n 1 "$run/qemu.log")"
+		host_trouble="the emulator ended with status $status: $(tail -n 1 "$run/$host_lab.log")"
 	elif grep -qi 'kernel panic - ' "$host_log"; then
 		host_trouble="the lab host's kernel died: $(grep -m 1 -i 'kernel panic - ' "$host_log")"
 	else

@@ -20,6 +20,8 @@ axv_lib=$(dirname -- "${BASH_SOURCE[0]}")
 . "$axv_lib/image.sh"
 # shellcheck source=lib/host.sh
 . "$axv_lib/host.sh"
+# shellcheck source=lib/bochs.sh
+. "$axv_lib/bochs.sh"
 
 # Machine, build root and the main kernel (axv_kernel).
 lab_prepare() {
@@ -36,5 +38,6 @@ lab_build() {
 	build_module "$axv_kernel"
 	build_programs
 	image_base "$axv_kernel"
+	[[ $host_lab != bochs ]] || bochs_prepare "$axv_kernel"
 	cache_unlock
 }

@@ -155,6 +155,32 @@ pub fn needs_hardware(what: &str) -> CaseResult {
     Ok(())
 }
 
+/// Whether the CPU is the AMD CPU that Bochs (3.0) emulates. CPUID does not tell it from the real one, so the lab's host
+/// says so (scripts/lab/host-init).
+pub fn on_bochs() -> bool {
+    std::env::var_os("AXVCPU_LAB").is_some_and(|lab| lab == "bochs")
+}
+
+/// Ends the case if the CPU is Bochs' emulation, which does `what`.
+///
+/// # Errors
+/// The reason to skip.
+pub fn not_on_bochs(what: &str) -> CaseResult {
+    if on_bochs() {
+        return Err(Stop::Skip(format!("Bochs' emulated CPU {what}")));
+    }
+    Ok(())
+}
+
+/// Real-mode code that does nothing for ever. On Bochs with interrupts enabled: see [`Machine::will_spin`].
+pub fn spin() -> &'static [u8] {
+    if on_bochs() {
+        &[0xfb, 0xeb, 0xfe] // sti; jmp to itself
+    } else {
+        &[0xeb, 0xfe]
+    }
+}
+
 impl Machine {
     /// A machine without in-kernel APIC that is about to run `code`.
     ///
@@ -315,6 +341,19 @@ impl Machine {
         let mut general: General = self.vcpu.get()?;
         change(&mut general);
         Ok(self.vcpu.set(&general)?)
+    }
+
+    /// Prepares for code that runs for long without an exit, which needs nothing but on Bochs. There RFLAGS.IF is set: if a
+    /// guest is entered with it clear, Bochs (3.0) takes no physical interrupt until the guest has set it, so the host would
+    /// have to wait.
+    ///
+    /// # Errors
+    /// What the module refuses.
+    pub fn will_spin(&mut self) -> CaseResult {
+        if on_bochs() {
+            self.interrupts(true)?;
+        }
+        Ok(())
     }
 
     /// Sets RFLAGS.IF or clears it.

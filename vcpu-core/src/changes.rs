@@ -9,7 +9,7 @@
 use core::ops::Range;
 
 /// Changes remembered.
-const RECENT: usize = 64;
+const RECENT: usize = 32;
 
 /// The changes of an address space. To be kept under its lock.
 pub struct Changes {

@@ -128,11 +128,11 @@ impl<S: core::ops::DerefMut<Target = [Region]>> RegionMap<S> {
         // The ends are cut off first, so that in between whole regions can simply be changed.
         let end = guest.as_u64().wrapping_add(size);
         let (head, tail) = self.rests(first, past, guest, size);
-        let splits = usize::from(head.is_some()) + usize::from(tail.is_some());
+        let splits = usize::from(head.is_some()).saturating_add(usize::from(tail.is_some()));
         if self.slots.len().saturating_sub(self.len) < splits {
             return Err(AxError::LimitReached);
         }
-        if past == first + 1 {
+        if past == first.saturating_add(1) {
             let Some(middle) = self.as_slice().get(first).and_then(|r| r.cut(guest.as_u64(), end)) else {
                 return Err(AxError::NotMapped);
             };
@@ -141,12 +141,12 @@ impl<S: core::ops::DerefMut<Target = [Region]>> RegionMap<S> {
         let mut first = first;
         let mut past = past;
         if let (Some(head), Some(region)) = (head, self.as_slice().get(first).copied()) {
-            self.splice(first, first + 1, [Some(head), region.cut(guest.as_u64(), end), None])?;
-            first += 1;
-            past += 1;
+            self.splice(first, first.saturating_add(1), [Some(head), region.cut(guest.as_u64(), end), None])?;
+            first = first.saturating_add(1);
+            past = past.saturating_add(1);
         }
-        if let (Some(tail), Some(region)) = (tail, self.as_slice().get(past - 1).copied()) {
-            self.splice(past - 1, past, [region.cut(guest.as_u64(), end), Some(tail), None])?;
+        if let (Some(tail), Some(region)) = (tail, self.as_slice().get(past.saturating_sub(1)).copied()) {
+            self.splice(past.saturating_sub(1), past, [region.cut(guest.as_u64(), end), Some(tail), None])?;
         }
         for region in self.slots.get_mut(first..past).unwrap_or(&mut []) {
             region.flags = flags;
@@ -167,7 +167,7 @@ impl<S: core::ops::DerefMut<Target = [Region]>> RegionMap<S> {
                 Some(r) if r.guest.as_u64() <= reached => reached = r.end(),
                 _ => return Err(AxError::NotMapped),
             }
-            past += 1;
+            past = past.saturating_add(1);
         }
         Ok((first, past))
     }
@@ -208,7 +208,7 @@ impl<S: core::ops::DerefMut<Target = [Region]>> RegionMap<S> {
 
 /// A range of whole pages that does not wrap and is not empty.
 fn check_range(start: GuestPhysAddr, size: u64) -> AxResult {
-    if size == 0 || size % PAGE != 0 || !start.is_aligned(PAGE) || start.checked_add(size).is_none() {
+    if size == 0 || size & (PAGE - 1) != 0 || !start.is_aligned(PAGE) || start.checked_add(size).is_none() {
         return Err(AxError::InvalidInput);
     }
     Ok(())

@@ -3,6 +3,7 @@
 
 use super::Objects;
 use crate::harness::{self, Case, CaseResult, Stop};
+use crate::machine::spin;
 use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::{MapRegion, MEM_EXECUTE, MEM_READ, MEM_WRITE};
@@ -157,7 +158,7 @@ fn vms() -> Result<u32, Stop> {
 fn closed_idle() -> CaseResult {
     let before = vms()?;
     let memory = Memory::anonymous(0x1000)?;
-    memory.write(0, &[0xeb, 0xfe])?;
+    memory.write(0, spin())?;
     ensure_eq!(orders().len(), 24, "orders of four things");
     for order in orders() {
         let mut fds = bare(&memory)?;
@@ -175,7 +176,7 @@ extern "C" fn ignore(_: i32) {}
 fn closed_running() -> CaseResult {
     let before = vms()?;
     let memory = Arc::new(Memory::anonymous(0x1000)?);
-    memory.write(0, &[0xeb, 0xfe])?;
+    memory.write(0, spin())?;
     let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler does nothing, so it is async-signal-safe.
     let old = unsafe { sigaction(Signal::SIGUSR1, &action) }?;

@@ -13,7 +13,7 @@ mod ranges;
 pub use processes::help;
 
 use crate::harness::{Case, Stop};
-use crate::machine::open;
+use crate::machine::{open, spin};
 use crate::raw;
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{AddressSpace, Apic, Memory, Permissions, Slot, System, Vcpu, Vm};
@@ -100,7 +100,7 @@ impl Objects {
     fn ready() -> Result<(Self, Slot<Memory>), Stop> {
         let mut this = Self::new()?;
         let memory = Arc::new(Memory::anonymous(0x1000)?);
-        memory.write(0, &[0xeb, 0xfe])?;
+        memory.write(0, spin())?;
         let slot = this.space.map_all(GuestPhysAddr::new(0x1000), memory, Permissions::RWX)?;
         this.vcpu.set_entry(GuestPhysAddr::new(0x1000))?;
         this.vcpu.set_ept_root(&this.space)?;

@@ -3,6 +3,7 @@
 
 use super::Objects;
 use crate::harness::{Case, CaseResult, Stop};
+use crate::machine::{on_bochs, FLAGS_IF};
 use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::{MapRegion, ProtectRange, Range, MEM_EXECUTE, MEM_READ, MEM_WRITE};
@@ -219,6 +220,10 @@ fn run_page() -> CaseResult {
     let mut general: axvcpu_uapi::x86::General = objects.vcpu.get()?;
     let segments: axvcpu_uapi::x86::Segments = objects.vcpu.get()?;
     general.rip = 0x2000 - segments.cs.base;
+    if on_bochs() {
+        // See `Machine::will_spin`.
+        general.rflags |= FLAGS_IF;
+    }
     objects.vcpu.set(&general)?;
     let kicker = objects.vcpu.kicker();
     let kick = std::thread::spawn(move || {

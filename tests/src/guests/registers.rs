@@ -2,7 +2,7 @@
 //! Register sets survive the way into the guest and back: written by the host and read by the guest, and the reverse.
 
 use crate::harness::{Case, CaseResult};
-use crate::machine::{Machine, Mode, CODE, CR4_OSXSAVE, DATA, FLAGS, GDT, STACK, TSS};
+use crate::machine::{on_bochs, Machine, Mode, CODE, CR4_OSXSAVE, DATA, FLAGS, GDT, STACK, TSS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::client::{Apic, Errno, Error};
 use axvcpu_uapi::exit::AccessWidth::Byte;
@@ -242,7 +242,10 @@ fn control() -> CaseResult {
     ensure_eq!(m.vcpu.get::<Control>()?, set, "control registers as read back");
     m.expect_mark(0x80)?;
     let general = m.vcpu.general();
-    ensure_eq!(general.gpr[0], set.cr2, "CR2 as the guest saw it");
+    // Bochs (3.0) does not load CR2 at VMRUN.
+    if !on_bochs() {
+        ensure_eq!(general.gpr[0], set.cr2, "CR2 as the guest saw it");
+    }
     ensure_eq!(general.gpr[3], set.cr3, "CR3 as the guest saw it");
     ensure_eq!(general.gpr[2], set.cr4, "CR4 as the guest saw it");
     ensure_eq!(general.gpr[6], set.cr8, "CR8 as the guest saw it");
@@ -317,7 +320,10 @@ fn breakpoint() -> CaseResult {
     m.expect_mark(0x82)?;
     let general = m.vcpu.general();
     ensure_eq!(general.gpr[1], at, "RIP that #DB pushed");
-    ensure_eq!(general.gpr[3] & 0xf, 1, "DR6.B0");
+    // Bochs (3.0) does not set DR6 before the intercept of #DB (APM vol. 2 section 15.12.2).
+    if !on_bochs() {
+        ensure_eq!(general.gpr[3] & 0xf, 1, "DR6.B0");
+    }
     m.expect_halt()
 }
 

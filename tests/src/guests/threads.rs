@@ -53,6 +53,7 @@ fn before() -> CaseResult {
 
 fn during() -> CaseResult {
     let mut m = Machine::new(Mode::Long, spinner())?;
+    m.will_spin()?;
     let mut last = 0;
     for _ in 0..5 {
         let kicker = m.vcpu.kicker();
@@ -135,6 +136,7 @@ fn signal() -> CaseResult {
     // SAFETY: the handler does nothing, so it is async-signal-safe.
     let old = unsafe { sigaction(Signal::SIGUSR1, &action) }?;
     let mut m = Machine::new(Mode::Long, spinner())?;
+    m.will_spin()?;
     let (target, kicker) = (nix::sys::pthread::pthread_self(), m.vcpu.kicker());
     let sender = thread::spawn(move || -> CaseResult {
         harness::wait_until("the guest to run", || Ok(kicker.stats()?.state == 3))?;
@@ -163,6 +165,7 @@ fn another() -> CaseResult {
 /// Runs the guest in a thread and, meanwhile, `test` on the vCPU's file descriptor.
 fn while_running(test: impl FnOnce(BorrowedFd<'_>) -> CaseResult) -> CaseResult {
     let mut m = Machine::new(Mode::Long, spinner())?;
+    m.will_spin()?;
     let kicker = m.vcpu.kicker();
     let fd = m.vcpu.as_fd().try_clone_to_owned()?;
     let runner = thread::spawn(move || m.expect(Interrupted).map(drop));
@@ -229,6 +232,7 @@ fn moved() -> CaseResult {
         "hlt",
     );
     let mut m = Machine::new(Mode::Long, code)?;
+    m.will_spin()?;
     let tid = nix::unistd::gettid();
     let (stop, stopped) = channel::<()>();
     let mover = thread::spawn(move || -> CaseResult {
@@ -270,6 +274,7 @@ fn two() -> CaseResult {
         "jmp 2b",
     );
     let mut m = Machine::new(Mode::Long, code)?;
+    m.will_spin()?;
     let mut second = m.vm.create_vcpu(1)?;
     harness::watch(second.kicker());
     second.set_entry(axvcpu_uapi::addr::GuestPhysAddr::new(CODE))?;

@@ -30,8 +30,9 @@ const DATA16: u16 = 0x93;
 const CODE16: u16 = 0x9b;
 /// Attributes of a present LDT.
 const LDT: u16 = 0x82;
-/// Attributes of a present, busy 16-bit TSS.
-const TSS16: u16 = 0x83;
+/// Attributes of a present, busy 32-bit TSS. Not of a 16-bit one: with that in TR some CPUs refuse to enter long mode (Intel
+/// SDM vol. 2, MOV to control registers), and start-up code may do so before it loads TR.
+const TSS32: u16 = 0x8b;
 
 impl<H: X86Hal> SvmRegisters<H> {
     pub(crate) fn new(caps: &Capabilities) -> AxResult<Self> {
@@ -51,7 +52,7 @@ impl<H: X86Hal> SvmRegisters<H> {
         }
         self.vmcb.set_segment(S::Cs, &Segment { base: code_base, selector, attributes: CODE16, ..flat });
         self.vmcb.set_segment(S::Ldtr, &Segment { attributes: LDT, ..flat });
-        self.vmcb.set_segment(S::Tr, &Segment { attributes: TSS16, ..flat });
+        self.vmcb.set_segment(S::Tr, &Segment { attributes: TSS32, ..flat });
         let table = axvcpu_uapi::x86::DescriptorTable { base: 0, limit: 0xffff, reserved: [0; 3] };
         self.vmcb.set_table(T::Gdtr, &table);
         self.vmcb.set_table(T::Idtr, &table);

@@ -45,8 +45,9 @@ const DATA16: u16 = 0x93;
 const CODE16: u16 = 0x9b;
 /// Attributes of a present LDT.
 const LDT: u16 = 0x82;
-/// Attributes of a present, busy 16-bit TSS.
-const TSS16: u16 = 0x83;
+/// Attributes of a present, busy 32-bit TSS. Not of a 16-bit one: with that in TR, CPUs refuse to enter long mode (SDM vol. 2,
+/// MOV to control registers), and start-up code may do so before it loads TR.
+const TSS32: u16 = 0x8b;
 /// A busy 32-bit or 64-bit TSS.
 const BUSY_TSS: u16 = 11;
 
@@ -230,7 +231,7 @@ impl<H: X86Hal> VmxRegisters<H> {
             fs: flat,
             gs: flat,
             ldtr: Segment { attributes: LDT, ..flat },
-            tr: Segment { attributes: TSS16, ..flat },
+            tr: Segment { attributes: TSS32, ..flat },
             gdtr: table,
             idtr: table,
         };
@@ -353,7 +354,7 @@ impl<H: X86Hal> VmxRegisters<H> {
             vmcs.write(Field::GuestIdtrLimit, s.idtr.limit.into());
         }
         if is(dirty::CONTROL | dirty::SEGMENTS) && state.efer & efer::LMA != 0 {
-            // Long mode may be entered with any busy TSS, but only a 64-bit one passes the checks of an entry.
+            // Userspace may have given a 16-bit one, which a CPU in long mode can have in TR only by an entry.
             let tr = vmcs.read(fields::TR.rights);
             vmcs.write(fields::TR.rights, tr & !u64::from(segment::TYPE) | u64::from(BUSY_TSS));
         }
