@@ -16,6 +16,7 @@ axv_bochs=$axv_work/bochs
 axv_bochs_sources=$axv_top/scripts/lab/bochs
 
 host_bochs_cpu=ryzen # CPU model
+host_bochs_ips=200000000 # instructions a second of its clocks
 
 # What costs most of a boot, and tests nothing of ours: self-tests of ciphers, the
 # kernel's list of certificates, and tables of tracing.
@@ -106,7 +107,7 @@ memory: guest=$host_memory, host=$host_memory, block_size=8192
 optramimage1: file=$axv_bochs/touch.img, address=0x500
 optramimage2: file=$axv_bochs/touch.img, address=$(printf '%#x' $(((host_memory << 20) - 0x10000)))
 optramimage3: file=$run/ram.img, address=0x800000
-cpu: model=$host_bochs_cpu, count=$host_cpus:1:1, ips=200000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model=$host_bochs_cpu, count=$host_cpus:1:1, ips=$host_bochs_ips, reset_on_triple_fault=0, ignore_bad_msrs=1
 clock: sync=none
 vga: extension=vbe, update_freq=1, realtime=0
 boot: floppy
