@@ -75,9 +75,11 @@ root_work() {
 	fi
 	as_root mkdir -p "$axv_root$axv_work" "$axv_root$axv_top"
 	as_root chown "$(id -u):$(id -g)" "$axv_root$axv_work" "$axv_root$axv_top"
-	# The one thing of /proc that a build insists on: objtool asks for its stack.
+	# The one thing of /proc that a build insists on: objtool asks where its stack
+	# and its limit are, to tell a stack overflow from other crashes of its own.
 	as_root mkdir -p "$axv_root/proc/self"
 	as_root cp --no-preserve=all /proc/self/limits "$axv_root/proc/self/limits"
+	grep -F '[stack]' /proc/self/maps | as_root tee "$axv_root/proc/self/maps" >/dev/null
 	[[ -L $axv_work ]] || rm -rf "$axv_work"
 	ln -sfn "$axv_root$axv_work" "$axv_work"
 }
