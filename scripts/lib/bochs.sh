@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # shellcheck shell=bash
 #
-# The lab host in Bochs, the second opinion on QEMU: its AMD model saves the next
-# RIP, and keeps the guest's TLB entries from one run to the next.
+# The lab host in Bochs, the second opinion on QEMU: another reading of the manuals,
+# whose AMD model saves the next RIP. (Like QEMU's, it flushes the guest's TLB entries
+# at every entry and exit: neither shows a flush that is missing.)
 #
 # Kernel, images and sessions are those of host.sh. The kernel is unpacked here and
 # entered by an option ROM (scripts/lab/bochs/pvh-rom.S), which leaves seven seconds
