@@ -61,8 +61,14 @@ pub(crate) mod rflags {
     pub(crate) const TF: u64 = 1 << 8;
     pub(crate) const IF: u64 = 1 << 9;
     pub(crate) const RF: u64 = 1 << 16;
+    pub(crate) const VM: u64 = 1 << 17;
     /// Every bit that has a meaning: 1, CF, PF, AF, ZF, SF, TF, IF, DF, OF, IOPL, NT, RF, VM, AC, VIF, VIP, ID.
     pub(crate) const DEFINED: u64 = 0x3f_7fd7;
+}
+
+/// Virtual-8086 mode does not exist in long mode (APM vol. 2 section 3.1.6); VM entry of other CPUs refuses it.
+pub(crate) const fn virtual_8086_in_long_mode(flags: u64, efer: u64) -> bool {
+    flags & rflags::VM != 0 && efer & efer::LMA != 0
 }
 
 /// Bits of a segment's attributes.
