@@ -58,6 +58,7 @@ fn general() -> CaseResult {
             ("RFLAGS bit 15", |set| set.rflags |= 1 << 15),
             ("RFLAGS bit 22", |set| set.rflags |= 1 << 22),
             ("RFLAGS bit 63", |set| set.rflags |= 1 << 63),
+            ("RFLAGS.VM in long mode", |set| set.rflags |= 1 << 17),
         ],
     )
 }

@@ -66,6 +66,11 @@ pub(crate) mod rflags {
     pub(crate) const DEFINED: u64 = 0x3f_7fd7;
 }
 
+/// Virtual-8086 mode does not exist in long mode (APM vol. 2 section 3.1.6); VM entry of other CPUs refuses it.
+pub(crate) const fn virtual_8086_in_long_mode(flags: u64, efer: u64) -> bool {
+    flags & rflags::VM != 0 && efer & efer::LMA != 0
+}
+
 /// Bits of a segment's attributes.
 pub(crate) mod segment {
     pub(crate) const TYPE: u16 = 0xf;

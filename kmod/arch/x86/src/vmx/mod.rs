@@ -36,7 +36,7 @@ use crate::linear::GuestMemory;
 use crate::msr::{Access, Written};
 use crate::nested::NestedMemory;
 use crate::pvclock::{ClockUpdate, TimeBase};
-use crate::regs::{check_debug, cr0, rflags, Limits, DR7_GD};
+use crate::regs::{check_debug, cr0, rflags, virtual_8086_in_long_mode, Limits, DR7_GD};
 use crate::state::{Guest, Pending, Registers, Reply};
 use crate::vcpu::{InsnInfo, X86CreateConfig, X86SetupConfig};
 
@@ -484,6 +484,9 @@ impl<H: X86Hal> VmxVCpu<H> {
     /// [`AxError::InvalidRegister`].
     pub fn set_general(&mut self, general: &General) -> AxResult {
         let flags = self.guest.limits.check_general(general)?;
+        if virtual_8086_in_long_mode(flags, self.regs.efer()) {
+            return Err(AxError::InvalidRegister);
+        }
         for (register, &value) in general.gpr.iter().enumerate() {
             self.regs.set_gpr(register, value);
         }
@@ -531,6 +534,9 @@ impl<H: X86Hal> VmxVCpu<H> {
     /// [`AxError::InvalidRegister`].
     pub fn set_control(&mut self, control: &Control) -> AxResult {
         self.guest.limits.check_control(control, &self.regs.cs())?;
+        if virtual_8086_in_long_mode(self.regs.rflags(), control.efer) {
+            return Err(AxError::InvalidRegister);
+        }
         // The last that can be refused.
         self.guest.restore_apic_base(control.apic_base)?;
         self.guest.set_cr8(control.cr8 as u8);
