@@ -2,8 +2,9 @@
 //! `RUN`: the loop between the guest and its user.
 //!
 //! A *window* is a stretch with the vCPU bound to the CPU, preemption off, its FPU and debug state loaded. Inside it,
-//! interrupts stay off from the first entry on; an external interrupt ends the guest's turn and the window, and is taken by the host as soon as
-//! the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done between windows.
+//! interrupts stay off from the first entry on; an external interrupt ends the guest's turn and the window, and is taken
+//! by the host as soon as the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done
+//! between windows.
 
 use core::sync::atomic::Ordering;
 
