@@ -459,7 +459,7 @@ impl<H: X86Hal> VmxVCpu<H> {
         AxVCpuExitReason::InvalidGuestState { reason: reason.into(), qualification, field }
     }
 
-    /// Ends what [`run`](AxArchVCpu::run) has begun on this CPU: after this, interrupts can go on. See [`window`].
+    /// Ends what [`run`](AxArchVCpu::run) has begun on this CPU: after this, interrupts can go on. See `window.rs`.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`].
