@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{self, Vcpu};
 use axvcpu_uapi::x86::{Control, DescriptorTable, General, Segment, Segments, RBX, RSI, RSP};
 use axvcpu_uapi::x86::{RAX, RDI};
 
 use crate::config::EntryMode;
 use crate::device::power::RESET_VALUE;
+use crate::hypervisor::{self, Vcpu};
 use crate::layout::{GDT, PAGE_TABLES, RESET_VECTOR};
 use crate::memory::{OutOfRam, Ram};
 
@@ -110,8 +110,8 @@ impl Start {
     /// Gives a vCPU that has been set up its registers.
     ///
     /// # Errors
-    /// Those of [`Vcpu::get`] and [`Vcpu::set`].
-    pub fn apply(&self, vcpu: &mut Vcpu) -> Result<(), client::Error> {
+    /// Those of [`hypervisor::Registers`].
+    pub fn apply(&self, vcpu: &mut impl Vcpu) -> hypervisor::Result<()> {
         let mut general: General = vcpu.get()?;
         let StartRegisters { rax, rbx, rsi, rdi, rsp } = self.registers;
         for (index, value) in [(RAX, rax), (RBX, rbx), (RSI, rsi), (RDI, rdi), (RSP, rsp)] {

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-use axvcpu_uapi::client::Kicker;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
 
 use crate::device::lock;
 use crate::error::Error;
 use crate::exit::ExitCode;
+use crate::hypervisor::Kick;
 
 /// Why a VM stopped.
 #[derive(Debug)]
@@ -81,13 +81,12 @@ impl fmt::Display for Stop {
 }
 
 /// The one place where a VM is stopped. Its locks are the innermost: nothing else is locked under them.
-#[derive(Debug)]
 pub struct Control {
     reason: Mutex<Option<Stop>>,
     stopping: AtomicBool,
     shows_state: AtomicBool,
     wake: EventFd,
-    kickers: OnceLock<Vec<Kicker>>,
+    kickers: OnceLock<Vec<Box<dyn Kick>>>,
 }
 
 impl Control {
@@ -108,7 +107,7 @@ impl Control {
     }
 
     /// Tells which vCPUs there are, in the order of their numbers; once, before the first runs.
-    pub fn set_kickers(&self, kickers: Vec<Kicker>) {
+    pub fn set_kickers(&self, kickers: Vec<Box<dyn Kick>>) {
         let _ = self.kickers.set(kickers);
     }
 
@@ -119,7 +118,7 @@ impl Control {
         self.stopping.store(true, Ordering::Release);
         // A kick is sticky: a vCPU that was about to enter the guest returns at once, and then sees the flag.
         for kicker in self.kickers.get().into_iter().flatten() {
-            let _ = kicker.kick();
+            kicker.kick();
         }
         self.wake();
     }
@@ -143,7 +142,7 @@ impl Control {
     /// Makes vCPU `index` leave the guest, so that it looks at what the devices want of it.
     pub fn kick(&self, index: usize) {
         if let Some(kicker) = self.kickers.get().and_then(|kickers| kickers.get(index)) {
-            let _ = kicker.kick();
+            kicker.kick();
         }
     }
 

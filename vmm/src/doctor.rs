@@ -13,7 +13,7 @@ use nix::sys::resource::{getrlimit, Resource};
 
 use crate::error::Error;
 use crate::exit::ExitCode;
-use crate::vm::not_ready;
+use crate::hypervisor::{self, axvcpu::not_ready};
 
 /// Locked memory below which a VM of ordinary size may hit the limit: page tables and vCPU state are charged to it.
 const ENOUGH_MEMLOCK: u64 = 8 << 20;
@@ -119,7 +119,7 @@ impl Facts {
             findings.extend(self.module(info));
         }
         if let Some(Err(error)) = &self.created {
-            let code = Error::Device(error.clone()).exit_code();
+            let code = hypervisor::Error::from(error.clone()).exit_code();
             findings.push(bad(code, format!("a VM could not be created: {error}"), ""));
         }
         findings.extend(self.limits());
@@ -196,7 +196,7 @@ impl Facts {
                 format!("the module speaks version {module} of the ABI, and this axvmm version {ABI_VERSION}"),
                 "Install module and axvmm from the same release; then rmmod axvcpu and load the new one.",
             ),
-            error => bad(Error::Device(error.clone()).exit_code(), error.to_string(), ""),
+            error => bad(hypervisor::Error::from(error.clone()).exit_code(), error.to_string(), ""),
         }
     }
 

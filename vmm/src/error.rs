@@ -5,10 +5,11 @@
 
 use std::io;
 
-use axvcpu_uapi::client::{self, Errno};
+use axvcpu_uapi::client::Errno;
 
 use crate::config::{ConfigError, Problem};
 use crate::exit::ExitCode;
+use crate::hypervisor;
 use crate::image::ImageError;
 
 /// Anything that keeps a VM from starting, or the program from going on with it.
@@ -21,9 +22,9 @@ pub enum Error {
     /// The kernel or another file that the guest is given.
     #[error("{0}")]
     Image(#[from] ImageError),
-    /// The device or the module behind it.
+    /// The hypervisor.
     #[error("{0}")]
-    Device(#[from] client::Error),
+    Hypervisor(#[from] hypervisor::Error),
     /// The module cannot run vCPUs now.
     #[error("{reason}\n{cure}")]
     NotReady {
@@ -34,7 +35,7 @@ pub enum Error {
         /// What to do about it.
         cure: &'static str,
     },
-    /// The module lacks something that this program needs.
+    /// The hypervisor lacks something that this program or the guest needs.
     #[error("{0}")]
     Unsuitable(String),
     /// Guest memory could not be allocated.
@@ -77,16 +78,7 @@ impl Error {
                 Problem::Unsupported => ExitCode::ConfigUnsupported,
             },
             Self::Image(error) => error.exit_code(),
-            Self::Device(error) => match (error, error.errno()) {
-                (client::Error::Open { .. }, Some(Errno::EACCES | Errno::EPERM)) => ExitCode::NoPermission,
-                (client::Error::Open { .. }, _) => ExitCode::NoDevice,
-                (client::Error::AbiVersion { .. } | client::Error::RunPageSize { .. }, _)
-                | (client::Error::NotAxvcpu { .. }, _) => ExitCode::AbiMismatch,
-                (_, Some(Errno::EBUSY)) => ExitCode::InUse,
-                (_, Some(Errno::ENODEV)) => ExitCode::NoVirtualization,
-                (_, Some(Errno::ENOMEM | Errno::ENOSPC | Errno::EMFILE | Errno::ENFILE)) => ExitCode::NoResources,
-                _ => ExitCode::HostError,
-            },
+            Self::Hypervisor(error) => error.exit_code(),
             Self::NotReady { status, .. } => match *status {
                 system::STATUS_IN_USE => ExitCode::InUse,
                 system::STATUS_DISABLED_BY_FIRMWARE => ExitCode::FirmwareDisabled,

@@ -5,6 +5,7 @@
 //! - [`emulate`] and [`paging`]: executes single guest instructions for MMIO and string I/O;
 //! - [`device`]: a device bus and the devices of a small PC;
 //! - [`image`], [`boot`], [`acpi`]: loads kernels of four formats and says how to start them;
+//! - [`hypervisor`]: what all this needs of a hypervisor, as a small trait;
 //! - [`config`]: the configuration file, with errors that point at the place.
 //!
 //! [`vm`] puts them together and runs a VM.
@@ -20,6 +21,7 @@ pub mod emulate;
 pub mod error;
 pub mod events;
 pub mod exit;
+pub mod hypervisor;
 pub mod image;
 pub mod layout;
 pub mod machine;

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{AddressSpace, Backing, Permissions, Slot};
+use axvcpu_uapi::client::{self, AddressSpace, Backing, Permissions, Slot};
 use vm_memory::{
     Bytes as _, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     VolatileMemory,
@@ -150,13 +150,13 @@ impl Ram {
     /// Maps all of it into `space`. The slots unmap it when they are dropped.
     ///
     /// # Errors
-    /// [`Error::Device`].
-    pub fn map(&self, space: &AddressSpace) -> Result<Vec<Slot<RamRegion>>, Error> {
+    /// [`client::Error::Map`].
+    pub fn map(&self, space: &AddressSpace) -> client::Result<Vec<Slot<RamRegion>>> {
         self.regions
             .iter()
             .map(|region| {
                 let at = GuestPhysAddr::new(region.start_addr().0);
-                Ok(space.map_all(at, Arc::new(RamRegion(Arc::clone(region))), Permissions::RWX)?)
+                space.map_all(at, Arc::new(RamRegion(Arc::clone(region))), Permissions::RWX)
             })
             .collect()
     }

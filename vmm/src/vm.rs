@@ -7,8 +7,6 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use axvcpu_uapi::client::{AddressSpace, Apic, System, Vcpu, Vm};
-use axvcpu_uapi::system::{self, SystemInfo};
 use nix::sched::{sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
@@ -20,6 +18,7 @@ use crate::cpuid;
 use crate::device::irq::Interrupts;
 use crate::error::Error;
 use crate::events::{EventLoop, HostTimer, Signals};
+use crate::hypervisor::{axvcpu, Vcpu, Vm};
 use crate::image::{self, Loaded};
 use crate::layout;
 use crate::machine::{Machine, Parts};
@@ -66,87 +65,38 @@ pub fn prepare(config: &VmConfig) -> Result<(Ram, Loaded), Error> {
     Ok((ram, loaded))
 }
 
-/// Opens the device and makes sure that it can run a VM.
-///
-/// # Errors
-/// [`Error::Device`], [`Error::NotReady`] or [`Error::Unsuitable`].
-pub fn open(device: &Path) -> Result<(System, SystemInfo), Error> {
-    let system = System::open_path(device)?;
-    let info = system.info()?;
-    if let Some((reason, cure)) = not_ready(info.status) {
-        return Err(Error::NotReady { status: info.status, reason, cure });
-    }
-    if info.arch != system::ARCH_X86_64 {
-        return Err(Error::Unsuitable("the module is for another architecture than this axvmm".into()));
-    }
-    if info.features & system::FEATURE_IN_KERNEL_APIC == 0 {
-        return Err(Error::Unsuitable("the module has no in-kernel local APIC; install a newer one".into()));
-    }
-    Ok((system, info))
-}
-
-/// What a status other than ready means, and the cure.
-#[must_use]
-pub fn not_ready(status: u32) -> Option<(&'static str, &'static str)> {
-    Some(match status {
-        system::STATUS_READY => return None,
-        system::STATUS_IN_USE => (
-            "another hypervisor, normally KVM, holds the CPU's virtualization extension",
-            "End its virtual machines and unload it: modprobe -r kvm_amd kvm_intel",
-        ),
-        system::STATUS_DISABLED_BY_FIRMWARE => (
-            "the firmware has switched virtualization off",
-            "Enable it (\"SVM\", \"AMD-V\" or \"VT-x\") in the firmware's setup.",
-        ),
-        system::STATUS_TOO_OLD => (
-            "the CPU's virtualization extension lacks nested paging",
-            "A newer CPU is needed (AMD since 2007, Intel since 2008).",
-        ),
-        _ => (
-            "the CPU has no virtualization extension that the module knows",
-            "Within a virtual machine, enable nested virtualization outside.",
-        ),
-    })
-}
-
 /// A built VM. Fields drop in this order: vCPUs before the memory they run on.
-struct Built {
-    vcpus: Vec<Vcpu>,
-    _slots: Vec<axvcpu_uapi::client::Slot<crate::memory::RamRegion>>,
-    _space: AddressSpace,
-    vm: Vm,
+struct Built<M: Vm> {
+    vcpus: Vec<M::Vcpu>,
+    vm: M,
     paging: (u8, bool),
 }
 
-fn build(config: &VmConfig, options: &Options, ram: &Ram, loaded: &Loaded) -> Result<Built, Error> {
-    let (system, info) = open(&options.device)?;
+fn build<M: Vm>(config: &VmConfig, device: &Path, ram: &Ram, loaded: &Loaded) -> Result<Built<M>, Error> {
+    let mut vm = M::create(device)?;
+    let limits = vm.limits();
     let top = config.memory.iter().map(|region| region.end()).max().unwrap_or(0);
-    if info.guest_phys_bits < 64 && top > 1 << info.guest_phys_bits {
+    if limits.guest_phys_bits < 64 && top > 1 << limits.guest_phys_bits {
         return Err(Error::Unsuitable(format!(
             "the guest's memory ends at {top:#x}, beyond the {} address bits of this CPU\nGive the guest less memory.",
-            info.guest_phys_bits
+            limits.guest_phys_bits
         )));
     }
     let count = config.vcpus.len() as u32;
-    if count > info.max_vcpus {
-        return Err(Error::Unsuitable(format!("the module runs {} vCPUs at most", info.max_vcpus)));
+    if count > limits.vcpus {
+        return Err(Error::Unsuitable(format!("the hypervisor runs {} vCPUs at most", limits.vcpus)));
     }
-    let supported = system.supported_cpuid()?;
-    let vm = system.create_vm()?;
-    let space = vm.create_address_space()?;
-    let slots = ram.map(&space)?;
+    let supported = vm.supported_cpuid()?;
+    vm.map(ram)?;
     let mut vcpus = Vec::new();
     for id in 0..count {
-        let mut vcpu = vm.create_vcpu(id)?;
-        vcpu.set_entry(loaded.start.reset_entry())?;
-        vcpu.set_ept_root(&space)?;
-        vcpu.setup(Apic::InKernel, &cpuid::for_vcpu(&supported, id, count))?;
+        let mut vcpu = vm.create_vcpu(id, loaded.start.reset_entry(), &cpuid::for_vcpu(&supported, id, count))?;
         if id == 0 {
             loaded.start.apply(&mut vcpu)?;
         }
         vcpus.push(vcpu);
     }
-    Ok(Built { vcpus, _slots: slots, _space: space, vm, paging: cpuid::paging_features(&supported) })
+    Ok(Built { vcpus, vm, paging: cpuid::paging_features(&supported) })
 }
 
 /// Runs the VM until it stops.
@@ -154,6 +104,10 @@ fn build(config: &VmConfig, options: &Options, ram: &Ram, loaded: &Loaded) -> Re
 /// # Errors
 /// What keeps it from starting. What happens later is the reason in [`Ended`].
 pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
+    run_on::<axvcpu::Vm>(config, options)
+}
+
+fn run_on<M: Vm>(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
     let (ram, loaded) = prepare(config)?;
     tracing::info!(vm = config.id, name = config.name, format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
     let stdout = Output::stdout()?;
@@ -162,7 +116,7 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
         SerialConfig::File(path) => Some(Output::file(path)?),
         SerialConfig::Off => None,
     };
-    let Built { vcpus, _slots, _space, vm, paging } = build(config, options, &ram, &loaded)?;
+    let Built::<M> { vcpus, vm, paging } = build(config, &options.device, &ram, &loaded)?;
 
     let control = Arc::new(Control::new()?);
     control.set_kickers(vcpus.iter().map(Vcpu::kicker).collect());
@@ -178,7 +132,7 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
         serial,
         console: stdout,
         clock: Box::new(timer.clone()),
-        interrupts: Interrupts::new(Box::new(vm.clone()), Box::new(kick)),
+        interrupts: Interrupts::new(vm.messages(), Box::new(kick)),
         control: Arc::clone(&control),
     });
     let machine = Arc::new(machine);
@@ -206,21 +160,26 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
 
     let reason = control.take_reason();
     let hurry = matches!(reason, Some(Stop::Signal(_) | Stop::Quit));
-    let vcpus: Vec<Option<Vcpu>> = threads.into_iter().map(|thread| join(thread, hurry)).collect();
+    let vcpus: Vec<Option<M::Vcpu>> = threads.into_iter().map(|thread| join(thread, hurry)).collect();
     let stats = options.stats.then(|| {
         let mut text = String::new();
         for ((id, vcpu), counters) in (0..).zip(&vcpus).zip(&counters) {
-            let kernel = vcpu.as_ref().and_then(|vcpu| vcpu.stats().ok());
+            let kernel = vcpu.as_ref().and_then(Vcpu::stats);
             text += &vcpu_report(id, kernel.as_ref(), counters);
         }
-        text + &vm_report(vm.stats().ok().as_ref(), machine.ports.unclaimed(), machine.mmio.unclaimed())
+        text + &vm_report(vm.stats().as_ref(), machine.ports.unclaimed(), machine.mmio.unclaimed())
     });
     let nothing = || Stop::Failed(Error::host("find out why the VM stopped", "no reason was given"));
     Ok(Ended { reason: reason.unwrap_or_else(nothing), stats })
 }
 
 /// Starts a vCPU's thread.
-fn spawn(id: u32, runner: Runner, cpus: Option<u64>, control: &Arc<Control>) -> Result<JoinHandle<Vcpu>, Error> {
+fn spawn<V: Vcpu>(
+    id: u32,
+    runner: Runner<V>,
+    cpus: Option<u64>,
+    control: &Arc<Control>,
+) -> Result<JoinHandle<V>, Error> {
     /// Stops the VM if the thread panics, so that the others do not wait for it.
     struct Watch(Arc<Control>);
     impl Drop for Watch {
@@ -249,7 +208,7 @@ fn spawn(id: u32, runner: Runner, cpus: Option<u64>, control: &Arc<Control>) -> 
 
 /// Waits for a vCPU's thread to end. In a hurry only for a moment: it may be stuck writing to a pipe that nobody reads, and
 /// the end of the process ends it, too.
-fn join(thread: JoinHandle<Vcpu>, hurry: bool) -> Option<Vcpu> {
+fn join<V>(thread: JoinHandle<V>, hurry: bool) -> Option<V> {
     let deadline = Instant::now() + PATIENCE;
     while hurry && !thread.is_finished() {
         if Instant::now() > deadline {
@@ -273,32 +232,10 @@ fn restrict_to(cpus: u64) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::ExitCode;
-
-    #[test]
-    fn every_status_but_ready_is_explained() {
-        assert!(not_ready(system::STATUS_READY).is_none());
-        let code = |status| {
-            let (reason, cure) = not_ready(status).unwrap();
-            Error::NotReady { status, reason, cure }.exit_code()
-        };
-        assert_eq!(code(system::STATUS_IN_USE), ExitCode::InUse);
-        assert_eq!(code(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled);
-        assert_eq!(code(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization);
-        assert_eq!(code(system::STATUS_TOO_OLD), ExitCode::NoVirtualization);
-        assert_eq!(code(99), ExitCode::NoVirtualization);
-    }
 
     #[test]
     fn affinity_of_an_absent_cpu_is_an_error_of_its_own() {
         let error = thread::spawn(|| restrict_to(1 << 63)).join().unwrap().unwrap_err();
         assert!(error.to_string().contains("phys_cpu_sets"), "{error}");
-    }
-
-    #[test]
-    fn devices_that_are_none() {
-        let code = |path: &str| open(Path::new(path)).map(|_| ()).unwrap_err().exit_code();
-        assert_eq!(code("/nonexistent"), ExitCode::NoDevice);
-        assert_eq!(code("/dev/null"), ExitCode::AbiMismatch);
     }
 }

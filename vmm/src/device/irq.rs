@@ -23,15 +23,6 @@ pub trait MessageSink: Send + Sync {
     fn send(&self, message: Message);
 }
 
-impl MessageSink for axvcpu_uapi::client::Vm {
-    fn send(&self, message: Message) {
-        if let Err(error) = self.signal_msi(message.address, message.data) {
-            // A guest can program messages that no CPU takes; hardware drops those as well.
-            tracing::debug!(?message, %error, "interrupt message refused");
-        }
-    }
-}
-
 /// The interrupt controllers outside of the CPUs.
 pub struct Interrupts {
     ioapic: Mutex<Ioapic>,

@@ -2,9 +2,9 @@
 //! The machine as the instruction emulator sees it: RAM, devices, this CPU's local APIC and vector registers.
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{self, Errno, Vcpu};
 
 use crate::emulate::{Bus, PortBus};
+use crate::hypervisor::{self, Vcpu};
 use crate::layout::LOCAL_APIC;
 use crate::machine::Machine;
 use crate::paging::GuestMemory;
@@ -19,24 +19,20 @@ const XSTATE_SSE: u8 = 1 << 1;
 const XMM_BYTES: usize = 256;
 
 /// One vCPU's view of the machine, for the time of one instruction.
-pub(super) struct Access<'a> {
-    vcpu: &'a mut Vcpu,
+pub(super) struct Access<'a, V> {
+    vcpu: &'a mut V,
     machine: &'a Machine,
 }
 
-impl<'a> Access<'a> {
-    pub(super) fn new(vcpu: &'a mut Vcpu, machine: &'a Machine) -> Self {
+impl<'a, V: Vcpu> Access<'a, V> {
+    pub(super) fn new(vcpu: &'a mut V, machine: &'a Machine) -> Self {
         Self { vcpu, machine }
     }
 
     /// Reads the local APIC. Its registers are 32 bits wide, at multiples of 16.
-    fn apic_read(&mut self, offset: u32, data: &mut [u8]) -> Result<(), client::Error> {
-        let value = match self.vcpu.apic_access(offset & !3, None) {
-            Ok(value) => value,
-            // No register there: reserved space reads as zero.
-            Err(client::Error::ApicAccess(Errno::EINVAL)) => 0,
-            Err(error) => return Err(error),
-        };
+    fn apic_read(&mut self, offset: u32, data: &mut [u8]) -> Result<(), hypervisor::Error> {
+        // Reserved space reads as zero.
+        let value = self.vcpu.apic_access(offset & !3, None)?.unwrap_or(0);
         let bytes = value.to_le_bytes();
         let skip = (offset & 3) as usize;
         data.fill(0);
@@ -47,12 +43,9 @@ impl<'a> Access<'a> {
     }
 
     /// Writes the local APIC. Only 32-bit writes to a register have an effect (SDM volume 3A, section 12.4.1.1).
-    fn apic_write(&mut self, offset: u32, data: &[u8]) -> Result<(), client::Error> {
+    fn apic_write(&mut self, offset: u32, data: &[u8]) -> Result<(), hypervisor::Error> {
         let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return Ok(()) };
-        match self.vcpu.apic_access(offset, Some(value)) {
-            Ok(_) | Err(client::Error::ApicAccess(Errno::EINVAL)) => Ok(()),
-            Err(error) => Err(error),
-        }
+        self.vcpu.apic_access(offset, Some(value)).map(drop)
     }
 }
 
@@ -61,34 +54,40 @@ fn apic_offset(at: GuestPhysAddr) -> Option<u32> {
     LOCAL_APIC.contains(&at.as_u64()).then(|| (at.as_u64() - LOCAL_APIC.start) as u32)
 }
 
-impl GuestMemory for Access<'_> {
-    type Error = client::Error;
+impl<V: Vcpu> GuestMemory for Access<'_, V> {
+    type Error = hypervisor::Error;
 
-    fn read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> Result<(), client::Error> {
+    fn read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> Result<(), hypervisor::Error> {
         if self.machine.ram.read(at, data).is_err() {
             data.fill(0xff);
         }
         Ok(())
     }
 
-    fn compare_exchange(&mut self, at: GuestPhysAddr, width: usize, old: u64, new: u64) -> Result<bool, client::Error> {
+    fn compare_exchange(
+        &mut self,
+        at: GuestPhysAddr,
+        width: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<bool, hypervisor::Error> {
         Ok(self.machine.ram.compare_exchange(at, width, old, new).unwrap_or(true))
     }
 }
 
-impl Bus for Access<'_> {
+impl<V: Vcpu> Bus for Access<'_, V> {
     fn is_ram(&self, at: GuestPhysAddr, _write: bool) -> bool {
         let page = at.align_down(4096).as_u64();
         self.machine.ram.contains(&(page..page.saturating_add(4096)))
     }
 
-    fn write(&mut self, at: GuestPhysAddr, data: &[u8]) -> Result<(), client::Error> {
+    fn write(&mut self, at: GuestPhysAddr, data: &[u8]) -> Result<(), hypervisor::Error> {
         // The caller has asked `is_ram`, and RAM never goes away.
         let _ = self.machine.ram.write_atomically(at, data);
         Ok(())
     }
 
-    fn mmio_read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> Result<(), client::Error> {
+    fn mmio_read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> Result<(), hypervisor::Error> {
         if let Some(offset) = apic_offset(at) {
             return self.apic_read(offset, data);
         }
@@ -96,7 +95,7 @@ impl Bus for Access<'_> {
         Ok(())
     }
 
-    fn mmio_write(&mut self, at: GuestPhysAddr, data: &[u8]) -> Result<(), client::Error> {
+    fn mmio_write(&mut self, at: GuestPhysAddr, data: &[u8]) -> Result<(), hypervisor::Error> {
         if let Some(offset) = apic_offset(at) {
             return self.apic_write(offset, data);
         }
@@ -104,24 +103,24 @@ impl Bus for Access<'_> {
         Ok(())
     }
 
-    fn xmm_read(&mut self, index: usize) -> Result<[u8; 16], client::Error> {
+    fn xmm_read(&mut self, index: usize) -> Result<[u8; 16], hypervisor::Error> {
         Ok(xmm(&self.vcpu.xsave()?, index))
     }
 
-    fn xmm_write(&mut self, index: usize, value: [u8; 16]) -> Result<(), client::Error> {
+    fn xmm_write(&mut self, index: usize, value: [u8; 16]) -> Result<(), hypervisor::Error> {
         let mut area = self.vcpu.xsave()?;
         set_xmm(&mut area, index, value);
         self.vcpu.set_xsave(&area)
     }
 }
 
-impl PortBus for Access<'_> {
-    fn port_read(&mut self, port: u16, data: &mut [u8]) -> Result<(), client::Error> {
+impl<V: Vcpu> PortBus for Access<'_, V> {
+    fn port_read(&mut self, port: u16, data: &mut [u8]) -> Result<(), hypervisor::Error> {
         self.machine.ports.read(port.into(), data);
         Ok(())
     }
 
-    fn port_write(&mut self, port: u16, data: &[u8]) -> Result<(), client::Error> {
+    fn port_write(&mut self, port: u16, data: &[u8]) -> Result<(), hypervisor::Error> {
         self.machine.ports.write(port.into(), data);
         Ok(())
     }

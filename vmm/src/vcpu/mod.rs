@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-use axvcpu_uapi::client::{self, Errno, Exit, Vcpu};
+use axvcpu_uapi::client::Exit;
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::vcpu::{self as abi, Event};
 use axvcpu_uapi::x86::{Debug, Events, EVENTS_INTERRUPT_SHADOW};
@@ -19,6 +19,7 @@ use crate::control::Stop;
 use crate::emulate::{self, Direction, Exception, Outcome, StringIo};
 use crate::error::Error;
 use crate::exit::ExitCode;
+use crate::hypervisor::{self, Vcpu};
 use crate::machine::Machine;
 use crate::stats::{Counters, UserExit};
 
@@ -52,8 +53,8 @@ impl Halted {
 }
 
 /// A vCPU with all that its thread needs.
-pub struct Runner {
-    vcpu: Vcpu,
+pub struct Runner<V> {
+    vcpu: V,
     id: u32,
     machine: Arc<Machine>,
     emulator: emulate::Config,
@@ -68,17 +69,17 @@ pub struct Runner {
     window_requested: bool,
 }
 
-impl From<client::Error> for Stop {
-    fn from(error: client::Error) -> Self {
-        Self::Failed(Error::Device(error))
+impl From<hypervisor::Error> for Stop {
+    fn from(error: hypervisor::Error) -> Self {
+        Self::Failed(Error::Hypervisor(error))
     }
 }
 
-impl Runner {
+impl<V: Vcpu> Runner<V> {
     /// For a vCPU that has been set up. `phys_bits` and `gib_pages` are what its CPUID tells of paging.
     #[must_use]
     pub fn new(
-        vcpu: Vcpu,
+        vcpu: V,
         id: u32,
         machine: &Arc<Machine>,
         (phys_bits, gib_pages): (u8, bool),
@@ -100,7 +101,7 @@ impl Runner {
     }
 
     /// Runs until the VM stops, and stops it if this vCPU cannot go on. The vCPU comes back, for its statistics.
-    pub fn run(mut self) -> Vcpu {
+    pub fn run(mut self) -> V {
         while !self.machine.control.is_stopping() {
             if let Err(reason) = self.step() {
                 self.machine.control.stop(reason);
@@ -131,12 +132,9 @@ impl Runner {
                 self.acknowledged = self.machine.interrupts.acknowledge();
             }
             if let Some(vector) = self.acknowledged {
-                let event = Event { kind: abi::EVENT_EXTERNAL_INTERRUPT, vector: vector.into(), ..Event::default() };
-                match self.vcpu.inject(&event) {
-                    Ok(()) => self.acknowledged = None,
-                    // One injected earlier has not been delivered yet: try again at the next window.
-                    Err(client::Error::Inject(Errno::EAGAIN)) => {}
-                    Err(error) => return Err(error.into()),
+                // If not, one injected earlier has not been delivered yet: try again at the next window.
+                if self.vcpu.interrupt(vector)? {
+                    self.acknowledged = None;
                 }
                 // The one injected closes the window; another may wait behind it.
                 self.window_open = false;
@@ -265,7 +263,7 @@ impl Runner {
                 self.give_up(ExitCode::AbiMismatch, "the module gave no snapshot with an exit that needs decoding")
             );
         };
-        let general = self.vcpu.general();
+        let general = self.vcpu.general()?;
         let before = state::to_emulator(&general, &snapshot, exit.user_mode());
         let mut cpu = before.clone();
         let mut access = Access::new(&mut self.vcpu, &self.machine);
@@ -282,7 +280,7 @@ impl Runner {
             let segments = state::with_segments(snapshot.segments, &cpu);
             self.vcpu.set(&segments)?;
         }
-        self.vcpu.set_general(&cpu.general());
+        self.vcpu.set_general(&cpu.general())?;
         self.finish(outcome)
     }
 
@@ -330,7 +328,8 @@ impl Runner {
     }
 
     fn rip(&self) -> u64 {
-        self.vcpu.general().rip
+        // For messages only.
+        self.vcpu.general().map_or(0, |general| general.rip)
     }
 
     fn describe(&mut self) -> String {

@@ -4,11 +4,12 @@
 use std::fmt::Write as _;
 
 use axvcpu_uapi::addr::GuestVirtAddr;
-use axvcpu_uapi::client::{Snapshot, Vcpu};
+use axvcpu_uapi::client::Snapshot;
 use axvcpu_uapi::x86::{self, Control, General, Segments};
 
 use super::access::Access;
 use crate::emulate::{self, seg, CpuState};
+use crate::hypervisor::{Registers, Vcpu};
 use crate::machine::Machine;
 use crate::paging::{self, GuestMemory, PagingState};
 
@@ -38,10 +39,9 @@ pub(super) fn with_segments(before: Segments, cpu: &CpuState) -> Segments {
 }
 
 /// The CPU for people: registers, and the code at RIP if it can be read.
-pub(super) fn describe(vcpu: &mut Vcpu, machine: &Machine, id: u32, config: &emulate::Config) -> String {
-    let (Ok(general), Ok(control), Ok(segments)) =
-        (vcpu.get::<General>(), vcpu.get::<Control>(), vcpu.get::<Segments>())
-    else {
+pub(super) fn describe(vcpu: &mut impl Vcpu, machine: &Machine, id: u32, config: &emulate::Config) -> String {
+    let sets = (Registers::<General>::get(vcpu), Registers::<Control>::get(vcpu), Registers::<Segments>::get(vcpu));
+    let (Ok(general), Ok(control), Ok(segments)) = sets else {
         return format!("vCPU {id}: its registers cannot be read");
     };
     let mut text = registers(id, &general, &control, &segments);
@@ -73,7 +73,7 @@ fn registers(id: u32, general: &General, control: &Control, segments: &Segments)
 }
 
 /// Up to 15 bytes at RIP, as far as they lie in one page of RAM.
-fn code_at_rip(cpu: &CpuState, memory: &mut Access<'_>, config: &emulate::Config) -> Option<Vec<u8>> {
+fn code_at_rip(cpu: &CpuState, memory: &mut Access<'_, impl Vcpu>, config: &emulate::Config) -> Option<Vec<u8>> {
     use crate::emulate::Bus as _;
     let base = if cpu.is_64bit() { 0 } else { cpu.segments[seg::CS].base };
     let linear = GuestVirtAddr::new(base.wrapping_add(cpu.rip));
