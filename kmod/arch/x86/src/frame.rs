@@ -71,6 +71,15 @@ impl<H: AxVCpuHal> Drop for Frames<H> {
     }
 }
 
+/// Types of which zeroed memory is a value.
+///
+/// # Safety
+/// All bytes zero is a valid value of the type.
+pub(crate) unsafe trait Zeroable {}
+
+// SAFETY: Integers only.
+unsafe impl Zeroable for crate::apic::Registers {}
+
 /// A `T` in frames of its own.
 ///
 /// # Invariants
@@ -92,6 +101,19 @@ impl<T, H: AxVCpuHal> Framed<T, H> {
         unsafe { frames.as_ptr().cast::<T>().write(value) };
         // INVARIANT: written just now.
         Ok(Self { frames, value: PhantomData })
+    }
+
+    /// A zeroed value, made in place: nothing of its size on the stack. May sleep.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`].
+    pub(crate) fn zeroed() -> AxResult<Self>
+    where
+        T: Zeroable,
+    {
+        const { assert!(align_of::<T>() <= FRAME) };
+        // INVARIANT: The block is large enough and frame-aligned, and zeroed, which is a value of the type.
+        Ok(Self { frames: Frames::new(const { Frames::<H>::order_for(size_of::<T>()) })?, value: PhantomData })
     }
 
     /// Address for the hardware.

@@ -7,7 +7,7 @@
 
 use x86::msr;
 
-use crate::apic::{Effect, Lapic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
+use crate::apic::{self, Effect, MSR_APIC_BASE, MSR_TSC_DEADLINE};
 use crate::cpuid::Feature;
 use crate::fault::{GeneralProtection, GuestResult};
 use crate::hal::X86Hal;
@@ -189,7 +189,7 @@ impl<H: X86Hal> Guest<H> {
         }
         match index {
             MSR_APIC_BASE if self.lapic.is_some() => Access::Done(self.apic_base()),
-            _ if Lapic::owns_msr(index) => {
+            _ if apic::owns_msr(index) => {
                 self.with_lapic(|lapic, clock| lapic.read_msr(index, clock)).map_or(Access::User, Access::from)
             }
             TSC => Access::Done(self.tsc()),
@@ -243,7 +243,7 @@ impl<H: X86Hal> Guest<H> {
             MSR_APIC_BASE if self.lapic.is_some() => {
                 self.lapic.as_mut().map_or(Access::User, |lapic| quiet(lapic.set_base(value)))
             }
-            _ if Lapic::owns_msr(index) => self
+            _ if apic::owns_msr(index) => self
                 .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
                 .map_or(Access::User, |result| Access::from(result.map(Written::Apic))),
             TSC => {

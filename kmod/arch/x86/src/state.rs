@@ -106,7 +106,7 @@ pub(crate) struct Guest<H: X86Hal> {
     pub(crate) cpuid: Option<CpuidTable<H>>,
     pub(crate) limits: Limits,
     /// `None` if the local APIC is userspace's.
-    pub(crate) lapic: Option<Lapic>,
+    pub(crate) lapic: Option<Lapic<H>>,
     /// CR8 and IA32_APIC_BASE without a local APIC here.
     cr8: u8,
     apic_base: u64,
@@ -156,7 +156,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Calls `f` with the local APIC and a reader of the clocks.
-    pub(crate) fn with_lapic<T>(&mut self, f: impl FnOnce(&mut Lapic, &dyn Fn() -> Clock) -> T) -> Option<T> {
+    pub(crate) fn with_lapic<T>(&mut self, f: impl FnOnce(&mut Lapic<H>, &dyn Fn() -> Clock) -> T) -> Option<T> {
         let offset = self.tsc_offset;
         let clock = || Clock { now_ns: H::now_ns(), tsc: cpu::rdtsc().wrapping_add(offset), tsc_khz: H::tsc_khz() };
         self.lapic.as_mut().map(|lapic| f(lapic, &clock))

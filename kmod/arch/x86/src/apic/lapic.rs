@@ -7,11 +7,13 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use vcpu_core::{AxError, AxResult};
+use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
 use super::base::ApicBase;
-use super::{Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate, VectorSet};
+use super::registers::{Registers, Set};
+use super::{reg, Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate};
 use crate::fault::{GeneralProtection, GuestResult};
+use crate::frame::Framed;
 
 /// SVR: enabled by software.
 const SVR_ENABLED: u32 = 1 << 8;
@@ -38,22 +40,25 @@ const ERROR_RECEIVE_VECTOR: u32 = 1 << 6;
 /// Vectors below are reserved for exceptions (SDM vol. 3 section 12.5.2).
 const FIRST_VECTOR: u8 = 16;
 
-/// Index of an LVT entry in [`Lapic::lvt`]: their order in the xAPIC page.
-#[derive(Clone, Copy)]
-#[repr(usize)]
-enum Lvt {
-    Timer = 0,
-    Lint0 = 3,
-    Lint1 = 4,
-    Error = 5,
-}
+/// Version register: an integrated APIC (0x14) whose LVT has 6 entries. No suppression of EOI broadcasts (bit 24).
+const VERSION: u32 = 0x0005_0014;
 
-/// Number of LVT entries.
-const LVT_COUNT: usize = 6;
+/// Offsets of the LVT entries.
+fn lvt_entries() -> impl Iterator<Item = u16> {
+    (reg::LVT_TIMER..=reg::LVT_ERROR).step_by(16)
+}
 
 /// Bits that can be set in each LVT entry (SDM vol. 3 figure 12-8): vector and mask; the timer's mode; delivery mode; polarity
 /// and trigger mode for the pins.
-const LVT_BITS: [u32; LVT_COUNT] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+const fn lvt_bits(offset: u16) -> u32 {
+    match offset {
+        reg::LVT_TIMER => 0x7_00ff,
+        reg::LVT_THERMAL | reg::LVT_PERFORMANCE => 0x1_07ff,
+        reg::LVT_LINT0 | reg::LVT_LINT1 => 0x1_a7ff,
+        reg::LVT_ERROR => 0x1_00ff,
+        _ => 0,
+    }
+}
 
 /// What cannot change in the life of a local APIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,66 +88,74 @@ pub enum Effect {
 /// A local APIC.
 ///
 /// Functions that may have to do with the timer take a closure that reads the clocks; most calls never call it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lapic {
+pub struct Lapic<H: AxVCpuHal> {
     config: Config,
     base: ApicBase,
-    tpr: u32,
-    /// Bits 31:24, xAPIC mode only.
-    ldr: u32,
-    /// xAPIC mode only.
-    dfr: u32,
-    svr: u32,
-    isr: VectorSet,
-    tmr: VectorSet,
-    irr: VectorSet,
-    /// Errors that the guest can read.
-    esr: u32,
+    /// What the guest reads, in the layout of the present mode. Computed when read, and not kept here: PPR, APR and the current
+    /// count. Owned by others, and shown here: the timer's initial count and divide configuration.
+    registers: Framed<Registers, H>,
     /// Errors since the last write of ESR.
     errors: u32,
-    icr: u32,
-    /// Destination: bits 31:24 in xAPIC mode.
-    icr_high: u32,
-    lvt: [u32; LVT_COUNT],
     timer: Timer,
 }
 
-impl Lapic {
+impl<H: AxVCpuHal> Lapic<H> {
     /// A local APIC after reset. The boot processor's is then put into virtual wire mode, as a guest without firmware expects
-    /// it (MultiProcessor Specification section 3.6.2.2): enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
-    pub fn new(config: Config) -> Self {
+    /// it (MultiProcessor Specification section 3.6.2.2): enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI. May sleep.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`].
+    pub fn new(config: Config) -> AxResult<Self> {
         let mut lapic = Self {
             config,
             base: ApicBase::new(config.boot_processor),
-            tpr: 0,
-            ldr: 0,
-            dfr: u32::MAX,
-            svr: SVR_RESET,
-            isr: VectorSet::EMPTY,
-            tmr: VectorSet::EMPTY,
-            irr: VectorSet::EMPTY,
-            esr: 0,
+            registers: Framed::zeroed()?,
             errors: 0,
-            icr: 0,
-            icr_high: 0,
-            lvt: [LVT_MASKED; LVT_COUNT],
             timer: Timer::new(),
         };
+        lapic.init();
         if config.boot_processor {
-            lapic.svr |= SVR_ENABLED;
-            lapic.set_lvt(Lvt::Lint0, LVT_EXTINT);
-            lapic.set_lvt(Lvt::Lint1, LVT_NMI);
+            let registers = &mut *lapic.registers;
+            registers.set(reg::SVR, SVR_RESET | SVR_ENABLED);
+            registers.set(reg::LVT_LINT0, LVT_EXTINT);
+            registers.set(reg::LVT_LINT1, LVT_NMI);
         }
-        lapic
+        Ok(lapic)
     }
 
     /// INIT: registers as after reset; id, mode and IA32_APIC_BASE stay (SDM vol. 3 section 12.4.7.3).
     pub fn init(&mut self) {
-        let config = Config { boot_processor: false, ..self.config };
-        let fresh = Self::new(config);
-        let mut timer = self.timer.clone();
-        timer.reset();
-        *self = Self { config: self.config, base: self.base, timer, ..fresh };
+        let registers = &mut *self.registers;
+        registers.clear();
+        registers.set(reg::VERSION, VERSION);
+        registers.set(reg::DFR, u32::MAX);
+        registers.set(reg::SVR, SVR_RESET);
+        for offset in lvt_entries() {
+            registers.set(offset, LVT_MASKED);
+        }
+        self.errors = 0;
+        self.timer.reset();
+        self.show_ids();
+    }
+
+    /// Shows the id, and in x2APIC mode the logical id that follows from it (SDM vol. 3 section 12.12.10.2), in the layout of the
+    /// mode.
+    fn show_ids(&mut self) {
+        let id = self.config.id;
+        let registers = &mut *self.registers;
+        if self.base.mode == Mode::X2Apic {
+            registers.set(reg::ID, id);
+            registers.set(reg::LDR, (id >> 4 << 16) | (1 << (id & 0xf)));
+        } else {
+            registers.set(reg::ID, id << 24);
+        }
+    }
+
+    /// Shows what the timer keeps.
+    fn show_timer(&mut self) {
+        let registers = &mut *self.registers;
+        registers.set(reg::INITIAL_COUNT, self.timer.initial_count());
+        registers.set(reg::DIVIDE, self.timer.divide());
     }
 
     /// The APIC id.
@@ -193,35 +206,40 @@ impl Lapic {
             // The registers are lost (SDM vol. 3 section 12.4.3).
             Mode::Disabled => self.init(),
             // ICR's high half is cleared; the ids that only xAPIC mode has are lost (SDM vol. 3 section 12.12.5.1).
-            Mode::X2Apic => {
-                self.icr_high = 0;
-                self.ldr = 0;
-                self.dfr = u32::MAX;
+            Mode::X2Apic | Mode::XApic => {
+                let registers = &mut *self.registers;
+                registers.set(reg::ICR_HIGH, 0);
+                if Mode::X2Apic == mode || Mode::X2Apic == self.base.mode {
+                    registers.set(reg::LDR, 0);
+                    registers.set(reg::DFR, u32::MAX);
+                }
             }
-            Mode::XApic => self.icr_high = 0,
         }
         self.base.mode = mode;
+        self.show_ids();
     }
 
     // --- Priorities and delivery ---
 
     /// CR8: bits 7:4 of the task priority.
     pub fn cr8(&self) -> u8 {
-        (self.tpr >> 4) as u8
+        (self.registers.get(reg::TPR) >> 4) as u8
     }
 
     /// The guest's CR8 is `cr8` (0 to 15). The low bits of TPR, which CR8 lacks, change only if CR8 does.
     pub fn set_cr8(&mut self, cr8: u8) {
         let cr8 = u32::from(cr8 & 0xf);
-        if self.tpr >> 4 != cr8 {
-            self.tpr = cr8 << 4;
+        let registers = &mut *self.registers;
+        if registers.get(reg::TPR) >> 4 != cr8 {
+            registers.set(reg::TPR, cr8 << 4);
         }
     }
 
     /// The processor priority (SDM vol. 3 section 12.8.3.1).
     pub fn ppr(&self) -> u8 {
-        let in_service = self.isr.highest().unwrap_or(0) & 0xf0;
-        let tpr = self.tpr as u8;
+        let registers = &*self.registers;
+        let in_service = registers.highest(Set::InService).unwrap_or(0) & 0xf0;
+        let tpr = registers.get(reg::TPR) as u8;
         if tpr & 0xf0 >= in_service {
             tpr
         } else {
@@ -232,30 +250,32 @@ impl Lapic {
     /// The interrupt to deliver next: the highest one requested, if its class is above the processor priority. It takes
     /// the guest's CR8 into account, so [`set_cr8`](Self::set_cr8) first where the guest may have changed it.
     pub fn pending_vector(&self) -> Option<u8> {
-        if self.mode() == Mode::Disabled {
-            return None;
-        }
-        self.irr.highest().filter(|vector| vector & 0xf0 > self.ppr() & 0xf0)
+        self.highest_request().filter(|vector| vector & 0xf0 > self.ppr() & 0xf0)
     }
 
     /// The highest interrupt requested, whatever the priorities: what the window must be opened for.
     pub fn highest_request(&self) -> Option<u8> {
-        self.irr.highest().filter(|_| self.mode() != Mode::Disabled)
+        if self.mode() == Mode::Disabled {
+            return None;
+        }
+        self.registers.highest(Set::Requested)
     }
 
     /// The CPU takes [`pending_vector`](Self::pending_vector): it is in service now.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.pending_vector()?;
-        self.irr.remove(vector);
-        self.isr.insert(vector);
+        let registers = &mut *self.registers;
+        registers.remove(Set::Requested, vector);
+        registers.insert(Set::InService, vector);
         Some(vector)
     }
 
     /// End of the interrupt of highest priority in service.
     pub fn eoi(&mut self) -> Effect {
-        let Some(vector) = self.isr.highest() else { return Effect::None };
-        self.isr.remove(vector);
-        if self.tmr.contains(vector) {
+        let registers = &mut *self.registers;
+        let Some(vector) = registers.highest(Set::InService) else { return Effect::None };
+        registers.remove(Set::InService, vector);
+        if registers.contains(Set::Level, vector) {
             Effect::InterruptEnd(vector)
         } else {
             Effect::None
@@ -264,20 +284,22 @@ impl Lapic {
 
     /// Whether LINT0 passes the 8259's interrupts to the CPU: it is set up so, or the APIC is off and transparent.
     pub fn accepts_pic_interrupt(&self) -> bool {
-        let lint0 = self.lvt(Lvt::Lint0);
+        let lint0 = self.registers.get(reg::LVT_LINT0);
         self.mode() == Mode::Disabled || lint0 & (LVT_MASKED | LVT_DELIVERY) == LVT_EXTINT
     }
 
     fn enabled(&self) -> bool {
-        self.svr & SVR_ENABLED != 0
+        self.registers.get(reg::SVR) & SVR_ENABLED != 0
     }
 
     /// Who this APIC is, for [`Mailbox::publish`].
     pub fn identity(&self) -> Identity {
+        let registers = &*self.registers;
+        let logical = if self.mode() == Mode::X2Apic { 0 } else { registers.get(reg::LDR) >> 24 };
         Identity {
             id: self.config.id,
-            logical: (self.ldr >> 24) as u8,
-            cluster: self.dfr >> 28 == 0,
+            logical: logical as u8,
+            cluster: registers.get(reg::DFR) >> 28 == 0,
             mode: self.mode(),
             enabled: self.enabled(),
             priority: self.ppr(),
@@ -289,7 +311,7 @@ impl Lapic {
     pub fn collect(&mut self, mailbox: &Mailbox, clock: &dyn Fn() -> Clock) -> Posted {
         let mut illegal = false;
         let disabled = self.mode() == Mode::Disabled;
-        let (irr, tmr) = (&mut self.irr, &mut self.tmr);
+        let registers = &mut self.registers;
         let posted = mailbox.take(|index, mut vectors, levels| {
             if disabled {
                 return; // Sent to what the APIC was a moment ago.
@@ -299,7 +321,7 @@ impl Lapic {
                 illegal |= vectors & reserved != 0;
                 vectors &= !reserved;
             }
-            irr.merge(index, vectors, levels, tmr);
+            registers.request(index, vectors, levels);
         });
         if posted.timer {
             self.timer.host_fired();
@@ -322,8 +344,9 @@ impl Lapic {
         if vector < FIRST_VECTOR {
             self.error(ERROR_RECEIVE_VECTOR);
         } else if self.enabled() && self.mode() != Mode::Disabled {
-            self.irr.insert(vector);
-            self.tmr.remove(vector);
+            let registers = &mut *self.registers;
+            registers.insert(Set::Requested, vector);
+            registers.remove(Set::Level, vector);
         }
     }
 
@@ -332,13 +355,13 @@ impl Lapic {
     fn error(&mut self, error: u32) {
         if self.errors & error == 0 {
             self.errors |= error;
-            self.raise(Lvt::Error);
+            self.raise(reg::LVT_ERROR);
         }
     }
 
     /// The source behind the timer or error entry fires.
-    fn raise(&mut self, entry: Lvt) {
-        let value = self.lvt(entry);
+    fn raise(&mut self, entry: u16) {
+        let value = self.registers.get(entry);
         if value & LVT_MASKED == 0 {
             self.request(value as u8);
         }
@@ -348,7 +371,7 @@ impl Lapic {
 
     fn poll_timer(&mut self, clock: &Clock) {
         if self.timer.poll(clock) {
-            self.raise(Lvt::Timer);
+            self.raise(reg::LVT_TIMER);
         }
     }
 
@@ -368,24 +391,15 @@ impl Lapic {
         let clock = clock();
         self.poll_timer(&clock);
         change(&mut self.timer, &clock);
+        self.show_timer();
         self.poll_timer(&clock);
     }
 
     // --- LVT ---
 
-    fn lvt(&self, entry: Lvt) -> u32 {
-        self.lvt.get(entry as usize).copied().unwrap_or(LVT_MASKED)
-    }
-
-    fn set_lvt(&mut self, entry: Lvt, value: u32) {
-        if let Some(slot) = self.lvt.get_mut(entry as usize) {
-            *slot = value;
-        }
-    }
-
     /// What the timer entry means to the timer. The reserved mode 3 counts once.
     fn timer_lvt(&self) -> (TimerMode, bool) {
-        let value = self.lvt(Lvt::Timer);
+        let value = self.registers.get(reg::LVT_TIMER);
         let mode = match (value >> LVT_TIMER_MODE_SHIFT) & 3 {
             1 => TimerMode::Periodic,
             2 => TimerMode::TscDeadline,
@@ -394,39 +408,45 @@ impl Lapic {
         (mode, value & LVT_MASKED != 0)
     }
 
-    /// Bits that can be set in LVT entry `index`.
-    fn lvt_bits(&self, index: usize) -> u32 {
-        let bits = LVT_BITS.get(index).copied().unwrap_or(0);
-        if index == Lvt::Timer as usize && !self.config.tsc_deadline {
+    /// The timer follows its LVT entry.
+    fn follow_timer_lvt(&mut self) {
+        let (mode, masked) = self.timer_lvt();
+        self.timer.set_lvt(mode, masked);
+        self.show_timer();
+    }
+
+    /// Bits that can be set in the LVT entry at `offset`.
+    fn lvt_bits(&self, offset: u16) -> u32 {
+        let bits = lvt_bits(offset);
+        if offset == reg::LVT_TIMER && !self.config.tsc_deadline {
             bits & !LVT_TIMER_DEADLINE
         } else {
             bits
         }
     }
 
-    fn write_lvt(&mut self, index: usize, value: u32, clock: &dyn Fn() -> Clock) {
+    fn write_lvt(&mut self, offset: u16, value: u32, clock: &dyn Fn() -> Clock) {
         // An APIC that is not enabled keeps every entry masked (SDM vol. 3 section 12.4.7.2).
         let forced = if self.enabled() { 0 } else { LVT_MASKED };
-        let value = value & self.lvt_bits(index) | forced;
-        if index == Lvt::Timer as usize {
+        let value = value & self.lvt_bits(offset) | forced;
+        if offset == reg::LVT_TIMER {
             self.poll_timer(&clock());
         }
-        if let Some(slot) = self.lvt.get_mut(index) {
-            *slot = value;
-        }
-        if index == Lvt::Timer as usize {
-            let (mode, masked) = self.timer_lvt();
-            self.timer.set_lvt(mode, masked);
+        self.registers.set(offset, value);
+        if offset == reg::LVT_TIMER {
+            self.follow_timer_lvt();
         }
     }
 
     fn write_svr(&mut self, value: u32, clock: &dyn Fn() -> Clock) {
-        self.svr = value & SVR_BITS;
+        self.registers.set(reg::SVR, value & SVR_BITS);
         if !self.enabled() {
             self.poll_timer(&clock());
-            self.lvt.iter_mut().for_each(|entry| *entry |= LVT_MASKED);
-            let (mode, masked) = self.timer_lvt();
-            self.timer.set_lvt(mode, masked);
+            let registers = &mut *self.registers;
+            for offset in lvt_entries() {
+                registers.set(offset, registers.get(offset) | LVT_MASKED);
+            }
+            self.follow_timer_lvt();
         }
     }
 }

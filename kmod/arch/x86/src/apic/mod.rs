@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! The local APIC, as pure logic (Intel SDM vol. 3 chapter 12, AMD APM vol. 2 chapter 16).
 //!
-//! - [`Lapic`]: the registers. It belongs to the vCPU's thread alone; no lock, no atomic.
+//! - [`Lapic`]: the rules of the registers, which lie in a page as hardware has them (`registers`). It belongs to the vCPU's
+//!   thread alone; no lock, no atomic.
 //! - [`Mailbox`]: what everybody else may touch, from any context: posted interrupts, NMIs, INIT, start-up IPIs, the timer's
 //!   expiry, and the identity that routing reads.
 //! - [`Message`]: an interrupt on its way, decoded from an MSI or an interrupt command, and the rules that say who gets it.
@@ -15,15 +16,15 @@ mod base;
 mod lapic;
 mod mailbox;
 mod message;
+mod registers;
 mod timer;
-mod vectors;
 
 pub use base::Mode;
 pub use lapic::{Config, Effect, Lapic};
 pub use mailbox::{Identity, Mailbox, Posted};
 pub use message::{Delivery, Message, Shorthand};
+pub(crate) use registers::Registers;
 pub use timer::{Clock, Timer, TimerMode, TimerUpdate, MIN_PERIOD_NS};
-pub use vectors::VectorSet;
 
 /// Physical address of the xAPIC page. Guests cannot move it.
 pub const BASE_ADDRESS: u64 = 0xfee0_0000;
@@ -92,3 +93,8 @@ pub const X2APIC_LAST: u32 = 0x8ff;
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_APIC_BASE.
 pub const MSR_APIC_BASE: u32 = 0x1b;
+
+/// Whether MSR `index` is one of a local APIC's (IA32_APIC_BASE apart, which has functions of its own).
+pub const fn owns_msr(index: u32) -> bool {
+    matches!(index, MSR_TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST)
+}

@@ -162,14 +162,15 @@ impl<H: X86Hal> AxArchVCpu for SvmVCpu<H> {
         let X86SetupConfig { cpuid, in_kernel_apic, tsc_origin } = config;
         let guest = &mut *self.guest;
         guest.limits = Limits::new(&cpuid, guest.caps.xcr0);
-        guest.lapic = in_kernel_apic.then(|| {
-            Lapic::new(Config {
+        guest.lapic = match in_kernel_apic {
+            true => Some(Lapic::new(Config {
                 id: guest.vcpu_id,
                 boot_processor: guest.vcpu_id == 0,
                 x2apic: cpuid.has(Feature::X2APIC),
                 tsc_deadline: cpuid.has(Feature::TSC_DEADLINE),
-            })
-        });
+            })?),
+            false => None,
+        };
         guest.tsc_offset = tsc_origin.wrapping_neg();
         self.write_controls(cpuid.has(Feature::RDTSCP), cpuid.has(Feature::INVPCID));
         self.guest.cpuid = Some(cpuid);

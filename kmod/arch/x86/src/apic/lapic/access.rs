@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! The guest's access to the local APIC: the xAPIC page and the x2APIC MSRs, over one set of registers.
 
-use super::super::{reg, Delivery, Message, Shorthand, MSR_TSC_DEADLINE, X2APIC_FIRST, X2APIC_LAST};
-use super::{Clock, Effect, Lapic, Mode, VectorSet, FIRST_VECTOR, SVR_BITS};
-use crate::fault::{GeneralProtection, GuestResult};
+use vcpu_core::AxVCpuHal;
 
-/// Version register: an integrated APIC (0x14) whose LVT has 6 entries. No suppression of EOI broadcasts (bit 24).
-const VERSION: u32 = 0x0005_0014;
+use super::super::{reg, Delivery, Message, Shorthand, MSR_TSC_DEADLINE, X2APIC_FIRST};
+use super::{Clock, Effect, Lapic, Mode, Set, FIRST_VECTOR, SVR_BITS};
+use crate::fault::{GeneralProtection, GuestResult};
 
 /// LVT: delivery status. Read-only, and always zero here: interrupts do not linger on the way.
 const LVT_DELIVERY_STATUS: u32 = 1 << 12;
@@ -25,52 +24,39 @@ pub(super) const ICR_BITS: u32 = 0x000c_cfff;
 /// ICR: to the sender itself.
 const ICR_MYSELF: u32 = 1 << 18;
 
-impl Lapic {
+impl<H: AxVCpuHal> Lapic<H> {
     // --- Registers, whatever the mode ---
-
-    /// LDR as the guest sees it. In x2APIC mode it follows from the id (SDM vol. 3 section 12.12.10.2).
-    fn ldr(&self) -> u32 {
-        match self.mode() {
-            Mode::X2Apic => (self.config.id >> 4 << 16) | (1 << (self.config.id & 0xf)),
-            _ => self.ldr,
-        }
-    }
 
     /// The arbitration priority (SDM vol. 3 section 12.6.2.4), which only xAPIC mode shows.
     pub(super) fn apr(&self) -> u32 {
-        let class = |set: &VectorSet| u32::from(set.highest().unwrap_or(0)) & 0xf0;
-        let (tpr, isr, irr) = (self.tpr & 0xf0, class(&self.isr), class(&self.irr));
-        if tpr >= irr && tpr > isr {
-            self.tpr
+        let registers = &*self.registers;
+        let class = |set| u32::from(registers.highest(set).unwrap_or(0)) & 0xf0;
+        let (tpr, isr, irr) = (registers.get(reg::TPR), class(Set::InService), class(Set::Requested));
+        if tpr & 0xf0 >= irr && tpr & 0xf0 > isr {
+            tpr
         } else {
-            tpr.max(isr).max(irr)
+            (tpr & 0xf0).max(isr).max(irr)
         }
     }
 
     /// The registers that both modes have; `None` for what neither has or only one.
     pub(super) fn read(&mut self, offset: u16, clock: &dyn Fn() -> Clock) -> Option<u32> {
-        let word = |first: u16| usize::from((offset - first) / 16);
         Some(match offset {
-            reg::ID if self.mode() == Mode::X2Apic => self.config.id,
-            reg::ID => self.config.id << 24,
-            reg::VERSION => VERSION,
-            reg::TPR => self.tpr,
             reg::PPR => u32::from(self.ppr()),
-            reg::LDR => self.ldr(),
-            reg::SVR => self.svr,
-            reg::ISR..reg::TMR => self.isr.register(word(reg::ISR)),
-            reg::TMR..reg::IRR => self.tmr.register(word(reg::TMR)),
-            reg::IRR..reg::ESR => self.irr.register(word(reg::IRR)),
-            reg::ESR => self.esr,
-            reg::ICR => self.icr,
-            reg::LVT_TIMER..=reg::LVT_ERROR => self.lvt.get(word(reg::LVT_TIMER)).copied()?,
-            reg::INITIAL_COUNT => self.timer.initial_count(),
             reg::CURRENT_COUNT => {
                 let clock = clock();
                 self.poll_timer(&clock);
                 self.timer.current_count(&clock)
             }
-            reg::DIVIDE => self.timer.divide(),
+            reg::ID
+            | reg::VERSION
+            | reg::TPR
+            | reg::LDR
+            | reg::SVR
+            | reg::ISR..=reg::ESR
+            | reg::ICR
+            | reg::LVT_TIMER..=reg::INITIAL_COUNT
+            | reg::DIVIDE => self.registers.get(offset),
             _ => return None,
         })
     }
@@ -78,14 +64,12 @@ impl Lapic {
     /// Writes the registers that both modes have; `None` for what neither has or only one. Bits that cannot be set are ignored.
     fn write(&mut self, offset: u16, value: u32, clock: &dyn Fn() -> Clock) -> Option<Effect> {
         match offset {
-            reg::TPR => self.tpr = value & 0xff,
+            reg::TPR => self.registers.set(reg::TPR, value & 0xff),
             reg::EOI => return Some(self.eoi()),
             reg::SVR => self.write_svr(value, clock),
             // What is written does not matter: the write latches the errors since the last one.
-            reg::ESR => self.esr = core::mem::take(&mut self.errors),
-            reg::LVT_TIMER..=reg::LVT_ERROR => {
-                self.write_lvt(usize::from((offset - reg::LVT_TIMER) / 16), value, clock);
-            }
+            reg::ESR => self.registers.set(reg::ESR, core::mem::take(&mut self.errors)),
+            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt(offset, value, clock),
             reg::INITIAL_COUNT => self.with_timer(clock, |timer, clock| timer.set_initial_count(value, clock)),
             reg::DIVIDE => self.with_timer(clock, |timer, clock| timer.set_divide(value, clock)),
             _ => return None,
@@ -102,7 +86,7 @@ impl Lapic {
             reg::LVT_TIMER..=reg::LVT_ERROR => {
                 let remote_irr = matches!(offset, reg::LVT_LINT0 | reg::LVT_LINT1);
                 let read_only = LVT_DELIVERY_STATUS | if remote_irr { LVT_REMOTE_IRR } else { 0 };
-                self.lvt_bits(usize::from((offset - reg::LVT_TIMER) / 16)) | read_only
+                self.lvt_bits(offset) | read_only
             }
             reg::INITIAL_COUNT => u32::MAX,
             reg::DIVIDE => 0xb,
@@ -147,8 +131,7 @@ impl Lapic {
             reg::APR => self.apr(),
             // EOI is write-only, remote read is not supported.
             reg::EOI | reg::RRD => 0,
-            reg::DFR => self.dfr,
-            reg::ICR_HIGH => self.icr_high,
+            reg::DFR | reg::ICR_HIGH => self.registers.get(offset),
             _ => self.read(offset, clock).unwrap_or_else(|| {
                 self.error(ERROR_REGISTER);
                 0
@@ -163,12 +146,12 @@ impl Lapic {
             return Effect::None;
         }
         match offset {
-            reg::LDR => self.ldr = value & 0xff00_0000,
-            reg::DFR => self.dfr = value | 0x0fff_ffff,
-            reg::ICR_HIGH => self.icr_high = value & 0xff00_0000,
+            reg::LDR | reg::ICR_HIGH => self.registers.set(offset, value & 0xff00_0000),
+            reg::DFR => self.registers.set(reg::DFR, value | 0x0fff_ffff),
             reg::ICR => {
-                self.icr = value & ICR_BITS;
-                return self.send(self.icr, self.icr_high);
+                let command = value & ICR_BITS;
+                self.registers.set(reg::ICR, command);
+                return self.send(command, self.registers.get(reg::ICR_HIGH));
             }
             reg::APR | reg::RRD | reg::SELF_IPI => {}
             _ => match self.write(offset, value, clock) {
@@ -183,11 +166,6 @@ impl Lapic {
 
     // --- MSRs ---
 
-    /// Whether MSR `index` is one of this APIC's (IA32_APIC_BASE apart, which has functions of its own).
-    pub const fn owns_msr(index: u32) -> bool {
-        matches!(index, MSR_TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST)
-    }
-
     /// The guest reads an x2APIC MSR or IA32_TSC_DEADLINE.
     ///
     /// # Errors
@@ -199,7 +177,7 @@ impl Lapic {
         }
         let low = self.x2apic_offset(index).and_then(|offset| Some((offset, self.read(offset, clock)?)));
         match low {
-            Some((reg::ICR, low)) => Ok((u64::from(self.icr_high) << 32) | u64::from(low)),
+            Some((reg::ICR, low)) => Ok((u64::from(self.registers.get(reg::ICR_HIGH)) << 32) | u64::from(low)),
             Some((_, low)) => Ok(low.into()),
             None => Err(GeneralProtection),
         }
@@ -220,9 +198,11 @@ impl Lapic {
                 if value & ICR_RESERVED != 0 {
                     return Err(GeneralProtection);
                 }
-                self.icr = value as u32 & ICR_BITS;
-                self.icr_high = (value >> 32) as u32;
-                Ok(self.send(self.icr, self.icr_high))
+                let (command, destination) = (value as u32 & ICR_BITS, (value >> 32) as u32);
+                let registers = &mut *self.registers;
+                registers.set(reg::ICR, command);
+                registers.set(reg::ICR_HIGH, destination);
+                Ok(self.send(command, destination))
             }
             reg::SELF_IPI => {
                 let vector = u8::try_from(value).map_err(|_| GeneralProtection)?;

@@ -2,16 +2,18 @@
 //! Saving and restoring the local APIC's registers.
 
 use axvcpu_uapi::x86::LocalApic;
-use vcpu_core::{AxError, AxResult};
+use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
 use super::super::reg;
 use super::access::ICR_BITS;
-use super::{Clock, Lapic, Mode, LVT_COUNT, LVT_MASKED, SVR_BITS};
+use super::{lvt_entries, Clock, Lapic, Mode, LVT_MASKED, SVR_BITS, SVR_ENABLED};
 
 /// ESR: all bits.
 const ERROR_BITS: u32 = 0xff;
+/// Divide configuration: all bits.
+const DIVIDE_BITS: u32 = 0xb;
 
-impl Lapic {
+impl<H: AxVCpuHal> Lapic<H> {
     /// All registers, in the layout of the present mode. IA32_APIC_BASE and IA32_TSC_DEADLINE are MSRs and not among them;
     /// errors that no write of ESR has latched yet are lost.
     pub fn state(&mut self, clock: &dyn Fn() -> Clock) -> LocalApic {
@@ -19,8 +21,7 @@ impl Lapic {
         for (slot, offset) in state.regs.iter_mut().zip((0u16..0x400).step_by(16)) {
             *slot = match offset {
                 reg::APR => self.apr(),
-                reg::DFR => self.dfr,
-                reg::ICR_HIGH => self.icr_high,
+                reg::DFR | reg::ICR_HIGH => self.registers.get(offset),
                 _ => self.read(offset, clock).unwrap_or(0),
             };
         }
@@ -38,46 +39,47 @@ impl Lapic {
         let within = |offset: u16, bits: u32| {
             Some(get(offset)).filter(|value| value & !bits == 0).ok_or(AxError::InvalidRegister)
         };
-        let mut next = self.clone();
         let x2apic = self.mode() == Mode::X2Apic;
-        if Some(get(reg::ID)) != self.read(reg::ID, clock) {
+        if get(reg::ID) != self.registers.get(reg::ID) {
             return Err(AxError::InvalidRegister);
         }
-        next.tpr = within(reg::TPR, 0xff)?;
-        next.svr = within(reg::SVR, SVR_BITS)?;
-        next.esr = within(reg::ESR, ERROR_BITS)?;
-        next.errors = 0;
-        next.icr = within(reg::ICR, ICR_BITS)?;
-        next.icr_high = within(reg::ICR_HIGH, if x2apic { u32::MAX } else { 0xff00_0000 })?;
+        // All of it is looked at before any of it is set.
+        let svr = within(reg::SVR, SVR_BITS)?;
+        within(reg::TPR, 0xff)?;
+        within(reg::ESR, ERROR_BITS)?;
+        within(reg::ICR, ICR_BITS)?;
+        within(reg::ICR_HIGH, if x2apic { u32::MAX } else { 0xff00_0000 })?;
         if !x2apic {
-            next.ldr = within(reg::LDR, 0xff00_0000)?;
-            next.dfr =
-                Some(get(reg::DFR)).filter(|dfr| dfr | 0xf000_0000 == u32::MAX).ok_or(AxError::InvalidRegister)?;
-        }
-        for (index, offset) in (0..).zip((0u16..0x80).step_by(16)) {
-            let bits = if index == 0 { !0xffff } else { u32::MAX };
-            next.isr.set_register(index, within(reg::ISR + offset, bits)?);
-            next.tmr.set_register(index, get(reg::TMR + offset));
-            next.irr.set_register(index, within(reg::IRR + offset, bits)?);
-        }
-        let forced = if next.enabled() { 0 } else { LVT_MASKED };
-        for (index, offset) in (0..LVT_COUNT).zip((reg::LVT_TIMER..).step_by(16)) {
-            let value = within(offset, self.lvt_bits(index))?;
-            if value & forced != forced {
+            within(reg::LDR, 0xff00_0000)?;
+            if get(reg::DFR) | 0xf000_0000 != u32::MAX {
                 return Err(AxError::InvalidRegister);
             }
-            if let Some(slot) = next.lvt.get_mut(index) {
-                *slot = value;
+        }
+        within(reg::ISR, !0xffff)?;
+        within(reg::IRR, !0xffff)?;
+        let forced = if svr & SVR_ENABLED != 0 { 0 } else { LVT_MASKED };
+        for offset in lvt_entries() {
+            if within(offset, self.lvt_bits(offset))? & forced != forced {
+                return Err(AxError::InvalidRegister);
             }
         }
-        let (initial, current) = (get(reg::INITIAL_COUNT), get(reg::CURRENT_COUNT));
+        let (initial, current, divide) =
+            (get(reg::INITIAL_COUNT), get(reg::CURRENT_COUNT), within(reg::DIVIDE, DIVIDE_BITS)?);
         if current > initial {
             return Err(AxError::InvalidRegister);
         }
-        let (mode, masked) = next.timer_lvt();
-        next.timer.set_lvt(mode, masked);
-        next.timer.restore(initial, current, within(reg::DIVIDE, 0xb)?, &clock());
-        *self = next;
+        let identifying = [reg::LDR, reg::DFR].into_iter().filter(|_| !x2apic);
+        let plain = [reg::TPR, reg::SVR, reg::ESR, reg::ICR, reg::ICR_HIGH].into_iter();
+        let sets = (reg::ISR..reg::ESR).step_by(16);
+        let registers = &mut *self.registers;
+        for offset in identifying.chain(plain).chain(sets).chain(lvt_entries()) {
+            registers.set(offset, get(offset));
+        }
+        self.errors = 0;
+        let (mode, masked) = self.timer_lvt();
+        self.timer.set_lvt(mode, masked);
+        self.timer.restore(initial, current, divide, &clock());
+        self.show_timer();
         Ok(())
     }
 }

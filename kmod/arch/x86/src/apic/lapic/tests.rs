@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::apic::{reg, Delivery, Message, Shorthand, MSR_TSC_DEADLINE};
+use crate::testing::TestHal;
 use axvcpu_uapi::x86::LocalApic;
 
 const FAULT: GuestResult<Effect> = Err(GeneralProtection);
@@ -26,9 +27,21 @@ fn config(id: u32) -> Config {
     Config { id, boot_processor: id == 0, x2apic: true, tsc_deadline: true }
 }
 
+type Lapic = super::Lapic<TestHal>;
+
+fn new(config: Config) -> Lapic {
+    Lapic::new(config).unwrap()
+}
+
+/// Everything that an APIC keeps, to be compared.
+fn contents(lapic: &Lapic) -> (Vec<u32>, u64, u32, Timer) {
+    let page = (0u16..0x1000).step_by(4).map(|offset| lapic.registers.get(offset)).collect();
+    (page, lapic.base(), lapic.errors, lapic.timer.clone())
+}
+
 /// Enabled, in xAPIC mode, everything masked.
 fn xapic(id: u32) -> Lapic {
-    let mut lapic = Lapic::new(Config { boot_processor: false, ..config(id) });
+    let mut lapic = new(Config { boot_processor: false, ..config(id) });
     lapic.write_page(reg::SVR, 0x1ff, &no_clock);
     lapic
 }
@@ -53,7 +66,7 @@ fn post(lapic: &mut Lapic, vectors: &[(u8, bool)]) -> Posted {
 
 #[test]
 fn reset_state_is_that_of_the_manual() {
-    let mut lapic = Lapic::new(Config { boot_processor: false, ..config(3) });
+    let mut lapic = new(Config { boot_processor: false, ..config(3) });
     for (offset, value) in [
         (reg::ID, 3 << 24),
         (reg::VERSION, 0x0005_0014),
@@ -83,7 +96,7 @@ fn reset_state_is_that_of_the_manual() {
 
 #[test]
 fn boot_processor_starts_in_virtual_wire_mode() {
-    let lapic = Lapic::new(config(0));
+    let lapic = new(config(0));
     assert_eq!(lapic.base(), 0xfee0_0900);
     assert!(lapic.accepts_pic_interrupt());
     assert!(lapic.identity().enabled);
@@ -137,7 +150,7 @@ fn lvt_entries_keep_only_their_bits() {
         lapic.write_page(offset, u32::MAX, &at(0));
         assert_eq!(lapic.read_page(offset, &no_clock), bits, "{offset:#x}");
     }
-    let mut lapic = Lapic::new(Config { tsc_deadline: false, ..config(0) });
+    let mut lapic = new(Config { tsc_deadline: false, ..config(0) });
     lapic.write_page(reg::LVT_TIMER, u32::MAX, &at(0));
     assert_eq!(lapic.read_page(reg::LVT_TIMER, &no_clock), 0x3_00ff, "TSC-deadline mode is not offered");
 }
@@ -288,9 +301,9 @@ fn x2apic_reserved_bits_fault() {
         (reg::SELF_IPI, 0x100),
     ] {
         let mut lapic = x2apic(0);
-        let before = lapic.clone();
+        let before = contents(&lapic);
         assert_eq!(lapic.write_msr(msr(offset), value, &at(0)), FAULT, "{offset:#x} {value:#x}");
-        assert_eq!(lapic, before);
+        assert_eq!(contents(&lapic), before);
     }
     let mut lapic = x2apic(0);
     assert_eq!(lapic.write_msr(msr(reg::LVT_LINT0), 0x5731, &no_clock), OK, "read-only bits are no fault");
@@ -318,7 +331,7 @@ fn base_transitions() {
     assert_eq!(lapic.restore_base(0xfee0_0000), Ok(()));
     assert_eq!(lapic.restore_base(0xfee0_0c00), Ok(()), "from outside any mode may follow");
     assert_eq!(lapic.restore_base(0xfee0_0400), Err(AxError::InvalidRegister));
-    let mut without = Lapic::new(Config { x2apic: false, ..config(0) });
+    let mut without = new(Config { x2apic: false, ..config(0) });
     assert_eq!(without.set_base(0xfee0_0d00), Err(GeneralProtection));
 }
 
@@ -400,7 +413,7 @@ fn init_resets_all_but_id_and_mode() {
     assert_eq!(lapic.read_msr(msr(reg::SVR), &no_clock), Ok(0xff));
     assert_eq!(lapic.read_msr(msr(reg::ID), &no_clock), Ok(3));
     assert_eq!(lapic.timer_update(), TimerUpdate::Cancel, "the host's timer is not forgotten");
-    let mut boot = Lapic::new(config(0));
+    let mut boot = new(config(0));
     boot.init();
     assert_eq!(boot.base(), 0xfee0_0900);
     assert!(!boot.accepts_pic_interrupt(), "INIT knows no firmware");
@@ -442,7 +455,7 @@ fn the_deadline_msr() {
     lapic.write_msr(MSR_TSC_DEADLINE, 20_000, &at(3000)).unwrap();
     lapic.tsc_changed(&|| Clock { now_ns: 3100, tsc: 30_000, tsc_khz: 2_000_000 });
     assert_eq!(lapic.acknowledge(), Some(0xec), "the TSC jumped over it");
-    let mut without = Lapic::new(Config { tsc_deadline: false, ..config(0) });
+    let mut without = new(Config { tsc_deadline: false, ..config(0) });
     assert_eq!(without.write_msr(MSR_TSC_DEADLINE, 0, &at(0)), FAULT);
     assert_eq!(without.read_msr(MSR_TSC_DEADLINE, &at(0)), Err(GeneralProtection));
 }
@@ -467,7 +480,7 @@ fn state_round_trips() {
         set(&mut state, reg::DIVIDE, 0xb);
         set(&mut state, reg::INITIAL_COUNT, 1_000_000);
         set(&mut state, reg::CURRENT_COUNT, 400_000);
-        let mut copy = Lapic::new(config(5));
+        let mut copy = new(config(5));
         copy.restore_base(base).unwrap();
         assert_eq!(copy.set_state(&state, &at(100)), Ok(()));
         set(&mut state, reg::PPR, 0xf0);
@@ -504,9 +517,9 @@ fn bad_state_is_refused_and_changes_nothing() {
         let mut lapic = xapic(5);
         let mut state = good;
         state.regs[usize::from(offset / 16)] = value;
-        let before = lapic.clone();
+        let before = contents(&lapic);
         assert_eq!(lapic.set_state(&state, &at(0)), Err(AxError::InvalidRegister), "{offset:#x}");
-        assert_eq!(lapic, before);
+        assert_eq!(contents(&lapic), before);
     }
     let mut state = good;
     state.regs[usize::from(reg::SVR / 16)] = 0xff;
@@ -627,7 +640,7 @@ proptest! {
             lapic.acknowledge();
             lapic.timer_update();
             let state = lapic.state(&clock);
-            let mut copy = lapic.clone();
+            let mut copy = if x2 { x2apic(3) } else { xapic(3) };
             prop_assert_eq!(copy.set_state(&state, &clock), Ok(()));
             prop_assert_eq!(copy.state(&clock), state);
         }
