@@ -81,12 +81,15 @@ impl Vcpu {
     fn run_until_exit(&self, inner: &mut Inner) -> Result<Option<Exit>, (Option<Exit>, Error)> {
         let plain = |error: AxError| (None, abi::errno(error));
         loop {
-            if self.shared.take_kick() {
+            let kicked = self.shared.take_kick();
+            let arch = inner.vcpu.arch_mut().map_err(plain)?;
+            // Also before a kick is answered: whoever kicks finds in the register sets what was posted before.
+            arch.prepare(&self.shared.mailbox);
+            if kicked {
                 return Ok(Some(Exit::Interrupted));
             }
             ffi::handle_work().map_err(|error| (Some(Exit::Interrupted), error))?;
             let arch = inner.vcpu.arch_mut().map_err(plain)?;
-            arch.prepare(&self.shared.mailbox);
             if !arch.runnable(&self.shared.mailbox) {
                 self.set_timer(inner);
                 self.sleep(inner)?;

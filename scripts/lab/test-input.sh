@@ -60,8 +60,14 @@ config small 's/^memory = .*/memory = "4K"/'
 refuses "memory too small" 30 'small' --config small.toml
 config overlap 's/^memory = .*/memory_regions = [{ base = 0, size = "128M" }, { base = "64M", size = "128M" }]/'
 refuses "memory overlaps" 32 'overlaps' --config overlap.toml
-config cpus 's/^cpu_num = .*/cpu_num = 64/'
-refuses "more CPUs than it can do" 34 'CPU' --config cpus.toml
+config cpus 's/^cpu_num = .*/cpu_num = 65/'
+refuses "more CPUs than it can do" 34 '64 CPUs' --config cpus.toml
+config absent 's/^cpu_num = .*/cpu_num = 2\nphys_cpu_sets = [0x1, 0x8001]/'
+refuses "a host CPU that is not there" 34 'vCPU 1 .*CPU 15:.*has the CPUs 0' --config absent.toml
+printf '\372\364' >dead
+config dead 's/^cpu_num = .*/cpu_num = 3/' 's/^ramdisk_path.*/entry_point = 0x8000/' 's/^cmdline.*//' \
+	's|^kernel_path = .*|kernel_path = "/tmp/dead"|'
+refuses "a guest that halts with its other CPUs never started" 12 'nothing can wake' --config dead.toml
 
 config nokernel 's|^kernel_path = .*|kernel_path = "/nowhere/vmlinuz"|'
 refuses "the kernel is missing" 40 '/nowhere/vmlinuz' --config nokernel.toml

@@ -12,11 +12,15 @@ const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 /// CPUID 8000_0001: the cores are legacy siblings ("CmpLegacy").
 const LEAF8_1_ECX_CMP_LEGACY: u32 = 1 << 1;
 
+/// CPUID 0, EBX: the vendors whose leaves are AMD's, "AuthenticAMD" and "HygonGenuine".
+const AMD_VENDORS: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+
 /// The table for vCPU `id` of `count`.
 #[must_use]
 pub fn for_vcpu(supported: &[CpuidEntry], id: u32, count: u32) -> Vec<CpuidEntry> {
     let mut table: Vec<CpuidEntry> = supported.iter().copied().filter(|entry| !is_topology(entry.function)).collect();
     let has_x2apic = table.iter().any(|entry| entry.function == 1 && entry.ecx & LEAF1_ECX_X2APIC != 0);
+    let is_amd = table.iter().any(|entry| entry.function == 0 && AMD_VENDORS.contains(&entry.ebx));
     let id_bits = count.next_power_of_two().trailing_zeros();
     for entry in &mut table {
         match entry.function {
@@ -29,9 +33,9 @@ pub fn for_vcpu(supported: &[CpuidEntry], id: u32, count: u32) -> Vec<CpuidEntry
                 let shared = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
                 entry.eax = (entry.eax & 0x3fff) | (shared & 0xfff) << 14 | ((count - 1) & 0x3f) << 26;
             }
-            0x8000_0001 => set(&mut entry.ecx, LEAF8_1_ECX_CMP_LEGACY, count > 1),
+            0x8000_0001 if is_amd => set(&mut entry.ecx, LEAF8_1_ECX_CMP_LEGACY, count > 1),
             // ECX 7:0 cores minus 1, 15:12 bits of the APIC id that number them.
-            0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | ((count - 1) & 0xff) | (id_bits & 0xf) << 12,
+            0x8000_0008 if is_amd => entry.ecx = (entry.ecx & !0xf0ff) | ((count - 1) & 0xff) | (id_bits & 0xf) << 12,
             // AMD cache topology: EAX 25:14 logical processors that share the cache, minus 1.
             0x8000_001d if entry.eax & 0x1f != 0 => {
                 let shared = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
@@ -91,7 +95,7 @@ mod tests {
     fn supported() -> Vec<CpuidEntry> {
         let leaf = |function, eax, ebx, ecx, edx| CpuidEntry { function, eax, ebx, ecx, edx, ..CpuidEntry::default() };
         vec![
-            leaf(0, 0xd, 1, 2, 3),
+            leaf(0, 0xd, AMD_VENDORS[0], 2, 3),
             leaf(1, 0x80_0f12, 0x55aa_0800, LEAF1_ECX_X2APIC | 1, LEAF1_EDX_HTT | 1),
             leaf(0xb, 9, 9, 9, 9),
             leaf(0x8000_0001, 0, 0, LEAF8_1_ECX_CMP_LEGACY, 1 << 26),
@@ -133,6 +137,27 @@ mod tests {
             let amd = find(&table, 0x8000_001e, 0);
             assert_eq!((amd.eax, amd.ebx, amd.ecx), (id, id, 0));
         }
+    }
+
+    #[test]
+    fn bits_of_amd_are_not_for_others() {
+        let mut supported = supported();
+        supported[0].ebx = u32::from_le_bytes(*b"Genu");
+        supported[3].ecx = 0;
+        supported[5].ecx = 0;
+        let table = for_vcpu(&supported, 1, 4);
+        assert_eq!(find(&table, 0x8000_0001, 0).ecx, 0);
+        assert_eq!(find(&table, 0x8000_0008, 0).ecx, 0);
+        assert_eq!(find(&table, 0xb, 1).ebx, 4);
+    }
+
+    #[test]
+    fn caches_of_intel_are_shared_by_all_from_the_third_level_on() {
+        let cache = |index, eax| CpuidEntry { function: 4, index, eax, ..CpuidEntry::default() };
+        let table = for_vcpu(&[cache(0, 0x7c00_4121), cache(3, 0xfc1f_c163), cache(4, 0)], 2, 4);
+        assert_eq!(find(&table, 4, 0).eax, 3 << 26 | 0x121);
+        assert_eq!(find(&table, 4, 3).eax, 3 << 26 | 3 << 14 | 0x163);
+        assert_eq!(find(&table, 4, 4).eax, 0, "the end of the list");
     }
 
     #[test]

@@ -46,6 +46,16 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A vCPU's thread cannot have a host CPU of its `phys_cpu_sets` entry.
+    #[error("vCPU {vcpu} cannot run on host CPU {cpu}: {reason}\nChange its entry in phys_cpu_sets.")]
+    Affinity {
+        /// The vCPU.
+        vcpu: u32,
+        /// The host CPU.
+        cpu: usize,
+        /// Why not.
+        reason: String,
+    },
     /// Something the host refused, in words of its own.
     #[error("cannot {action}: {reason}")]
     Host {
@@ -86,6 +96,7 @@ impl Error {
             },
             Self::Unsuitable(_) => ExitCode::AbiMismatch,
             Self::Memory { .. } => ExitCode::NoResources,
+            Self::Affinity { .. } => ExitCode::ConfigUnsupported,
             Self::Host { .. } => ExitCode::HostError,
         }
     }

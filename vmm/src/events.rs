@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -48,6 +49,19 @@ impl Signals {
     fn next(&self) -> Option<Signal> {
         let info = self.0.read_signal().ok()??;
         i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok())
+    }
+
+    /// Waits until somebody [wakes](Control::wake) the main thread, a signal comes, or `limit` is over. Says whether a signal
+    /// that ends the VM has come.
+    ///
+    /// # Errors
+    /// [`Error::Host`] if waiting fails.
+    pub fn wait(&self, control: &Control, limit: Option<Duration>) -> Result<bool, Error> {
+        // Longer than can be told is as good as for ever.
+        let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
+        wait(&[(Source::Wake, control.wake_fd()), (Source::Signal, self.0.as_fd())], limit)?;
+        control.clear_wake();
+        Ok(std::iter::from_fn(|| self.next()).fold(false, |ends, signal| ends | (signal != Signal::SIGCONT)))
     }
 }
 
@@ -111,7 +125,7 @@ pub struct EventLoop<'a> {
     /// Time for the guest's timer.
     pub timer: HostTimer,
     /// Signals.
-    pub signals: Signals,
+    pub signals: &'a Signals,
     /// The terminal, if it is in raw mode.
     pub terminal: Option<RawTerminal>,
     /// Whether standard input goes to the guest.

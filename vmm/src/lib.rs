@@ -11,6 +11,7 @@
 //! [`vm`] puts them together and runs a VM.
 
 pub mod acpi;
+pub mod affinity;
 pub mod boot;
 pub mod config;
 pub mod control;
@@ -30,5 +31,6 @@ pub mod paging;
 pub mod sandbox;
 pub mod stats;
 pub mod terminal;
+pub mod threads;
 pub mod vcpu;
 pub mod vm;

@@ -4,13 +4,9 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-
-use nix::sched::{sched_setaffinity, CpuSet};
-use nix::unistd::Pid;
 
 use crate::acpi;
+use crate::affinity;
 use crate::boot;
 use crate::config::{SerialConfig, VmConfig};
 use crate::control::{Control, Stop};
@@ -26,10 +22,8 @@ use crate::memory::Ram;
 use crate::sandbox;
 use crate::stats::{vcpu_report, vm_report, Counters};
 use crate::terminal::{Output, RawTerminal};
+use crate::threads::Threads;
 use crate::vcpu::{Halted, Runner};
-
-/// How long a vCPU's thread may take to end when a signal or the user ends the VM.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How to run a VM, apart from its configuration.
 #[derive(Clone, Debug)]
@@ -54,8 +48,9 @@ pub struct Ended {
 /// Allocates guest memory and loads everything into it: all that can be checked without the device.
 ///
 /// # Errors
-/// [`Error::Memory`] or [`Error::Image`].
+/// [`Error::Affinity`], [`Error::Memory`] or [`Error::Image`].
 pub fn prepare(config: &VmConfig) -> Result<(Ram, Loaded), Error> {
+    affinity::check(&config.vcpus)?;
     let ram = Ram::new(&config.memory)?;
     let machine = acpi::Machine { cpus: config.vcpus.len() as u32, serial: config.devices.serial != SerialConfig::Off };
     let tables = acpi::Tables::new(&machine);
@@ -147,20 +142,20 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
     let input = interactive && (terminal.is_some() || !std::io::stdin().is_terminal());
 
     let counters: Vec<Arc<Counters>> = vcpus.iter().map(|_| Arc::default()).collect();
-    let halted = Halted::new(vcpus.len() as u32);
-    let mut threads = Vec::new();
+    let halted = Halted::new(vcpus.len());
+    let mut threads = Threads::new(&control);
     for ((id, vcpu), (counters, cpus)) in (0..).zip(vcpus).zip(counters.iter().zip(&config.vcpus)) {
         let runner = Runner::new(vcpu, id, &machine, paging, counters, &halted);
-        threads.push(spawn(id, runner, *cpus, &control)?);
+        threads.start(runner, *cpus)?;
     }
-    let events = EventLoop { control: &control, served, timer, signals, terminal, input, typed: Vec::new() };
+    let events = EventLoop { control: &control, served, timer, signals: &signals, terminal, input, typed: Vec::new() };
     if let Err(error) = events.run() {
         control.stop(Stop::Failed(error));
     }
 
     let reason = control.take_reason();
     let hurry = matches!(reason, Some(Stop::Signal(_) | Stop::Quit));
-    let vcpus: Vec<Option<M::Vcpu>> = threads.into_iter().map(|thread| join(thread, hurry)).collect();
+    let vcpus = threads.finish(hurry, &signals);
     let stats = options.stats.then(|| {
         let mut text = String::new();
         for ((id, vcpu), counters) in (0..).zip(&vcpus).zip(&counters) {
@@ -171,71 +166,4 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
     });
     let nothing = || Stop::Failed(Error::host("find out why the VM stopped", "no reason was given"));
     Ok(Ended { reason: reason.unwrap_or_else(nothing), stats })
-}
-
-/// Starts a vCPU's thread.
-fn spawn<V: Vcpu>(
-    id: u32,
-    runner: Runner<V>,
-    cpus: Option<u64>,
-    control: &Arc<Control>,
-) -> Result<JoinHandle<V>, Error> {
-    /// Stops the VM if the thread panics, so that the others do not wait for it.
-    struct Watch(Arc<Control>);
-    impl Drop for Watch {
-        fn drop(&mut self) {
-            if thread::panicking() {
-                self.0.stop(Stop::Failed(Error::host("go on", "a vCPU's thread panicked; this is a bug in axvmm")));
-            }
-        }
-    }
-    let watch = Watch(Arc::clone(control));
-    let body = move || {
-        let watch = watch;
-        if let Some(cpus) = cpus {
-            if let Err(error) = restrict_to(cpus) {
-                watch.0.stop(Stop::Failed(error));
-            }
-        }
-        runner.run()
-    };
-    let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(|error| {
-        control.stop(Stop::Quit);
-        Error::host(format!("start a thread for vCPU {id}"), crate::error::describe_io(&error))
-    });
-    thread
-}
-
-/// Waits for a vCPU's thread to end. In a hurry only for a moment: it may be stuck writing to a pipe that nobody reads, and
-/// the end of the process ends it, too.
-fn join<V>(thread: JoinHandle<V>, hurry: bool) -> Option<V> {
-    let deadline = Instant::now() + PATIENCE;
-    while hurry && !thread.is_finished() {
-        if Instant::now() > deadline {
-            return None;
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    thread.join().ok()
-}
-
-/// Restricts the calling thread to the host CPUs in a bit mask.
-fn restrict_to(cpus: u64) -> Result<(), Error> {
-    let mut set = CpuSet::new();
-    for cpu in (0..64).filter(|cpu| cpus >> cpu & 1 != 0) {
-        let _ = set.set(cpu);
-    }
-    sched_setaffinity(Pid::from_raw(0), &set)
-        .map_err(|errno| Error::host(format!("run a vCPU on the host CPUs {cpus:#x} of phys_cpu_sets"), errno.desc()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn affinity_of_an_absent_cpu_is_an_error_of_its_own() {
-        let error = thread::spawn(|| restrict_to(1 << 63)).join().unwrap().unwrap_err();
-        assert!(error.to_string().contains("phys_cpu_sets"), "{error}");
-    }
 }

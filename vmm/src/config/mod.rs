@@ -22,8 +22,8 @@ pub use size::Bytes;
 
 use crate::layout;
 
-/// vCPUs that a configuration may ask for.
-const MAX_VCPUS: u32 = 1;
+/// vCPUs that a configuration may ask for: as many as the module runs in a VM.
+const MAX_VCPUS: u32 = 64;
 
 /// The longest command line of a module or kernel, in bytes: one page, shared by all boot protocols. A kernel may have
 /// a lower limit of its own.
@@ -233,9 +233,8 @@ impl Checker<'_> {
                 return Err(self.error(Problem::Value, spanned, "a VM has at least one CPU"));
             }
             if count > MAX_VCPUS {
-                return Err(self
-                    .error(Problem::Unsupported, spanned, "guests with more than one CPU are not supported yet")
-                    .cure("Set cpu_num = 1."));
+                let message = format!("a VM has {MAX_VCPUS} CPUs at most");
+                return Err(self.error(Problem::Unsupported, spanned, message));
             }
         }
         let Some(spanned) = &base.phys_cpu_sets else { return Ok(vec![None; count as usize]) };

@@ -16,8 +16,8 @@ fn a_full_configuration() {
         [base]
         id = 7
         name = "demo"
-        cpu_num = 1
-        phys_cpu_sets = [0x3]
+        cpu_num = 3
+        phys_cpu_sets = [0x3, 1, 0x8000_0000]
         [kernel]
         kernel_path = "vmlinuz"
         ramdisk_path = "/boot/initrd"
@@ -33,7 +33,7 @@ fn a_full_configuration() {
     )
     .unwrap();
     assert_eq!((config.id, config.name.as_str()), (7, "demo"));
-    assert_eq!(config.vcpus, [Some(3)]);
+    assert_eq!(config.vcpus, [Some(3), Some(1), Some(1 << 31)]);
     assert_eq!(
         config.memory,
         [MemoryRegion { base: 0, size: 128 << 20 }, MemoryRegion { base: 4 << 30, size: 1 << 30 }]
@@ -119,7 +119,7 @@ fn bad_configurations() {
             "not both",
         ),
         (kernel("memory = \"1G\"\n[base]\ncpu_num = 0"), Problem::Value, Some((5, 11)), "at least one CPU"),
-        (kernel("memory = \"1G\"\n[base]\ncpu_num = 2"), Problem::Unsupported, Some((5, 11)), "more than one CPU"),
+        (kernel("memory = \"1G\"\n[base]\ncpu_num = 65"), Problem::Unsupported, Some((5, 11)), "64 CPUs at most"),
         (kernel("memory = \"1G\"\n[base]\nphys_cpu_sets = [1, 2]"), Problem::Value, Some((5, 17)), "1 expected, 2"),
         (kernel("memory = \"1G\"\n[base]\nphys_cpu_sets = [0]"), Problem::Value, Some((5, 17)), "without any"),
         (kernel("memory = \"1G\"\n[base]\nname = \"\""), Problem::Value, Some((5, 8)), "1 to 64"),

@@ -4,16 +4,19 @@
 //! | file | owns |
 //! |---|---|
 //! | `access.rs` | memory, devices and vector registers as the instruction emulator sees them |
+//! | `halted.rs` | finding out that no vCPU can go on |
 //! | `state.rs` | register sets to and from the emulator, and for people |
 //! | this file | the loop, one `match` over the exits with a counter for each arm, interrupts of the 8259s |
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
 use axvcpu_uapi::client::Exit;
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::vcpu::{self as abi, Event};
-use axvcpu_uapi::x86::{Debug, Events, EVENTS_INTERRUPT_SHADOW};
+use axvcpu_uapi::x86::{
+    Debug, Events, ACTIVITY_HALTED, ACTIVITY_WAIT_FOR_SIPI, EVENTS_EVENT_PENDING, EVENTS_INTERRUPT_SHADOW,
+    EVENTS_NMI_PENDING,
+};
 
 use crate::control::Stop;
 use crate::emulate::{self, Direction, Exception, Outcome, StringIo};
@@ -24,9 +27,11 @@ use crate::machine::Machine;
 use crate::stats::{Counters, UserExit};
 
 mod access;
+mod halted;
 mod state;
 
 use access::Access;
+pub use halted::Halted;
 
 /// Answer to a hypercall that does not exist: `-KVM_ENOSYS` (Linux `include/uapi/linux/kvm_para.h`), since guests know us
 /// by KVM's paravirtual interface.
@@ -37,20 +42,8 @@ const DEBUG_VECTOR: u32 = 1;
 /// DR6: single step.
 const DR6_BS: u64 = 1 << 14;
 
-/// How many vCPUs there are, and how many of them are halted for good.
-#[derive(Debug)]
-pub struct Halted {
-    count: AtomicU32,
-    vcpus: u32,
-}
-
-impl Halted {
-    /// For `vcpus` vCPUs, none halted.
-    #[must_use]
-    pub fn new(vcpus: u32) -> Arc<Self> {
-        Arc::new(Self { count: AtomicU32::new(0), vcpus })
-    }
-}
+/// RFLAGS: interrupts enabled.
+const RFLAGS_IF: u64 = 1 << 9;
 
 /// A vCPU with all that its thread needs.
 pub struct Runner<V> {
@@ -60,6 +53,7 @@ pub struct Runner<V> {
     emulator: emulate::Config,
     counters: Arc<Counters>,
     halted: Arc<Halted>,
+    /// Whether this vCPU was halted for good when that was last known.
     is_halted: bool,
     /// A vector that the 8259s gave out and the vCPU could not take yet.
     acknowledged: Option<u8>,
@@ -93,7 +87,7 @@ impl<V: Vcpu> Runner<V> {
             emulator: emulate::Config { phys_bits, gib_pages, ..emulate::Config::default() },
             counters: Arc::clone(counters),
             halted: Arc::clone(halted),
-            is_halted: false,
+            is_halted: halted.at_start(id as usize),
             acknowledged: None,
             window_open: false,
             window_requested: false,
@@ -149,11 +143,10 @@ impl<V: Vcpu> Runner<V> {
     }
 
     fn handle(&mut self, exit: &Exit) -> Result<(), Stop> {
-        let count = |kind| self.counters.count(kind);
-        if self.is_halted && !matches!(exit.reason, AxVCpuExitReason::Halt | AxVCpuExitReason::Interrupted) {
-            self.is_halted = false;
-            self.halted.count.fetch_sub(1, Ordering::AcqRel);
+        if self.is_halted && !matches!(exit.reason, AxVCpuExitReason::Halt) {
+            self.look_whether_halted(&exit.reason)?;
         }
+        let count = |kind| self.counters.count(kind);
         match exit.reason {
             AxVCpuExitReason::IoRead { port, width } => {
                 count(UserExit::PortRead);
@@ -203,12 +196,9 @@ impl<V: Vcpu> Runner<V> {
             }
             AxVCpuExitReason::Halt => {
                 count(UserExit::Halt);
-                // Only NMI and INIT can wake it, and only another vCPU sends those.
-                if !self.is_halted {
-                    self.is_halted = true;
-                    if self.halted.count.fetch_add(1, Ordering::AcqRel) + 1 == self.halted.vcpus {
-                        return Err(Stop::Halted);
-                    }
+                self.is_halted = true;
+                if self.halted.halts(self.id as usize, |other| self.machine.control.kick(other)) {
+                    return Err(Stop::Halted);
                 }
             }
             AxVCpuExitReason::Nothing
@@ -253,6 +243,27 @@ impl<V: Vcpu> Runner<V> {
                 ));
             }
         }
+        Ok(())
+    }
+
+    /// An exit of a vCPU that was halted for good: it has been woken, or is asked whether it has (see `halted.rs`).
+    fn look_whether_halted(&mut self, reason: &AxVCpuExitReason) -> Result<(), Stop> {
+        if matches!(reason, AxVCpuExitReason::Interrupted) {
+            let events: Events = self.vcpu.get()?;
+            let halted = match events.activity {
+                ACTIVITY_WAIT_FOR_SIPI => true,
+                ACTIVITY_HALTED => {
+                    events.flags & (EVENTS_NMI_PENDING | EVENTS_EVENT_PENDING) == 0
+                        && self.vcpu.general()?.rflags & RFLAGS_IF == 0
+                }
+                _ => false,
+            };
+            if halted {
+                return if self.halted.stays(self.id as usize) { Err(Stop::Halted) } else { Ok(()) };
+            }
+        }
+        self.is_halted = false;
+        self.halted.wakes(self.id as usize);
         Ok(())
     }
 
