@@ -4,9 +4,6 @@
 # Our own builds, all inside the build root and outside the checkout: the
 # module from a synchronised copy, userspace into a target directory of its own.
 
-axv_target=x86_64-unknown-linux-gnu
-axv_programs=(axvmm axvcpu-guests axvcpu-abuse)
-
 # module_path RELEASE: where the module for that kernel is.
 module_path() { printf '%s/module/%s/axvcpu.ko\n' "$axv_work" "$1"; }
 
@@ -27,7 +24,7 @@ build_module_make() {
 	mkdir -p "$dir"
 	in_root rsync --archive --delete --filter=':- .gitignore' \
 		--exclude=/.git "$axv_top/" "$dir/"
-	in_root make "-j$(nproc)" -C "$(kernel_headers "$1")" "M=$dir"
+	in_root make "-j$(nproc)" "${axv_kernel_make[@]}" -C "$(kernel_headers "$1")" "M=$dir"
 	[[ -f $dir/axvcpu.ko ]] || {
 		echo "the build left no axvcpu.ko in $dir"
 		return 1
@@ -40,8 +37,9 @@ build_programs() {
 
 build_programs_cargo() {
 	cd "$axv_top"
-	CARGO_TARGET_DIR=$axv_work/target/lab RUSTFLAGS="-C target-feature=+crt-static" \
-		in_root cargo build --release --locked --target "$axv_target" --workspace --bins
+	CARGO_TARGET_DIR=$axv_work/target/lab \
+		RUSTFLAGS=$axv_rustflags \
+		in_root cargo build --release --locked --target "$axv_target" "${axv_packages[@]}" --bins
 	local name
 	for name in "${axv_programs[@]}"; do
 		[[ -x $(program_path "$name") ]] || {

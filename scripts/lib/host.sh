@@ -8,12 +8,13 @@
 # QEMU is the build root's (see root_program): one version on every machine.
 #
 # Three channels lead out of the host: hvc0 is the session's terminal or output,
-# ttyS0 the kernel's messages (a log file), and a virtio port tells what became
-# of it all (see scripts/lab/host-init).
+# the serial port the kernel's messages (a log file), and a virtio port tells what
+# became of it all (see scripts/lab/host-init).
 
 # What a boot is made of; callers set these before host_boot.
 host_lab=qemu   # or bochs
 host_kernel=    # release; the main kernel if empty
+host_cpu=       # CPU model of an aarch64 host; if empty, neoverse-n1
 host_cpus=      # if empty, what suits the lab
 host_memory=    # MiB, the same
 host_share=     # directory to show at /share
@@ -57,8 +58,8 @@ host_overlay() {
 	done
 	printf '%s\n' "$session" >"$tree/lab/session"
 	{
-		printf 'LAB=%q SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
-			"$host_lab" "${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
+		printf 'LAB=%q ARCH=%q SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
+			"$host_lab" "$axv_arch" "${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
 		if [[ -n $host_terminal ]]; then
 			printf 'TERM=%q ROWS=%q COLUMNS=%q\n' "${TERM:-vt100}" \
 				"$(stty size | cut -d' ' -f1)" "$(stty size | cut -d' ' -f2)"
@@ -89,16 +90,39 @@ host_boot() {
 	trap - EXIT
 }
 
+# What QEMU must be told of the machine, in host_machine, and the kernel of its
+# console.
+host_machine_words() {
+	case $axv_arch in
+	x86_64)
+		host_console=ttyS0
+		if host_can_nest; then
+			host_machine=(-accel kvm -cpu host)
+		else
+			host_machine=(-accel tcg -cpu EPYC)
+		fi
+		;;
+	aarch64)
+		# Here EL2 is always emulated.
+		host_console=ttyAMA0
+		host_machine=(-accel tcg -machine "virt,virtualization=on,gic-version=3"
+			-cpu "${host_cpu:-neoverse-n1}")
+		;;
+	esac
+}
+
 # host_run_qemu RUN: one boot, in the directory that holds its files. Sets the status
 # of host_boot.
 host_run_qemu() {
 	local run=$1 fs_pid=''
+	host_machine_words
 	local -a qemu=(
+		"${host_machine[@]}"
 		-nodefaults -no-user-config -display none -no-reboot
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
 		-smp "${host_cpus:=2}" -m "${host_memory:=2048}"
 		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
-		-append "console=ttyS0 loglevel=7 panic=-1 oops=panic"
+		-append "console=$host_console loglevel=7 panic=-1 oops=panic"
 		-chardev "file,id=log,path=$host_log" -serial chardev:log
 		-device virtio-serial-pci
 		-device "virtconsole,chardev=session"
@@ -106,11 +130,6 @@ host_run_qemu() {
 		-device "virtserialport,chardev=control,name=axvcpu.control"
 		-device virtio-rng-pci
 	)
-	if host_can_nest; then
-		qemu+=(-accel kvm -cpu host)
-	else
-		qemu+=(-accel tcg -cpu EPYC)
-	fi
 	if [[ -n $host_terminal ]]; then
 		qemu+=(-chardev "stdio,id=session,mux=on,signal=off"
 			-mon chardev=session -echr 0x1e)
@@ -129,7 +148,7 @@ host_run_qemu() {
 		host_wait_for "$run/share" "$fs_pid" || die "virtiofsd did not start: $(<"$run/share.log")"
 	fi
 
-	root_program_words usr/bin/qemu-system-x86_64
+	root_program_words "usr/bin/qemu-system-$axv_arch"
 	qemu=("${root_words[@]}" "${qemu[@]}")
 	((host_limit == 0)) ||
 		qemu=(timeout --foreground --kill-after=5 "$host_limit" "${qemu[@]}")

@@ -2,13 +2,12 @@
 # shellcheck shell=bash
 #
 # The initramfs images of lab host and guest: BusyBox, an init script of ours,
-# and for the host a few stock modules, the guest's files and our programs.
+# and for the host a few stock modules (axv_host_modules), the guest's files and our
+# programs.
 #
 # An image is a cpio archive; several one behind the other are one image to the
 # kernel. So the parts that change (module, programs, session) are kept apart
 # from those that do not.
-
-axv_host_modules=(kvm-amd kvm-intel vfat loop)
 
 busybox() { "$axv_root/usr/bin/busybox" "$@"; }
 
@@ -34,12 +33,12 @@ image_make() {
 	rm -rf "$tree"
 
 	mkdir -p "$tree/guest/bin"
-	cp "$axv_root/usr/bin/busybox" "$tree/guest/bin/"
+	cp "$axv_busybox" "$tree/guest/bin/"
 	install -m 755 "$axv_top/scripts/lab/guest-init" "$tree/guest/init"
 	image_pack "$tree/guest" "$dir/guest.img"
 
 	mkdir -p "$tree/host/bin" "$tree/host/lab/guest" "$tree/host/etc"
-	cp "$axv_root/usr/bin/busybox" "$tree/host/bin/"
+	cp "$axv_busybox" "$tree/host/bin/"
 	install -m 755 "$axv_top/scripts/lab/host-init" "$tree/host/init"
 	printf 'root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n' >"$tree/host/etc/passwd"
 	printf 'root:x:0:\nuser:x:1000:\n' >"$tree/host/etc/group"

@@ -7,7 +7,7 @@
 # kernel's Rust crates; `make prepare` in the matching source tree makes it
 # again with the very compiler Debian used, and it is copied into the headers.
 
-axv_kernel_pin=7.3.4+deb13-cloud-amd64
+axv_kernel_pin=7.3.4+deb13-cloud # and the architecture
 axv_kernel_second=7.2 # newest of this series, for `scripts/test kernels`
 
 # kernel_dir RELEASE: vmlinuz and lib/modules of a kernel.
@@ -19,18 +19,19 @@ kernel_headers() { printf '/usr/src/linux-headers-%s\n' "$1"; }
 # Releases the archive offers, newest first, optionally of one series.
 kernel_releases() {
 	in_root_as_root apt-cache pkgnames linux-headers- |
-		sed -n "s/^linux-headers-\(${1-[0-9]*}[0-9.]*+deb13-cloud-amd64\)$/\1/p" |
+		sed -n "s/^linux-headers-\(${1-[0-9]*}[0-9.]*+deb13-cloud-$axv_debian_arch\)$/\1/p" |
 		sort --version-sort --reverse
 }
 
 # Takes the pinned kernel, else the newest one with CONFIG_RUST. The choice is
 # kept in a file: a kernel once set up stays until the pin changes.
 kernel_choose() {
-	step kernel-choice "$(key_of "$axv_kernel_pin" "$(code_of kernel_choose_main)" </dev/null)" \
-		"Kernel choice" kernel_choose_main
-	axv_kernel=$(<"$axv_cache/kernel-main")
-	[[ $axv_kernel == "$axv_kernel_pin" ]] ||
-		say "Kernel $axv_kernel_pin is gone from the archive; using $axv_kernel."
+	local pin=$axv_kernel_pin-$axv_debian_arch
+	step "$axv_choice" "$(key_of "$pin" "$(code_of kernel_choose_main)" </dev/null)" \
+		"Kernel choice" kernel_choose_main "$pin"
+	axv_kernel=$(<"$axv_cache/$axv_choice")
+	[[ $axv_kernel == "$pin" ]] ||
+		say "Kernel $pin is gone from the archive; using $axv_kernel."
 }
 
 kernel_choose_main() {
@@ -39,11 +40,11 @@ kernel_choose_main() {
 	mapfile -t candidates < <(kernel_releases)
 	printf 'offered: %s\n' "${candidates[*]}"
 	local release
-	for release in "$axv_kernel_pin" "${candidates[@]}"; do
+	for release in "$1" "${candidates[@]}"; do
 		[[ " ${candidates[*]} " == *" $release "* ]] || continue
 		kernel_install_headers "$release"
 		if grep -qx 'CONFIG_RUST=y' "$axv_root$(kernel_headers "$release")/.config"; then
-			kernel_record kernel-main "$release"
+			kernel_record "$axv_choice" "$release"
 			return
 		fi
 	done
@@ -125,13 +126,14 @@ kernel_metadata() {
 	in_root dpkg-deb --extract linux-source-*.deb deb
 	in_root tar --extract --strip-components=1 --file deb/usr/src/linux-source-*.tar.xz
 	cp "$axv_root$headers/.config" .config
-	local -a make=(make "-j$(nproc)" CC=x86_64-linux-gnu-gcc-14)
+	local -a make=(make "-j$(nproc)" "${axv_kernel_make[@]}" "CC=$axv_triple-gcc-14")
 	in_root "${make[@]}" olddefconfig
 	in_root "${make[@]}" prepare
 	in_root_as_root mkdir -p "$headers/rust" "$headers/scripts"
 	# shellcheck disable=SC2016 # expanded by the inner shell
-	in_root_as_root sh -c 'cp rust/*.rmeta rust/*.so "$1/rust/" && cp scripts/target.json "$1/scripts/"' \
-		sh "$headers"
+	in_root_as_root sh -c 'cp rust/*.rmeta rust/*.so "$1/rust/"' sh "$headers"
+	# Where the compiler knows the kernel's target by name there is no description of it.
+	[[ ! -f scripts/target.json ]] || in_root_as_root cp scripts/target.json "$headers/scripts/"
 	cd /
 	rm -rf "$work"
 }

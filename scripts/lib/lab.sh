@@ -12,6 +12,8 @@ axv_lib=$(dirname -- "${BASH_SOURCE[0]}")
 . "$axv_lib/packages.sh"
 # shellcheck source=lib/root.sh
 . "$axv_lib/root.sh"
+# shellcheck source=lib/arch.sh
+. "$axv_lib/arch.sh"
 # shellcheck source=lib/kernel.sh
 . "$axv_lib/kernel.sh"
 # shellcheck source=lib/build.sh
@@ -23,12 +25,13 @@ axv_lib=$(dirname -- "${BASH_SOURCE[0]}")
 # shellcheck source=lib/bochs.sh
 . "$axv_lib/bochs.sh"
 
-# Machine, build root and the main kernel (axv_kernel).
+# Machine, build root and the main kernel (axv_kernel), for the architecture chosen.
 lab_prepare() {
 	packages_check_machine
 	cache_lock
 	packages_install
 	root_make
+	arch_prepare
 	kernel_choose
 	kernel_prepare "$axv_kernel"
 }
