@@ -28,10 +28,10 @@ use vcpu_core::{
     regions::{Region, RegionMap},
     AccessFlags, AxError, GuestPhysAddr, HostPhysAddr,
 };
-use x86_vcpu::{Capabilities, NestedTable};
 
 use crate::{
     abi,
+    arch::{self, NestedTable},
     fd::{FdObject, FileOperations},
     ffi::{self, GuestPage},
     notifier::{Invalidate, Notifier},
@@ -109,11 +109,9 @@ impl AddressSpace {
         for _ in 0..MAX_REGIONS {
             slots.push(Region::default(), GFP_KERNEL_ACCOUNT)?;
         }
-        let caps = Capabilities::host();
-        let backend = x86_vcpu::detect().map_err(abi::errno)?;
         let mut retired = Retired::default();
         let mut memory = Memory { spare: &mut spare, retired: &mut retired };
-        let table = NestedTable::new(backend, caps.npt_levels, &mut memory).map_err(abi::errno)?;
+        let (table, limit) = arch::new_table(&mut memory).map_err(abi::errno)?;
         let root = table.root();
         let state =
             State { regions: RegionMap::new(Slots(slots)), table: Some(table), retired, changes: Changes::default() };
@@ -123,7 +121,7 @@ impl AddressSpace {
             try_pin_init!(&this in Self {
                 generation: AtomicU64::new(1),
                 root,
-                limit: 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit()),
+                limit,
                 vm,
                 state <- new_spinlock!(state),
                 // SAFETY: The notifier is a field of the pinned object it points to, initialised last and dropped first.

@@ -2,26 +2,26 @@
 //! The kernel module: `/dev/axvcpu`.
 //!
 //! What is where: `device` and `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
-//! that runs a guest, `regs` register sets, `shared` what threads and interrupts may touch of a vCPU at any time,
-//! `timer` and `clock` its time, `notifier` and `tables` what an address space is made of, `backends`, `percpu` and
-//! `hal` the host as the backends see it, `ffi` the calls into C. The backends themselves are the crate `x86_vcpu`, the rules of the trait
-//! and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
+//! that runs a guest, `shared` what threads and interrupts may touch of a vCPU at any time, `timer` its time, `notifier`
+//! and `tables` what an address space is made of, `percpu` and `hal` the host as the backends see it, `ffi` the calls into
+//! C. What only one architecture has is in `arch`: `x86/`. The backends themselves are the crate `x86_vcpu`, the rules
+//! of the trait and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
 //!
 //! Locks, outermost first: `Vm::creation`, `Vcpu::inner` (never both), `AddressSpace::state`.
 
 use kernel::prelude::*;
 
 mod abi;
+#[cfg(CONFIG_X86_64)]
+#[path = "x86/mod.rs"]
+mod arch;
 mod aspace;
-mod backends;
-mod clock;
 mod device;
 mod fd;
 mod ffi;
 mod hal;
 mod notifier;
 mod percpu;
-mod regs;
 mod run;
 mod runpage;
 mod shared;
@@ -44,13 +44,13 @@ struct Axvcpu {
     // First, so that nobody can open the device any more when the rest goes.
     #[pin]
     device: device::Device,
-    backends: Option<backends::Backends>,
+    backends: Option<arch::Backends>,
 }
 
 impl kernel::InPlaceModule for Axvcpu {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            backends: backends::Backends::new()?,
+            backends: arch::Backends::new()?,
             device <- device::Device::register(),
         })
     }

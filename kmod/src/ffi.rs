@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The functions of `helpers.c`: the calls into the C side of the kernel that its Rust bindings cannot make. Each is
-//! wrapped once, in a safe function where that is possible; the other files use these wrappers only.
+//! wrapped once, in a safe function where that is possible; the other files use these wrappers only. Some of them each
+//! architecture implements in its own way, in `x86/helpers.c`.
 
 use kernel::{bindings, prelude::*, types::Opaque};
 
@@ -41,9 +42,8 @@ mod raw {
             data: *const core::ffi::c_void,
         ) -> i32;
         pub(super) fn axvcpu_wake(wait: *mut bindings::rcuwait);
-        pub(super) fn axvcpu_mitigations() -> u32;
-        pub(super) fn axvcpu_tsc_khz() -> u32;
-        pub(super) fn axvcpu_tsc_stable() -> bool;
+        pub(super) fn axvcpu_fpu_begin();
+        pub(super) fn axvcpu_fpu_end();
     }
 }
 
@@ -280,51 +280,20 @@ impl WaitPoint {
     }
 }
 
-/// Frequency of the host's time-stamp counter, in kHz.
-pub(crate) fn tsc_khz() -> u32 {
-    // SAFETY: Reads a variable that is constant after boot.
-    unsafe { raw::axvcpu_tsc_khz() }
+/// Saves the current user's FPU state and lends the FPU to the caller, with preemption off.
+///
+/// # Safety
+/// Process context, and the FPU is not lent already. [`fpu_end`] follows.
+pub(crate) unsafe fn fpu_begin() {
+    // SAFETY: The caller's promise.
+    unsafe { raw::axvcpu_fpu_begin() }
 }
 
-/// Whether the host trusts its time-stamp counters to agree and not to stop.
-pub(crate) fn tsc_stable() -> bool {
-    // SAFETY: Reads a variable.
-    unsafe { raw::axvcpu_tsc_stable() }
-}
-
-/// What the host has decided to do against speculative execution attacks by guests.
-#[derive(Clone, Copy)]
-pub(crate) struct Mitigations(u32);
-
-impl Mitigations {
-    /// The host's decision, which is final after boot.
-    pub(crate) fn of_host() -> Self {
-        // SAFETY: Reads the CPU's feature flags.
-        Self(unsafe { raw::axvcpu_mitigations() })
-    }
-
-    /// Clear the CPU's buffers before each entry.
-    pub(crate) fn clear_buffers(self) -> bool {
-        self.0 & 1 != 0
-    }
-
-    /// Refill the return stack buffer after each exit.
-    pub(crate) fn refill_rsb(self) -> bool {
-        self.0 >> 1 & 1 != 0
-    }
-
-    /// Untrain return predictions after each exit.
-    pub(crate) fn untrain_returns(self) -> bool {
-        self.0 >> 2 & 1 != 0
-    }
-
-    /// Branch prediction barrier after each exit.
-    pub(crate) fn barrier_at_exit(self) -> bool {
-        self.0 >> 3 & 1 != 0
-    }
-
-    /// Branch prediction barrier before userspace runs on a CPU that ran a guest (VMSCAPE).
-    pub(crate) fn barrier_before_user(self) -> bool {
-        self.0 >> 4 & 1 != 0
-    }
+/// Gives the FPU back.
+///
+/// # Safety
+/// Pairs with [`fpu_begin`].
+pub(crate) unsafe fn fpu_end() {
+    // SAFETY: The caller's promise.
+    unsafe { raw::axvcpu_fpu_end() }
 }

@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The host as the core and the backends see it.
-
-use core::ptr::NonNull;
+//! The host as the core sees it. What the backends ask for beyond that is in `arch`.
 
 use kernel::bindings;
 use vcpu_core::{AxVCpuHal, HostPhysAddr};
-use x86_vcpu::{Mitigations, PermissionMaps, X86Hal, X86PerCpu};
 
-use crate::{backends, ffi, percpu};
+use crate::ffi;
 
 /// Linux.
 pub(crate) enum Host {}
@@ -39,37 +36,11 @@ impl AxVCpuHal for Host {
 
     fn fpu_begin() {
         // SAFETY: Process context, and not nested: the caller is the vCPU's window, of which a thread has one at a time.
-        unsafe { bindings::kernel_fpu_begin_mask(0) }
+        unsafe { ffi::fpu_begin() }
     }
 
     fn fpu_end() {
         // SAFETY: Pairs with `fpu_begin`.
-        unsafe { bindings::kernel_fpu_end() }
-    }
-}
-
-impl X86Hal for Host {
-    fn per_cpu() -> NonNull<X86PerCpu<Self>> {
-        percpu::current()
-    }
-
-    fn maps() -> &'static PermissionMaps<Self> {
-        backends::maps()
-    }
-
-    fn tsc_khz() -> u32 {
-        ffi::tsc_khz()
-    }
-
-    fn mitigations() -> Mitigations {
-        let host = ffi::Mitigations::of_host();
-        Mitigations {
-            clear_buffers: host.clear_buffers(),
-            refill_rsb: host.refill_rsb(),
-            untrain_returns: host.untrain_returns(),
-            barrier_at_exit: host.barrier_at_exit(),
-            // Linux' own decision about vCPU switches is not to be seen by modules: always.
-            branch_barrier: true,
-        }
+        unsafe { ffi::fpu_end() }
     }
 }

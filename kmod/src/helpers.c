@@ -2,7 +2,8 @@
 /*
  * C side of ffi.rs: inline functions and macros of the kernel that Rust cannot
  * call, and functions that the kernel's bindings leave out. One call each, no
- * policy; what a function may be called from is said in ffi.rs.
+ * policy; what a function may be called from is said in ffi.rs. What each
+ * architecture does in its own way is in x86/helpers.c.
  */
 #include <linux/anon_inodes.h>
 #include <linux/entry-virt.h>
@@ -16,8 +17,6 @@
 #include <linux/smp.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
-#include <asm/cpufeature.h>
-#include <asm/tsc.h>
 
 #include "helpers.h"
 
@@ -146,13 +145,6 @@ int axvcpu_handle_work(void)
 	return xfer_to_guest_mode_handle_work();
 }
 
-void axvcpu_send_ipi(int cpu)
-{
-	if (get_cpu() != cpu && cpu_online(cpu))
-		arch_smp_send_reschedule(cpu);
-	put_cpu();
-}
-
 static void axvcpu_nothing(void *unused)
 {
 }
@@ -171,32 +163,4 @@ int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *d
 void axvcpu_wake(struct rcuwait *wait)
 {
 	rcuwait_wake_up(wait);
-}
-
-/* The bits are those of Mitigations in ffi.rs. */
-unsigned int axvcpu_mitigations(void)
-{
-	unsigned int bits = 0;
-
-	if (boot_cpu_has(X86_FEATURE_CLEAR_CPU_BUF_VM))
-		bits |= 1 << 0;
-	if (boot_cpu_has(X86_FEATURE_RSB_VMEXIT) || boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE))
-		bits |= 1 << 1;
-	if (boot_cpu_has(X86_FEATURE_UNRET))
-		bits |= 1 << 2;
-	if (boot_cpu_has(X86_FEATURE_IBPB_ON_VMEXIT))
-		bits |= 1 << 3;
-	if (boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER))
-		bits |= 1 << 4;
-	return bits;
-}
-
-unsigned int axvcpu_tsc_khz(void)
-{
-	return tsc_khz;
-}
-
-bool axvcpu_tsc_stable(void)
-{
-	return !check_tsc_unstable();
 }

@@ -28,12 +28,19 @@ void axvcpu_irq_disable(void);
 void axvcpu_irq_enable(void);
 bool axvcpu_work_pending(void);
 int axvcpu_handle_work(void);
-void axvcpu_send_ipi(int cpu);
 void axvcpu_interrupt_and_wait(int cpu);
 int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *data);
 void axvcpu_wake(struct rcuwait *wait);
+
+/* Each architecture's own. */
+void axvcpu_send_ipi(int cpu);
+void axvcpu_fpu_begin(void);
+void axvcpu_fpu_end(void);
+
+#ifdef CONFIG_X86_64
 unsigned int axvcpu_mitigations(void);
 unsigned int axvcpu_tsc_khz(void);
 bool axvcpu_tsc_stable(void);
+#endif
 
 #endif

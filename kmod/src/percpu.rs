@@ -12,11 +12,8 @@ use core::{
 
 use kernel::{alloc::KVVec, bindings, cpu, prelude::*};
 use vcpu_core::AxArchPerCpu;
-use x86_vcpu::X86PerCpu;
 
-use crate::{abi, ffi, hal::Host};
-
-type Record = X86PerCpu<Host>;
+use crate::{abi, arch::PerCpu as Record, ffi};
 
 /// The records by CPU number, while [`PerCpu`] exists; otherwise null.
 static TABLE: AtomicPtr<AtomicPtr<Record>> = AtomicPtr::new(ptr::null_mut());

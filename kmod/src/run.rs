@@ -11,15 +11,12 @@ use core::sync::atomic::Ordering;
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
 use kernel::prelude::*;
 use vcpu_core::{AxError, AxVCpuHal, VCpuState};
-use x86_vcpu::{
-    apic::{Message, TimerUpdate},
-    Reply, X86VCpu,
-};
 
 use crate::{
     abi,
+    arch::{self, Reply, TimerUpdate},
     aspace::{AddressSpace, Fault},
-    ffi::{self, IrqOff, Mitigations, PreemptOff},
+    ffi::{self, IrqOff, PreemptOff},
     hal::Host,
     shared::bump,
     vcpu::{Inner, Vcpu},
@@ -133,10 +130,8 @@ impl Vcpu {
         inner.vcpu.bind().map_err(abi::errno)?;
         let stop = self.guest_turns(inner, &pinned);
         let unbound = inner.vcpu.unbind().map_err(abi::errno);
-        if Mitigations::of_host().barrier_before_user() {
-            // Preemption may let another task's user code run here at once, so there is no later place for it.
-            x86_vcpu::branch_barrier();
-        }
+        // Preemption may let another task's user code run here at once, so there is no later place for it.
+        arch::barrier_before_user();
         drop(pinned);
         let stop = stop?;
         unbound?;
@@ -162,7 +157,7 @@ impl Vcpu {
             }
         };
         // A vCPU that has failed has left by itself, and cannot be asked to.
-        let left = inner.vcpu.arch_mut().map_or(Ok(()), X86VCpu::leave).map_err(abi::errno);
+        let left = inner.vcpu.arch_mut().map_or(Ok(()), arch::VCpu::leave).map_err(abi::errno);
         drop(in_guest);
         drop(irq_off);
         left.and(stop)
@@ -199,56 +194,14 @@ impl Vcpu {
         })
     }
 
-    /// Lets the host timer follow the local APIC's.
-    fn set_timer(&self, inner: &mut Inner) {
+    /// Lets the host timer follow the guest's.
+    pub(crate) fn set_timer(&self, inner: &mut Inner) {
         let Ok(arch) = inner.vcpu.arch_mut() else { return };
         match arch.timer_update() {
             TimerUpdate::Unchanged => {}
             TimerUpdate::Cancel => inner.timer.cancel(),
             TimerUpdate::Arm(at) => inner.timer.arm(at.saturating_sub(Host::now_ns())),
         }
-    }
-
-    /// The guest wrote its interrupt command register.
-    fn send_ipi(&self, inner: &Inner, destination: u64, command: u64) {
-        let Ok(arch) = inner.vcpu.arch() else { return };
-        if let Some(message) = Message::from_icr(destination << 32 | command & 0xffff_ffff, true) {
-            self.vm.route(&message, Some(arch.apic_id()));
-        }
-    }
-
-    /// After an access to the local APIC by ioctl: what the registers set in motion.
-    pub(crate) fn after_apic(&self, inner: &mut Inner) {
-        self.set_timer(inner);
-        let Ok(arch) = inner.vcpu.arch_mut() else { return };
-        if let Some((destination, command)) = arch.take_ipi() {
-            self.send_ipi(inner, destination, command);
-        }
-    }
-
-    /// Fills the run page for the user.
-    fn show_exit(&self, inner: &mut Inner, exit: Exit) {
-        let page = &self.page;
-        page.set_exit(exit.encode());
-        let Ok(arch) = inner.vcpu.arch() else { return };
-        let mut state = 0;
-        if arch.interrupt_window_open() {
-            state |= abi_run::STATE_INTERRUPT_WINDOW_OPEN;
-        }
-        if arch.user_mode() {
-            state |= abi_run::STATE_USER_MODE;
-        }
-        page.set_general(arch.general());
-        if matches!(exit, Exit::NestedPageFault { .. } | Exit::IoString { .. }) {
-            page.set_control(arch.control());
-            page.set_segments(arch.segments());
-            let insn = arch.insn_info();
-            page.set_insn(insn.bytes);
-            page.set_insn_len(insn.len.into());
-            page.set_next_rip(insn.next_rip);
-            state |= abi_run::STATE_SNAPSHOT_VALID;
-        }
-        page.set_state(state);
     }
 
     /// Copies what others may read without the mutex.
@@ -271,7 +224,7 @@ impl Vcpu {
 
 /// Has the guest's TLB flushed if translations went away since it was last. The vCPU is marked as in the guest.
 #[inline]
-fn flush_if_moved(arch: &mut X86VCpu<Host>, aspace: &AddressSpace, seen: &mut u64) {
+fn flush_if_moved(arch: &mut arch::VCpu, aspace: &AddressSpace, seen: &mut u64) {
     let now = aspace.generation();
     if *seen != now {
         *seen = now;

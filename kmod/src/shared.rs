@@ -13,9 +13,11 @@ use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, O
 use axvcpu_uapi::vcpu::{ExitKind, VcpuStats};
 use kernel::prelude::*;
 use vcpu_core::VCpuState;
-use x86_vcpu::apic::Mailbox;
 
-use crate::ffi::{self, IrqOff, WaitPoint};
+use crate::{
+    arch::Mailbox,
+    ffi::{self, IrqOff, WaitPoint},
+};
 
 /// `cpu` of a vCPU that is in no guest.
 const OUTSIDE: u32 = u32::MAX;
@@ -24,7 +26,7 @@ const OUTSIDE: u32 = u32::MAX;
 pub(crate) struct Shared {
     /// Number in the VM.
     pub(crate) id: u32,
-    /// Interrupts and other events for its local APIC.
+    /// Interrupts and other events for it.
     pub(crate) mailbox: Mailbox,
     /// A kick that no `RUN` has taken yet.
     kick: AtomicBool,

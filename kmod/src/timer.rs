@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The host timer behind a vCPU's local APIC timer: when it expires it posts and wakes, nothing more.
+//! The host timer behind a vCPU's timer: when it expires it posts and wakes, nothing more.
 
 use kernel::{
     impl_has_hr_timer,

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A vCPU: the object behind its file descriptor, and its ioctls but for `RUN` (`run.rs`) and the register sets (`regs.rs`).
+//! A vCPU: the object behind its file descriptor, and its ioctls but for `RUN` (`run.rs`) and what each architecture does in
+//! its own way (`arch`).
 //!
 //! Locks: `inner`, a mutex, is held by every ioctl but `KICK` and `VCPU_STATS`, and by `RUN` as long as it lasts; nobody waits
 //! for it (`EALREADY`). Under it: the address space's spin lock.
 
 use axvcpu_uapi::{
     ioctl,
-    vcpu::{self as abi_vcpu, ApicAccess, Entry, EptRoot, Event, Gpr, RegisterSet, Setup},
-    x86::CpuidEntry,
+    vcpu::{self as abi_vcpu, Entry, EptRoot, Gpr, RegisterSet},
 };
 use kernel::{
     mm::virt::VmaNew,
@@ -18,23 +18,19 @@ use kernel::{
     sync::{Arc, ArcBorrow, Mutex},
 };
 use vcpu_core::{AxError, AxVCpu, GuestPhysAddr};
-use x86_vcpu::{X86CreateConfig, X86SetupConfig, X86VCpu};
 
 use crate::{
     abi,
+    arch::{self, regs},
     aspace::AddressSpace,
     fd::{self, FdObject, FileOperations},
     hal::Host,
-    regs,
     runpage::Page,
     shared::Shared,
     tables::Spare,
     timer::Timer,
     vm::{Member, Vm},
 };
-
-/// CPUID entries per vCPU.
-pub(crate) const MAX_CPUID_ENTRIES: u32 = x86_vcpu::cpuid::MAX_ENTRIES as u32;
 
 /// A vCPU.
 #[pin_data]
@@ -48,13 +44,14 @@ pub(crate) struct Vcpu {
 
 /// What belongs to the thread that works on the vCPU.
 pub(crate) struct Inner {
-    pub(crate) vcpu: AxVCpu<X86VCpu<Host>, Host>,
+    pub(crate) vcpu: AxVCpu<arch::VCpu, Host>,
     pub(crate) aspace: Option<Arc<AddressSpace>>,
     pub(crate) timer: Timer,
     /// Frames for the next nested page fault.
     pub(crate) spare: Spare,
     /// The generation of the address space's translations that the TLB was flushed for last.
     pub(crate) seen_generation: u64,
+    /// The interrupt controller's part of the vCPU is in the kernel, and with it the sleep of a halted guest.
     pub(crate) in_kernel_apic: bool,
 }
 
@@ -68,7 +65,7 @@ impl Vcpu {
     #[inline(never)] // A stack frame of its own, gone when the caller goes on.
     pub(crate) fn new(vm: Arc<Vm>, shared: Arc<Shared>) -> Result<Arc<Self>> {
         let inner = Inner {
-            vcpu: AxVCpu::new(X86CreateConfig { vcpu_id: shared.id }).map_err(abi::errno)?,
+            vcpu: AxVCpu::new(arch::create_config(shared.id)).map_err(abi::errno)?,
             aspace: None,
             timer: Timer::new(shared.clone())?,
             spare: Spare::empty(),
@@ -99,47 +96,9 @@ impl Vcpu {
         Ok(0)
     }
 
-    fn setup(&self, inner: &mut Inner, arg: Setup) -> Result<isize> {
-        abi::must_be_zero(&arg.reserved)?;
-        if arg.flags & !abi_vcpu::SETUP_IN_KERNEL_APIC != 0 || arg.cpuid_count > MAX_CPUID_ENTRIES {
-            return Err(EINVAL);
-        }
-        let in_kernel_apic = arg.flags & abi_vcpu::SETUP_IN_KERNEL_APIC != 0;
-        let read = |index| {
-            let addr = abi::element::<CpuidEntry>(arg.cpuid_addr, index);
-            addr.and_then(abi::read::<CpuidEntry>).map_err(|_| AxError::BadAddress)
-        };
-        let cpuid = x86_vcpu::load_cpuid::<Host>(arg.cpuid_count as usize, read).map_err(abi::errno)?;
-        let tsc_origin = self.vm.time_base().host_tsc;
-        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic, tsc_origin }).map_err(abi::errno)?;
-        inner.in_kernel_apic = in_kernel_apic;
-        // Publishes who the vCPU is: INIT and start-up messages may come before its first `RUN`.
-        inner.vcpu.arch_mut().map_err(abi::errno)?.prepare(&self.shared.mailbox);
-        self.publish(inner);
-        Ok(0)
-    }
-
-    fn apic_access(inner: &mut Inner, addr: usize) -> Result<isize> {
-        let mut arg: ApicAccess = abi::read(addr)?;
-        abi::must_be_zero(&[arg.reserved.into()])?;
-        if arg.flags & !abi_vcpu::APIC_WRITE != 0 || arg.offset >= 4096 {
-            return Err(EINVAL);
-        }
-        let write = (arg.flags & abi_vcpu::APIC_WRITE != 0).then_some(arg.value);
-        let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
-        arg.value = arch.apic_access(arg.offset, write).map_err(abi::errno)?;
-        abi::write(addr, arg)?;
-        Ok(0)
-    }
-
-    fn inject(inner: &mut Inner, event: Event) -> Result<isize> {
-        inner.vcpu.arch_mut().map_err(abi::errno)?.inject(&event).map_err(abi::errno)?;
-        Ok(0)
-    }
-
     fn set_gpr(inner: &mut Inner, arg: Gpr) -> Result<isize> {
         abi::must_be_zero(&[arg.reserved.into()])?;
-        if arg.reg >= 16 {
+        if arg.reg >= arch::GENERAL_REGISTERS {
             return Err(EINVAL);
         }
         inner.vcpu.set_gpr(arg.reg as usize, arg.value as usize).map_err(abi::errno)?;
@@ -181,13 +140,7 @@ impl FdObject for Vcpu {
                 this.publish(inner);
                 result
             }
-            ioctl::INJECT => Self::inject(inner, abi::read(arg)?),
-            ioctl::APIC_ACCESS => {
-                let result = Self::apic_access(inner, arg);
-                this.after_apic(inner);
-                result
-            }
-            _ => Err(ENOTTY),
+            _ => arch::vcpu_ioctl(&this, inner, cmd, arg),
         }
     }
 

@@ -15,13 +15,12 @@ use kernel::{
     seq_print,
     sync::{aref::ARef, Arc, ArcBorrow, Mutex, SetOnce},
 };
-use x86_vcpu::{apic::Message, pvclock::TimeBase};
 
 use crate::{
     abi,
+    arch::{self, VmState},
     aspace::AddressSpace,
     fd::{self, FdObject, FileOperations},
-    ffi,
     shared::Shared,
     vcpu::Vcpu,
 };
@@ -49,7 +48,7 @@ pub(crate) struct Vm {
     creation: Mutex<()>,
     vcpus: AtomicU32,
     address_spaces: AtomicU32,
-    time_base: TimeBase,
+    arch: VmState,
     pub(crate) stats: Stats,
 }
 
@@ -80,7 +79,7 @@ impl Vm {
                 creation <- new_mutex!(()),
                 vcpus: AtomicU32::new(0),
                 address_spaces: AtomicU32::new(0),
-                time_base: TimeBase::new(x86_vcpu::read_tsc(), ffi::tsc_khz(), ffi::tsc_stable()),
+                arch: arch::new_vm(),
                 stats: Stats::default(),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -94,9 +93,9 @@ impl Vm {
         &self.mm
     }
 
-    /// When the VM's paravirtual clocks started.
-    pub(crate) fn time_base(&self) -> &TimeBase {
-        &self.time_base
+    /// What the architecture keeps for the VM.
+    pub(crate) fn arch(&self) -> &VmState {
+        &self.arch
     }
 
     /// Refuses callers of other processes.
@@ -115,12 +114,6 @@ impl Vm {
     /// All vCPUs.
     pub(crate) fn vcpus(&self) -> impl Iterator<Item = &Arc<Shared>> + Clone {
         self.slots.iter().filter_map(SetOnce::as_ref)
-    }
-
-    /// Delivers an interrupt message to the vCPUs it addresses. `sender` is the APIC id of the vCPU that sends it, if one
-    /// does. From any context. Returns whether any vCPU accepted it.
-    pub(crate) fn route(&self, message: &Message, sender: Option<u32>) -> bool {
-        message.route(sender, self.vcpus(), |vcpu| &vcpu.mailbox, |vcpu| vcpu.notify()) > 0
     }
 
     fn create_vcpu(this: ArcBorrow<'_, Self>, arg: abi_vm::CreateVcpu) -> Result<isize> {
@@ -145,12 +138,6 @@ impl Vm {
             return Err(ENOSPC);
         }
         fd::install(AddressSpace::new(this.into())?)
-    }
-
-    fn signal_msi(&self, arg: abi_vm::Msi) -> Result<isize> {
-        abi::must_be_zero(&[arg.flags.into()])?;
-        let message = Message::from_msi(arg.address, arg.data).map_err(|_| EINVAL)?;
-        Ok(self.route(&message, None).into())
     }
 
     fn statistics(&self) -> abi_vm::VmStats {
@@ -243,8 +230,7 @@ impl FdObject for Vm {
         match cmd {
             ioctl::CREATE_ADDRESS_SPACE => Self::create_address_space(this, abi::read(arg)?),
             ioctl::CREATE_VCPU => Self::create_vcpu(this, abi::read(arg)?),
-            ioctl::SIGNAL_MSI => this.signal_msi(abi::read(arg)?),
-            _ => Err(ENOTTY),
+            _ => arch::vm_ioctl(&this, cmd, arg),
         }
     }
 

@@ -23,7 +23,7 @@ impl Vcpu {
     pub(crate) fn update_clock(&self, inner: &mut Inner) {
         let Ok(arch) = inner.vcpu.arch_mut() else { return };
         let Some(aspace) = &inner.aspace else { return };
-        let base = self.vm.time_base();
+        let base = self.vm.arch();
         while let Some(update) =
             arch.clock_update(base, || real_time_ns().wrapping_sub(base.system_ns(x86_vcpu::read_tsc())))
         {

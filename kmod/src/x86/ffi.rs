@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The functions of `x86/helpers.c` that only x86 has.
+
+mod raw {
+    extern "C" {
+        pub(super) fn axvcpu_mitigations() -> u32;
+        pub(super) fn axvcpu_tsc_khz() -> u32;
+        pub(super) fn axvcpu_tsc_stable() -> bool;
+    }
+}
+
+/// Frequency of the host's time-stamp counter, in kHz.
+pub(crate) fn tsc_khz() -> u32 {
+    // SAFETY: Reads a variable that is constant after boot.
+    unsafe { raw::axvcpu_tsc_khz() }
+}
+
+/// Whether the host trusts its time-stamp counters to agree and not to stop.
+pub(crate) fn tsc_stable() -> bool {
+    // SAFETY: Reads a variable.
+    unsafe { raw::axvcpu_tsc_stable() }
+}
+
+/// What the host has decided to do against speculative execution attacks by guests.
+#[derive(Clone, Copy)]
+pub(crate) struct Mitigations(u32);
+
+impl Mitigations {
+    /// The host's decision, which is final after boot.
+    pub(crate) fn of_host() -> Self {
+        // SAFETY: Reads the CPU's feature flags.
+        Self(unsafe { raw::axvcpu_mitigations() })
+    }
+
+    /// Clear the CPU's buffers before each entry.
+    pub(crate) fn clear_buffers(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    /// Refill the return stack buffer after each exit.
+    pub(crate) fn refill_rsb(self) -> bool {
+        self.0 >> 1 & 1 != 0
+    }
+
+    /// Untrain return predictions after each exit.
+    pub(crate) fn untrain_returns(self) -> bool {
+        self.0 >> 2 & 1 != 0
+    }
+
+    /// Branch prediction barrier after each exit.
+    pub(crate) fn barrier_at_exit(self) -> bool {
+        self.0 >> 3 & 1 != 0
+    }
+
+    /// Branch prediction barrier before userspace runs on a CPU that ran a guest (VMSCAPE).
+    pub(crate) fn barrier_before_user(self) -> bool {
+        self.0 >> 4 & 1 != 0
+    }
+}

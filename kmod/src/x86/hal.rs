@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The host as the x86 backends see it.
+
+use core::ptr::NonNull;
+
+use x86_vcpu::{Mitigations, PermissionMaps, X86Hal, X86PerCpu};
+
+use super::{backends, ffi};
+use crate::{hal::Host, percpu};
+
+impl X86Hal for Host {
+    fn per_cpu() -> NonNull<X86PerCpu<Self>> {
+        percpu::current()
+    }
+
+    fn maps() -> &'static PermissionMaps<Self> {
+        backends::maps()
+    }
+
+    fn tsc_khz() -> u32 {
+        ffi::tsc_khz()
+    }
+
+    fn mitigations() -> Mitigations {
+        let host = ffi::Mitigations::of_host();
+        Mitigations {
+            clear_buffers: host.clear_buffers(),
+            refill_rsb: host.refill_rsb(),
+            untrain_returns: host.untrain_returns(),
+            barrier_at_exit: host.barrier_at_exit(),
+            // Linux' own decision about vCPU switches is not to be seen by modules: always.
+            branch_barrier: true,
+        }
+    }
+}

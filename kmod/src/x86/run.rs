@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The part of `RUN` that is x86's own: inter-processor interrupts through the local APIC, and what the run page shows.
+
+use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run};
+use x86_vcpu::apic::Message;
+
+use crate::vcpu::{Inner, Vcpu};
+
+impl Vcpu {
+    /// The guest wrote its interrupt command register.
+    pub(crate) fn send_ipi(&self, inner: &Inner, destination: u64, command: u64) {
+        let Ok(arch) = inner.vcpu.arch() else { return };
+        if let Some(message) = Message::from_icr(destination << 32 | command & 0xffff_ffff, true) {
+            self.vm.route(&message, Some(arch.apic_id()));
+        }
+    }
+
+    /// After an access to the local APIC by ioctl: what the registers set in motion.
+    pub(crate) fn after_apic(&self, inner: &mut Inner) {
+        self.set_timer(inner);
+        let Ok(arch) = inner.vcpu.arch_mut() else { return };
+        if let Some((destination, command)) = arch.take_ipi() {
+            self.send_ipi(inner, destination, command);
+        }
+    }
+
+    /// Fills the run page for the user.
+    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: Exit) {
+        let page = &self.page;
+        page.set_exit(exit.encode());
+        let Ok(arch) = inner.vcpu.arch() else { return };
+        let mut state = 0;
+        if arch.interrupt_window_open() {
+            state |= abi_run::STATE_INTERRUPT_WINDOW_OPEN;
+        }
+        if arch.user_mode() {
+            state |= abi_run::STATE_USER_MODE;
+        }
+        page.set_general(arch.general());
+        if matches!(exit, Exit::NestedPageFault { .. } | Exit::IoString { .. }) {
+            page.set_control(arch.control());
+            page.set_segments(arch.segments());
+            let insn = arch.insn_info();
+            page.set_insn(insn.bytes);
+            page.set_insn_len(insn.len.into());
+            page.set_next_rip(insn.next_rip);
+            state |= abi_run::STATE_SNAPSHOT_VALID;
+        }
+        page.set_state(state);
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The part of a VM that is x86's own: interrupt messages between its local APICs, and when its clocks started.
+
+use axvcpu_uapi::{ioctl, vm as abi_vm};
+use kernel::prelude::*;
+use x86_vcpu::{apic::Message, pvclock::TimeBase};
+
+use super::ffi;
+use crate::{abi, vm::Vm};
+
+/// When the VM's paravirtual clocks started.
+pub(crate) type VmState = TimeBase;
+
+/// The state of a new VM.
+pub(crate) fn new_vm() -> VmState {
+    TimeBase::new(x86_vcpu::read_tsc(), ffi::tsc_khz(), ffi::tsc_stable())
+}
+
+/// An ioctl of a VM that only x86 has.
+///
+/// # Errors
+/// `ENOTTY` for an unknown number, and those of each.
+pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
+    match cmd {
+        ioctl::SIGNAL_MSI => vm.signal_msi(abi::read(arg)?),
+        _ => Err(ENOTTY),
+    }
+}
+
+impl Vm {
+    /// Delivers an interrupt message to the vCPUs it addresses. `sender` is the APIC id of the vCPU that sends it, if one
+    /// does. From any context. Returns whether any vCPU accepted it.
+    pub(crate) fn route(&self, message: &Message, sender: Option<u32>) -> bool {
+        message.route(sender, self.vcpus(), |vcpu| &vcpu.mailbox, |vcpu| vcpu.notify()) > 0
+    }
+
+    fn signal_msi(&self, arg: abi_vm::Msi) -> Result<isize> {
+        abi::must_be_zero(&[arg.flags.into()])?;
+        let message = Message::from_msi(arg.address, arg.data).map_err(|_| EINVAL)?;
+        Ok(self.route(&message, None).into())
+    }
+}
