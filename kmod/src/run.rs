@@ -130,8 +130,6 @@ impl Vcpu {
         inner.vcpu.bind().map_err(abi::errno)?;
         let stop = self.guest_turns(inner, &pinned);
         let unbound = inner.vcpu.unbind().map_err(abi::errno);
-        // Preemption may let another task's user code run here at once, so there is no later place for it.
-        arch::barrier_before_user();
         drop(pinned);
         let stop = stop?;
         unbound?;

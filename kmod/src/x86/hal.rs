@@ -28,6 +28,7 @@ impl X86Hal for Host {
             refill_rsb: host.refill_rsb(),
             untrain_returns: host.untrain_returns(),
             barrier_at_exit: host.barrier_at_exit(),
+            barrier_before_user: host.barrier_before_user(),
             // Linux' own decision about vCPU switches is not to be seen by modules: always.
             branch_barrier: true,
         }

@@ -40,11 +40,3 @@ pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable,
     let table = NestedTable::new(x86_vcpu::detect()?, caps.npt_levels, memory)?;
     Ok((table, 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit())))
 }
-
-/// Lets userspace not be steered by what a guest has taught the branch predictors, where the host fears that. At the end
-/// of a window, with preemption off.
-pub(crate) fn barrier_before_user() {
-    if ffi::Mitigations::of_host().barrier_before_user() {
-        x86_vcpu::branch_barrier();
-    }
-}

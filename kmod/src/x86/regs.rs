@@ -14,7 +14,7 @@ use kernel::{
     prelude::*,
     uaccess::{UserPtr, UserSlice},
 };
-use x86_vcpu::{Capabilities, X86VCpu};
+use x86_vcpu::X86VCpu;
 
 use crate::{abi, hal::Host, vcpu::Inner};
 
@@ -39,7 +39,7 @@ pub(crate) fn get(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
         }
         SET_MSRS => get_msrs(inner.vcpu.arch_mut().map_err(abi::errno)?, &arg),
         SET_XSAVE => {
-            let mut area = xsave_area(&arg)?;
+            let mut area = xsave_area(arch, &arg)?;
             arch.xsave_to(&mut area).map_err(abi::errno)?;
             UserSlice::new(UserPtr::from_addr(addr), area.len()).writer().write_slice(&area)
         }
@@ -64,7 +64,7 @@ pub(crate) fn set(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
         SET_LOCAL_APIC => arch.set_local_apic(&take(&arg, addr)?),
         SET_MSRS => return set_msrs(arch, &arg).map(|()| 0),
         SET_XSAVE => {
-            let mut area = xsave_area(&arg)?;
+            let mut area = xsave_area(arch, &arg)?;
             UserSlice::new(UserPtr::from_addr(addr), area.len()).reader().read_slice(&mut area)?;
             arch.xsave_from(&area)
         }
@@ -93,8 +93,8 @@ fn check_len<T: AbiStruct>(arg: &RegisterSet) -> Result {
 }
 
 /// A buffer for the XSAVE area, if the caller's has the right size.
-fn xsave_area(arg: &RegisterSet) -> Result<KVVec<u8>> {
-    let size = Capabilities::host().xsave_size;
+fn xsave_area(arch: &Arch, arg: &RegisterSet) -> Result<KVVec<u8>> {
+    let size = arch.xsave_size();
     if arg.len != size {
         return Err(EINVAL);
     }

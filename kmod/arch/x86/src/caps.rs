@@ -6,7 +6,6 @@ use vcpu_core::npt::Levels;
 use vcpu_core::AxError;
 
 use crate::cpu::{self, Cpuid};
-use crate::msr::{PRED_CMD, PRED_CMD_IBPB};
 use crate::regs::{cr4, efer, xcr0};
 use crate::vmx::capabilities::{Missing, Msrs, VmxCapabilities};
 
@@ -105,14 +104,6 @@ pub fn in_use() -> bool {
 /// The host's time-stamp counter.
 pub fn read_tsc() -> u64 {
     cpu::rdtsc()
-}
-
-/// Makes the CPU forget the branch predictions that were trained before. Kernel context. Nothing on a CPU that cannot.
-pub fn branch_barrier() {
-    if Capabilities::host().branch_barrier {
-        // SAFETY: Kernel context, and the CPU has PRED_CMD.
-        unsafe { cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB) };
-    }
 }
 
 /// What the CPU can do for guests. All CPUs of a machine are taken to be alike.

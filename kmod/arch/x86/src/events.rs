@@ -130,6 +130,12 @@ pub(crate) struct Plan {
     pub(crate) nmi_window: bool,
 }
 
+impl Plan {
+    /// No event, and no wish.
+    pub(crate) const NOTHING: Self =
+        Self { inject: None, address: None, acknowledge: false, interrupt_window: false, nmi_window: false };
+}
+
 /// The events of one vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Events {
@@ -281,8 +287,7 @@ impl Events {
     /// Decides on the next entry, and takes out what it injects. `apic` is the interrupt that the local APIC would deliver,
     /// `accepts_pic` whether it lets interrupts of userspace's 8259 through.
     pub(crate) fn plan(&mut self, situation: Situation, apic: Option<u8>, accepts_pic: bool) -> Plan {
-        let mut plan =
-            Plan { inject: None, address: None, acknowledge: false, interrupt_window: false, nmi_window: false };
+        let mut plan = Plan::NOTHING;
         let mut apic = apic;
         if let Some(event) = self.event.take() {
             plan.inject = Some(event);

@@ -40,6 +40,8 @@ pub struct Mitigations {
     pub untrain_returns: bool,
     /// Indirect branch prediction barrier after each exit (Linux: `X86_FEATURE_IBPB_ON_VMEXIT`).
     pub barrier_at_exit: bool,
+    /// Indirect branch prediction barrier before userspace runs on a CPU that ran a guest (Linux: `X86_FEATURE_IBPB_EXIT_TO_USER`).
+    pub barrier_before_user: bool,
 }
 
 impl Default for Mitigations {
@@ -50,6 +52,7 @@ impl Default for Mitigations {
             branch_barrier: true,
             untrain_returns: false,
             barrier_at_exit: false,
+            barrier_before_user: false,
         }
     }
 }

@@ -4,21 +4,25 @@
 //!
 //! Nothing here knows a kernel: frames, time, the FPU and per-CPU storage come through [`X86Hal`]. What does not execute
 //! privileged instructions runs in ordinary tests and under Miri. What does is in `cpu.rs` and `vmx/instructions.rs` (single
-//! instructions), `svm/switch.rs` and `vmx/switch.rs` (the world switches).
+//! instructions), `switch.rs`, `svm/switch.rs` and `vmx/switch.rs` (the world switches).
 //!
-//! - `state` is the part of a vCPU that is the same for all backends, over `state::Registers`, which a backend implements;
-//!   `msr`, `regs`, `events`, `fpu`, `length` and `linear` belong to it, and the public modules.
-//! - `svm` is the backend for AMD, `vmx` the one for Intel.
+//! - `backend` says what a virtualization extension does, in the architecture's terms: `svm` does it on AMD, `vmx` on Intel.
+//! - `vcpu` is all that is the same for both: `state` the vCPU but for its registers, `exit` a turn of the guest and what is done
+//!   about its end, `window` and `debug` what is switched between host and guest beside the backend's control block; `msr`,
+//!   `regs`, `events`, `fpu`, `length`, `linear` and the public modules belong to it.
 #![no_std]
 
 #[cfg(test)]
 extern crate std;
 
 pub mod apic;
+mod backend;
 mod caps;
 mod cpu;
 pub mod cpuid;
+mod debug;
 mod events;
+mod exit;
 pub mod fault;
 mod fpu;
 mod frame;
@@ -33,17 +37,18 @@ pub mod pvclock;
 mod regs;
 mod state;
 mod svm;
+mod switch;
 mod table;
 #[cfg(test)]
 mod testing;
 mod vcpu;
 mod vmx;
+mod window;
 
-pub use caps::{branch_barrier, detect, extension, in_use, missing_feature, read_tsc, Backend, Capabilities};
+pub use caps::{detect, extension, in_use, missing_feature, read_tsc, Backend, Capabilities};
+pub use exit::Reply;
 pub use hal::{Mitigations, X86Hal};
 pub use percpu::X86PerCpu;
-pub use state::Reply;
-pub use svm::{PermissionMaps, SvmVCpu};
+pub use svm::PermissionMaps;
 pub use table::NestedTable;
 pub use vcpu::{load_cpuid, supported_cpuid, InsnInfo, X86CreateConfig, X86SetupConfig, X86VCpu};
-pub use vmx::VmxVCpu;

@@ -19,7 +19,8 @@ use crate::state::{Guest, Registers};
 const TSC: u32 = msr::IA32_TIME_STAMP_COUNTER;
 const PAT: u32 = msr::IA32_PAT;
 const EFER: u32 = msr::IA32_EFER;
-const TSC_AUX: u32 = 0xc000_0103;
+/// TSC_AUX.
+pub(crate) const TSC_AUX: u32 = 0xc000_0103;
 const TSC_ADJUST: u32 = 0x3b;
 /// SPEC_CTRL.
 pub(crate) const SPEC_CTRL: u32 = 0x48;

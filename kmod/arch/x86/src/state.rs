@@ -2,20 +2,28 @@
 //! The part of a vCPU that is the same whatever the backend: [`Guest`]; and the part that the backend's hardware structure
 //! holds, as the rest of the crate sees it: [`Registers`].
 
-use axvcpu_uapi::x86::Segment;
-use vcpu_core::{AxError, AxResult, AxVCpuExitReason};
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::apic::{Clock, Effect, Lapic, Mailbox, Mode};
+use axvcpu_uapi::vcpu::ExitKind;
+use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RDX};
+use vcpu_core::{AxError, AxResult, AxVCpuExitReason, HostPhysAddr};
+
+use crate::apic::{Clock, Config, Effect, Lapic, Mailbox};
+use crate::backend::Backend;
 use crate::caps::Capabilities;
 use crate::cpu;
-use crate::cpuid::{CpuidTable, Dynamic};
-use crate::events::{Activity, Events, Injection, Situation};
+use crate::cpuid::{CpuidTable, Feature};
+use crate::debug::DebugRegisters;
+use crate::events::{Activity, Events, Situation};
+use crate::exit::Pending;
 use crate::fpu::Fpu;
 use crate::hal::X86Hal;
 use crate::msr::Msrs;
 use crate::mtrr::Mtrr;
 use crate::pvclock::PvClock;
-use crate::regs::{rflags, segment, xcr0, Limits, DR6_BS};
+use crate::regs::{cr0, rflags, segment, xcr0, Limits, DR6_FIXED, DR7_FIXED};
+use crate::vcpu::X86SetupConfig;
+use crate::window::HostState;
 
 /// IA32_APIC_BASE of a vCPU whose local APIC is userspace's.
 const APIC_BASE_RESET: u64 = 0xfee0_0800;
@@ -41,16 +49,24 @@ pub(crate) trait Registers {
     fn set_rflags(&mut self, value: u64);
     fn cr0(&self) -> u64;
     fn set_cr0(&mut self, value: u64);
+    fn cr2(&self) -> u64;
+    fn set_cr2(&mut self, value: u64);
     fn cr3(&self) -> u64;
+    fn set_cr3(&mut self, value: u64);
     fn cr4(&self) -> u64;
     fn set_cr4(&mut self, value: u64);
     /// EFER as the guest sees it.
     fn efer(&self) -> u64;
     fn set_efer(&mut self, value: u64);
+    fn segments(&self) -> Segments;
+    /// Sets all segments; the CPL becomes the DPL of SS.
+    fn set_segments(&mut self, segments: &Segments);
     fn cs(&self) -> Segment;
     fn cpl(&self) -> u8;
     fn dr6(&self) -> u64;
     fn set_dr6(&mut self, value: u64);
+    fn dr7(&self) -> u64;
+    fn set_dr7(&mut self, value: u64);
     /// The interrupt shadow of STI and MOV SS.
     fn shadow(&self) -> bool;
     fn set_shadow(&mut self, shadow: bool);
@@ -74,34 +90,48 @@ pub(crate) fn is_long_code(regs: &impl Registers) -> bool {
     regs.efer() & crate::regs::efer::LMA != 0 && regs.cs().attributes & segment::L != 0
 }
 
-/// What an exit to userspace has left open, to be finished with its answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pending {
-    /// Nothing.
-    None,
-    /// IN: the value goes to the low `bytes` of RAX.
-    Input { bytes: usize },
-    /// RDMSR at `rip`: the value goes to EDX:EAX, or #GP.
-    MsrRead { rip: u64 },
-    /// WRMSR at `rip`: done, or #GP.
-    MsrWrite { rip: u64 },
-    /// A hypercall: the value goes to RAX.
-    Hypercall,
-}
+/// The last identity given to a vCPU. 0 is none.
+static IDENTITIES: AtomicU64 = AtomicU64::new(0);
 
-/// An answer from userspace.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reply {
-    /// The value read, or the hypercall's result.
-    pub value: u64,
-    /// Refuse an access to a system register: the guest gets #GP(0).
-    pub fault: bool,
+/// Segments after reset, with CS based at `code_base`. The TSS is a 32-bit one: with a 16-bit one in TR some CPUs refuse to enter
+/// long mode (SDM vol. 2, MOV to control registers), and start-up code may do so before it loads TR.
+fn segments_at_reset(code_base: u64, selector: u16) -> Segments {
+    /// Attributes of a present, accessed, writable data segment.
+    const DATA16: u16 = 0x93;
+    /// Attributes of a present, accessed, readable code segment.
+    const CODE16: u16 = 0x9b;
+    /// Attributes of a present LDT.
+    const LDT: u16 = 0x82;
+    /// Attributes of a present, busy 32-bit TSS.
+    const TSS32: u16 = 0x8b;
+    let flat = Segment { base: 0, limit: 0xffff, selector: 0, attributes: DATA16 };
+    let table = DescriptorTable { base: 0, limit: 0xffff, reserved: [0; 3] };
+    Segments {
+        es: flat,
+        cs: Segment { base: code_base, selector, attributes: CODE16, ..flat },
+        ss: flat,
+        ds: flat,
+        fs: flat,
+        gs: flat,
+        ldtr: Segment { attributes: LDT, ..flat },
+        tr: Segment { attributes: TSS32, ..flat },
+        gdtr: table,
+        idtr: table,
+    }
 }
 
 /// A vCPU, but for the registers that the hardware structure holds.
 pub(crate) struct Guest<H: X86Hal> {
     pub(crate) caps: Capabilities,
     pub(crate) vcpu_id: u32,
+    /// Unique in the system, for ever.
+    pub(crate) identity: u64,
+    /// Where it starts: below 4 GiB.
+    pub(crate) entry: u64,
+    /// The nested page table, of [`Capabilities::npt_levels`] levels.
+    pub(crate) root: HostPhysAddr,
+    /// It has a CPU, until it is unbound.
+    pub(crate) bound: bool,
     /// `None` until it is set up.
     pub(crate) cpuid: Option<CpuidTable<H>>,
     pub(crate) limits: Limits,
@@ -116,13 +146,20 @@ pub(crate) struct Guest<H: X86Hal> {
     pub(crate) clock: PvClock,
     pub(crate) fpu: Fpu<H>,
     pub(crate) xcr0: u64,
-    /// DR0 to DR3, while they are not in the CPU.
-    pub(crate) breakpoints: [u64; 4],
+    pub(crate) debug: DebugRegisters,
+    /// The host's FPU state in a window.
+    pub(crate) host: HostState,
     /// What is added to the host's TSC.
     pub(crate) tsc_offset: u64,
     pub(crate) pending: Pending,
     /// An interrupt command that an access to the xAPIC page has left, for [`take_ipi`](Self::take_ipi).
     ipi: Option<u64>,
+    /// Of the last exit.
+    pub(crate) exit_kind: ExitKind,
+    /// Events injected.
+    pub(crate) injections: u64,
+    /// TLB flushes asked of the CPU, fresh identifiers of translations included.
+    pub(crate) tlb_flushes: u64,
 }
 
 impl<H: X86Hal> Guest<H> {
@@ -130,6 +167,10 @@ impl<H: X86Hal> Guest<H> {
         Ok(Self {
             caps,
             vcpu_id,
+            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed).wrapping_add(1),
+            entry: 0,
+            root: HostPhysAddr::new(0),
+            bound: false,
             cpuid: None,
             limits: Limits { phys_bits: 36, cr4: 0, efer: 0, xcr0: 0 },
             lapic: None,
@@ -141,11 +182,92 @@ impl<H: X86Hal> Guest<H> {
             clock: PvClock::new(),
             fpu: Fpu::new(&caps)?,
             xcr0: xcr0::X87,
-            breakpoints: [0; 4],
+            debug: DebugRegisters::default(),
+            host: HostState::default(),
             tsc_offset: 0,
             pending: Pending::None,
             ipi: None,
+            exit_kind: ExitKind::Other,
+            injections: 0,
+            tlb_flushes: 0,
         })
+    }
+
+    // --- Life ---
+
+    /// Completes the vCPU. May sleep.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`].
+    pub(crate) fn setup(&mut self, hw: &mut impl Backend<H>, config: X86SetupConfig<H>) -> AxResult {
+        let X86SetupConfig { cpuid, in_kernel_apic, tsc_origin } = config;
+        self.limits = Limits::new(&cpuid, self.caps.xcr0);
+        self.lapic = match in_kernel_apic {
+            true => Some(Lapic::new(Config {
+                id: self.vcpu_id,
+                boot_processor: self.vcpu_id == 0,
+                x2apic: cpuid.has(Feature::X2APIC),
+                tsc_deadline: cpuid.has(Feature::TSC_DEADLINE),
+            })?),
+            false => None,
+        };
+        self.tsc_offset = tsc_origin.wrapping_neg();
+        hw.regs_mut().set_tsc_offset(self.tsc_offset);
+        self.cpuid = Some(cpuid);
+        hw.setup(self);
+        let entry = self.entry;
+        self.reset(hw, entry & 0xffff_0000, (entry >> 4) as u16 & 0xf000, entry & 0xffff);
+        let waits = in_kernel_apic && self.vcpu_id != 0;
+        self.events.reset(if waits { Activity::WaitForSipi } else { Activity::Running });
+        Ok(())
+    }
+
+    /// Registers as after reset or INIT (APM vol. 2 table 14-1, SDM vol. 3 table 10-1), about to execute at `code_base + rip` in
+    /// real mode. Caches are on after reset, as firmware leaves them.
+    fn reset(&mut self, hw: &mut impl Backend<H>, code_base: u64, selector: u16, rip: u64) {
+        let signature = self.cpuid.as_ref().map_or(0, CpuidTable::signature);
+        let regs = hw.regs_mut();
+        regs.set_segments(&segments_at_reset(code_base, selector));
+        // INIT keeps CD and NW as they are.
+        regs.set_cr0(cr0::ET | regs.cr0() & (cr0::CD | cr0::NW));
+        regs.set_cr2(0);
+        regs.set_cr3(0);
+        regs.set_cr4(0);
+        regs.set_efer(0);
+        regs.set_dr6(DR6_FIXED);
+        regs.set_dr7(DR7_FIXED);
+        regs.set_rflags(rflags::FIXED);
+        regs.set_rip(rip);
+        regs.set_shadow(false);
+        for register in 0..16 {
+            regs.set_gpr(register, 0);
+        }
+        regs.set_gpr(RDX, signature.into());
+        regs.flush_tlb();
+        self.debug.set([0; 4]);
+        hw.forget();
+    }
+
+    /// INIT: the boot processor starts at the reset vector, the others wait for a start-up IPI.
+    fn init(&mut self, hw: &mut impl Backend<H>) {
+        self.reset(hw, 0xffff_0000, 0xf000, 0xfff0);
+        let boot_processor = self.vcpu_id == 0;
+        self.events.reset(if boot_processor { Activity::Running } else { Activity::WaitForSipi });
+        self.set_cr8(0);
+        self.pending = Pending::None;
+    }
+
+    /// Takes what was posted.
+    pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
+        let (init, sipi) = self.collect(mailbox);
+        if init {
+            self.init(hw);
+        }
+        if let Some(vector) = sipi.filter(|_| self.events.activity() == Activity::WaitForSipi) {
+            self.reset(hw, u64::from(vector) << 12, u16::from(vector) << 8, 0);
+            self.events.set_activity(Activity::Running);
+        }
+        self.update_activity(hw.regs());
     }
 
     // --- Clocks and the local APIC ---
@@ -247,7 +369,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// Takes what was posted. True if the vCPU must be put into the state after INIT; then, or if it already waits, the vector
     /// of a start-up IPI comes with it.
-    pub(crate) fn collect(&mut self, mailbox: &Mailbox) -> (bool, Option<u8>) {
+    fn collect(&mut self, mailbox: &Mailbox) -> (bool, Option<u8>) {
         let posted = match self.with_lapic(|lapic, clock| lapic.collect(mailbox, clock)) {
             Some(posted) => posted,
             None => mailbox.take(|_, _, _| {}),
@@ -272,95 +394,6 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn window_open(&self, regs: &impl Registers) -> bool {
         self.accepts_pic_interrupt() && self.events.window_open(self.situation(regs))
     }
-
-    // --- Instructions ---
-
-    /// Goes on behind an instruction that has been executed for the guest.
-    pub(crate) fn advance(&mut self, regs: &mut impl Registers, next_rip: u64) {
-        // Outside of 64-bit code the instruction pointer has 32 bits.
-        regs.set_rip(if is_long_code(regs) { next_rip } else { next_rip & 0xffff_ffff });
-        regs.set_shadow(false);
-        let flags = regs.rflags();
-        regs.set_rflags(flags & !rflags::RF);
-        if flags & rflags::TF != 0 {
-            regs.set_dr6(regs.dr6() | DR6_BS);
-            self.events.raise_trap();
-        }
-    }
-
-    /// #GP(0) at the current instruction.
-    pub(crate) fn general_protection(&mut self) {
-        self.events.raise(Injection::GENERAL_PROTECTION);
-    }
-
-    /// #UD at the current instruction.
-    pub(crate) fn undefined(&mut self) {
-        self.events.raise(Injection::UNDEFINED);
-    }
-
-    /// Answers CPUID.
-    pub(crate) fn cpuid(&mut self, regs: &mut impl Registers) {
-        use axvcpu_uapi::x86::{RAX, RBX, RCX, RDX};
-        let dynamic = Dynamic {
-            cr4: regs.cr4(),
-            xcr0: self.xcr0,
-            apic_enabled: self
-                .lapic
-                .as_ref()
-                .map_or(self.apic_base & 1 << 11 != 0, |lapic| lapic.mode() != Mode::Disabled),
-            apic_id: self.apic_id(),
-        };
-        let Some(table) = &self.cpuid else { return };
-        let answer = table.lookup(regs.gpr(RAX) as u32, regs.gpr(RCX) as u32, &dynamic);
-        regs.set_gpr(RAX, answer.eax.into());
-        regs.set_gpr(RBX, answer.ebx.into());
-        regs.set_gpr(RCX, answer.ecx.into());
-        regs.set_gpr(RDX, answer.edx.into());
-    }
-
-    /// XSETBV: whether XCR0 has a new value; otherwise #GP is due.
-    pub(crate) fn xsetbv(&mut self, regs: &impl Registers) -> bool {
-        use axvcpu_uapi::x86::{RAX, RCX, RDX};
-        let value = regs.gpr(RDX) << 32 | regs.gpr(RAX) & 0xffff_ffff;
-        let valid = regs.cpl() == 0 && regs.gpr(RCX) as u32 == 0 && self.limits.xcr0_valid(value);
-        if valid {
-            self.xcr0 = value;
-        }
-        valid
-    }
-
-    /// Finishes what the last exit left open.
-    pub(crate) fn complete(&mut self, regs: &mut impl Registers, reply: Reply) {
-        use axvcpu_uapi::x86::{RAX, RDX};
-        match core::mem::replace(&mut self.pending, Pending::None) {
-            Pending::None => {}
-            Pending::Input { bytes } => {
-                let old = regs.gpr(RAX);
-                regs.set_gpr(RAX, merge(old, reply.value, bytes));
-            }
-            Pending::MsrRead { rip } | Pending::MsrWrite { rip } if reply.fault => {
-                // The access has not happened: back to the instruction, and no trap for having completed it.
-                regs.set_rip(rip);
-                self.events.cancel_trap();
-                self.general_protection();
-            }
-            Pending::MsrRead { .. } => {
-                regs.set_gpr(RAX, reply.value & 0xffff_ffff);
-                regs.set_gpr(RDX, reply.value >> 32);
-            }
-            Pending::MsrWrite { .. } => {}
-            Pending::Hypercall => regs.set_gpr(RAX, reply.value),
-        }
-    }
-}
-
-/// `old` with its low `bytes` replaced, as an instruction of that operand size writes a register: 4 bytes clear the upper half.
-fn merge(old: u64, value: u64, bytes: usize) -> u64 {
-    match bytes {
-        1 => old & !0xff | value & 0xff,
-        2 => old & !0xffff | value & 0xffff,
-        _ => value & 0xffff_ffff,
-    }
 }
 
 #[cfg(test)]
@@ -375,13 +408,5 @@ mod tests {
         for bad in [0xfee0_0801, 0xfee0_0400, 0xfee0_0a00, 1 << 52] {
             assert!(!apic_base_valid(bad), "{bad:#x}");
         }
-    }
-
-    #[test]
-    fn input_replaces_as_much_of_rax_as_the_instruction_does() {
-        let old = 0x1122_3344_5566_7788;
-        assert_eq!(merge(old, !0, 1), 0x1122_3344_5566_77ff);
-        assert_eq!(merge(old, !0, 2), 0x1122_3344_5566_ffff);
-        assert_eq!(merge(old, 0xaaaa_bbbb_cccc_dddd, 4), 0xcccc_dddd);
     }
 }

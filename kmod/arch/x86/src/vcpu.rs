@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! [`X86VCpu`]: a vCPU of whichever backend the CPU has, as the module uses it.
+//! [`X86VCpu`]: a vCPU of whichever backend the CPU has, as the module uses it. What it consists of is in `state.rs`, how it
+//! runs in `exit.rs`; this file is the interface.
 
 use axvcpu_uapi::vcpu::{Event, ExitKind};
-use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Segments};
-use vcpu_core::{AxArchVCpu, AxResult, AxVCpuExitReason, GuestPhysAddr, HostPhysAddr};
+use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Segments, EVENTS_INTERRUPT_SHADOW};
+use vcpu_core::{AxArchVCpu, AxError, AxResult, AxVCpuExitReason, GuestPhysAddr, HostPhysAddr};
 
-use crate::apic::{Mailbox, TimerUpdate};
+use crate::apic::{Lapic, Mailbox, TimerUpdate};
+use crate::backend::Backend as _;
 use crate::caps::{detect, Backend, Capabilities};
 use crate::cpu;
 use crate::cpuid::{self, CpuidTable};
+use crate::exit::Reply;
+use crate::frame::Framed;
 use crate::hal::X86Hal;
+use crate::msr::Access;
 use crate::pvclock::{ClockUpdate, TimeBase};
-use crate::state::Reply;
-use crate::svm::SvmVCpu;
-use crate::vmx::VmxVCpu;
+use crate::regs::{check_debug, cr0, rflags, virtual_8086_in_long_mode};
+use crate::state::{Guest, Registers};
+use crate::svm::Svm;
+use crate::vmx::Vmx;
 
 /// What [`AxArchVCpu::new`] needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,18 +50,24 @@ pub struct InsnInfo {
 }
 
 /// A vCPU. Small: what is big lives in frames.
-pub enum X86VCpu<H: X86Hal> {
+pub struct X86VCpu<H: X86Hal> {
+    guest: Framed<Guest<H>, H>,
+    hardware: Hardware<H>,
+}
+
+/// The backend's part.
+enum Hardware<H: X86Hal> {
     /// On AMD SVM.
-    Svm(SvmVCpu<H>),
+    Svm(Svm<H>),
     /// On Intel VMX.
-    Vmx(VmxVCpu<H>),
+    Vmx(Vmx<H>),
 }
 
 macro_rules! on {
-    ($self:ident, $vcpu:ident => $body:expr) => {
-        match $self {
-            X86VCpu::Svm($vcpu) => $body,
-            X86VCpu::Vmx($vcpu) => $body,
+    ($hardware:expr, $hw:ident => $body:expr) => {
+        match $hardware {
+            Hardware::Svm($hw) => $body,
+            Hardware::Vmx($hw) => $body,
         }
     };
 }
@@ -65,39 +77,61 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
     type SetupConfig = X86SetupConfig<H>;
 
     fn new(config: X86CreateConfig) -> AxResult<Self> {
-        match detect()? {
-            Backend::Svm => SvmVCpu::new(config).map(Self::Svm),
-            Backend::Vmx => VmxVCpu::new(config).map(Self::Vmx),
-        }
+        let backend = detect()?;
+        let caps = Capabilities::host();
+        Ok(Self {
+            guest: Framed::new(Guest::new(config.vcpu_id, caps)?)?,
+            hardware: match backend {
+                Backend::Svm => Hardware::Svm(Svm::new(&caps)?),
+                Backend::Vmx => Hardware::Vmx(Vmx::new()?),
+            },
+        })
     }
 
     fn set_entry(&mut self, entry: GuestPhysAddr) -> AxResult {
-        on!(self, vcpu => vcpu.set_entry(entry))
+        if entry.as_u64() >> 32 != 0 {
+            return Err(AxError::InvalidInput);
+        }
+        self.guest.entry = entry.as_u64();
+        Ok(())
     }
 
     fn set_ept_root(&mut self, ept_root: HostPhysAddr) -> AxResult {
-        on!(self, vcpu => vcpu.set_ept_root(ept_root))
+        if !ept_root.is_aligned(4096) || ept_root.as_u64() == 0 {
+            return Err(AxError::InvalidInput);
+        }
+        self.guest.root = ept_root;
+        Ok(())
     }
 
     fn setup(&mut self, config: X86SetupConfig<H>) -> AxResult {
-        on!(self, vcpu => vcpu.setup(config))
+        on!(&mut self.hardware, hw => self.guest.setup(hw, config))
     }
 
     #[inline]
     fn run(&mut self) -> AxResult<AxVCpuExitReason> {
-        on!(self, vcpu => vcpu.run())
+        on!(&mut self.hardware, hw => self.guest.run(hw))
     }
 
     fn bind(&mut self) -> AxResult {
-        on!(self, vcpu => vcpu.bind())
+        if self.guest.cpuid.is_none() {
+            return Err(AxError::NotSetUp);
+        }
+        on!(&mut self.hardware, hw => hw.open(&mut self.guest))?;
+        self.guest.bound = true;
+        Ok(())
     }
 
     fn unbind(&mut self) -> AxResult {
-        on!(self, vcpu => vcpu.unbind())
+        if !self.guest.bound {
+            return Err(AxError::NotBound);
+        }
+        self.guest.bound = false;
+        on!(&mut self.hardware, hw => hw.close(&mut self.guest))
     }
 
     fn set_gpr(&mut self, reg: usize, val: usize) {
-        on!(self, vcpu => vcpu.set_gpr(reg, val));
+        on!(&mut self.hardware, hw => hw.regs_mut().set_gpr(reg, val as u64));
     }
 }
 
@@ -105,208 +139,297 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
 /// [`general`](Self::general), [`interrupt_window_open`](Self::interrupt_window_open), [`interrupts_enabled`](Self::interrupts_enabled)
 /// and [`user_mode`](Self::user_mode), which can be asked any time.
 impl<H: X86Hal> X86VCpu<H> {
+    // --- Register sets ---
+
     /// General registers.
     pub fn general(&self) -> General {
-        on!(self, vcpu => vcpu.general())
+        on!(&self.hardware, hw => {
+            let regs = hw.regs();
+            let mut general = General { rip: regs.rip(), rflags: regs.rflags(), ..General::default() };
+            for (register, slot) in general.gpr.iter_mut().enumerate() {
+                *slot = regs.gpr(register);
+            }
+            general
+        })
     }
 
     /// Sets general registers. What the last exit left open still gets its answer by [`complete`](Self::complete).
     ///
     /// # Errors
-    /// [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister), with nothing changed; as for all sets.
+    /// [`AxError::InvalidRegister`], with nothing changed; as for all sets.
     pub fn set_general(&mut self, general: &General) -> AxResult {
-        on!(self, vcpu => vcpu.set_general(general))
+        let flags = self.guest.limits.check_general(general)?;
+        on!(&mut self.hardware, hw => {
+            let regs = hw.regs_mut();
+            if virtual_8086_in_long_mode(flags, regs.efer()) {
+                return Err(AxError::InvalidRegister);
+            }
+            for (register, &value) in general.gpr.iter().enumerate() {
+                regs.set_gpr(register, value);
+            }
+            regs.set_rip(general.rip);
+            regs.set_rflags(flags);
+        });
+        Ok(())
     }
 
     /// Segments.
     pub fn segments(&self) -> Segments {
-        on!(self, vcpu => vcpu.segments())
+        on!(&self.hardware, hw => hw.regs().segments())
     }
 
     /// Sets segments. The CPL becomes the DPL of SS.
     ///
     /// # Errors
-    /// [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister).
+    /// [`AxError::InvalidRegister`]; [`AxError::InvalidInput`] for reserved fields that are not zero.
     pub fn set_segments(&mut self, segments: &Segments) -> AxResult {
-        on!(self, vcpu => vcpu.set_segments(segments))
+        if [segments.gdtr.reserved, segments.idtr.reserved] != [[0; 3]; 2] {
+            return Err(AxError::InvalidInput);
+        }
+        on!(&mut self.hardware, hw => {
+            let regs = hw.regs_mut();
+            self.guest.limits.check_segments(segments, regs.efer())?;
+            regs.set_segments(segments);
+        });
+        Ok(())
     }
 
     /// Control registers.
     pub fn control(&self) -> Control {
-        on!(self, vcpu => vcpu.control())
+        on!(&self.hardware, hw => {
+            let regs = hw.regs();
+            Control {
+                cr0: regs.cr0(),
+                cr2: regs.cr2(),
+                cr3: regs.cr3(),
+                cr4: regs.cr4(),
+                cr8: self.guest.cr8().into(),
+                efer: regs.efer(),
+                xcr0: self.guest.xcr0,
+                apic_base: self.guest.apic_base(),
+            }
+        })
     }
 
     /// Sets control registers.
     ///
     /// # Errors
-    /// [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister).
+    /// [`AxError::InvalidRegister`].
     pub fn set_control(&mut self, control: &Control) -> AxResult {
-        on!(self, vcpu => vcpu.set_control(control))
+        let guest = &mut *self.guest;
+        on!(&mut self.hardware, hw => {
+            let regs = hw.regs_mut();
+            guest.limits.check_control(control, &regs.cs())?;
+            if virtual_8086_in_long_mode(regs.rflags(), control.efer) {
+                return Err(AxError::InvalidRegister);
+            }
+            // The last that can be refused.
+            guest.restore_apic_base(control.apic_base)?;
+            guest.set_cr8(control.cr8 as u8);
+            guest.xcr0 = control.xcr0;
+            regs.set_cr0(control.cr0 | cr0::ET);
+            regs.set_cr2(control.cr2);
+            regs.set_cr3(control.cr3);
+            regs.set_cr4(control.cr4);
+            regs.set_efer(control.efer);
+            regs.flush_tlb();
+        });
+        Ok(())
     }
 
     /// Debug registers.
     pub fn debug(&self) -> Debug {
-        on!(self, vcpu => vcpu.debug())
+        let (dr6, dr7) = on!(&self.hardware, hw => (hw.regs().dr6(), hw.regs().dr7()));
+        Debug { dr: self.guest.debug.get(), dr6, dr7 }
     }
 
     /// Sets debug registers.
     ///
     /// # Errors
-    /// [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister).
+    /// [`AxError::InvalidRegister`].
     pub fn set_debug(&mut self, debug: &Debug) -> AxResult {
-        on!(self, vcpu => vcpu.set_debug(debug))
+        let debug = check_debug(debug)?;
+        self.guest.debug.set(debug.dr);
+        on!(&mut self.hardware, hw => {
+            hw.regs_mut().set_dr6(debug.dr6);
+            hw.regs_mut().set_dr7(debug.dr7);
+        });
+        Ok(())
     }
 
     /// An MSR.
     ///
     /// # Errors
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput) for one that the kernel does not keep.
+    /// [`AxError::InvalidInput`] for one that the kernel does not keep, or that cannot be read.
     pub fn msr(&mut self, index: u32) -> AxResult<u64> {
-        on!(self, vcpu => vcpu.msr(index))
+        match on!(&mut self.hardware, hw => self.guest.read_msr(hw.regs(), index)) {
+            Access::Done(value) => Ok(value),
+            Access::Fault | Access::User => Err(AxError::InvalidInput),
+        }
     }
 
     /// Sets an MSR, under the rules that hold for the guest.
     ///
     /// # Errors
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput) for one that the kernel does not keep,
-    /// [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister) for a bad value.
+    /// [`AxError::InvalidInput`] for one that the kernel does not keep, [`AxError::InvalidRegister`] for a value that the guest
+    /// could not write.
     pub fn set_msr(&mut self, index: u32, value: u64) -> AxResult {
-        on!(self, vcpu => vcpu.set_msr(index, value))
+        if Guest::<H>::is_command(index) {
+            return Err(AxError::InvalidInput);
+        }
+        match on!(&mut self.hardware, hw => self.guest.write_msr(hw.regs_mut(), index, value)) {
+            // What writes set off beyond the register are commands, refused above.
+            Access::Done(_) => Ok(()),
+            Access::Fault => Err(AxError::InvalidRegister),
+            Access::User => Err(AxError::InvalidInput),
+        }
     }
 
-    /// Copies the XSAVE area out: [`Capabilities::xsave_size`](crate::Capabilities::xsave_size) bytes.
+    /// Copies the XSAVE area out: [`Capabilities::xsave_size`] bytes.
     ///
     /// # Errors
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput) for a buffer of another size.
+    /// [`AxError::InvalidInput`] for a buffer of another size.
     pub fn xsave_to(&self, buffer: &mut [u8]) -> AxResult {
-        on!(self, vcpu => vcpu.xsave_to(buffer))
+        self.guest.fpu.copy_to(buffer)
     }
 
     /// Replaces the XSAVE area.
     ///
     /// # Errors
-    /// As [`xsave_to`](Self::xsave_to), and [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister).
+    /// As [`xsave_to`](Self::xsave_to), and [`AxError::InvalidRegister`] for contents that the CPU would refuse.
     pub fn xsave_from(&mut self, buffer: &[u8]) -> AxResult {
-        on!(self, vcpu => vcpu.xsave_from(buffer))
+        self.guest.fpu.copy_from(buffer)
+    }
+
+    /// Size of the XSAVE area, in bytes.
+    pub fn xsave_size(&self) -> u32 {
+        self.guest.caps.xsave_size
     }
 
     /// Events and activity.
     pub fn events(&self) -> Events {
-        on!(self, vcpu => vcpu.events())
+        self.guest.events.state(on!(&self.hardware, hw => hw.regs().shadow()))
     }
 
     /// Sets events and activity.
     ///
     /// # Errors
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput).
+    /// [`AxError::InvalidInput`].
     pub fn set_events(&mut self, events: &Events) -> AxResult {
-        on!(self, vcpu => vcpu.set_events(events))
+        on!(&mut self.hardware, hw => {
+            self.guest.events.set_state(events, hw.regs().cr0() & cr0::PE != 0)?;
+            hw.regs_mut().set_shadow(events.flags & EVENTS_INTERRUPT_SHADOW != 0);
+            hw.forget();
+        });
+        Ok(())
     }
 
     /// The local APIC's registers.
     ///
     /// # Errors
-    /// [`AxError::Unsupported`](vcpu_core::AxError::Unsupported) if it is not emulated here.
+    /// [`AxError::Unsupported`] if it is not emulated here.
     pub fn local_apic(&mut self) -> AxResult<LocalApic> {
-        on!(self, vcpu => vcpu.local_apic())
+        self.guest.with_lapic(|lapic, clock| lapic.state(clock)).ok_or(AxError::Unsupported)
     }
 
     /// Sets the local APIC's registers.
     ///
     /// # Errors
-    /// As [`local_apic`](Self::local_apic), and [`AxError::InvalidRegister`](vcpu_core::AxError::InvalidRegister).
+    /// As [`local_apic`](Self::local_apic), and [`AxError::InvalidRegister`].
     pub fn set_local_apic(&mut self, state: &LocalApic) -> AxResult {
-        on!(self, vcpu => vcpu.set_local_apic(state))
+        self.guest.with_lapic(|lapic, clock| lapic.set_state(state, clock)).ok_or(AxError::Unsupported)?
     }
+
+    // --- Running ---
 
     /// Queues an event for the guest.
     ///
     /// # Errors
-    /// [`AxError::EventPending`](vcpu_core::AxError::EventPending) if one of that kind waits,
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput) for one that does not exist.
+    /// [`AxError::EventPending`] if one of that kind waits, [`AxError::InvalidInput`] for one that does not exist.
     pub fn inject(&mut self, event: &Event) -> AxResult {
-        on!(self, vcpu => vcpu.inject(event))
+        let protected_mode = on!(&self.hardware, hw => hw.regs().cr0()) & cr0::PE != 0;
+        self.guest.events.inject(event, protected_mode)
     }
 
     /// Finishes what the last exit left open; nothing if it left nothing.
     pub fn complete(&mut self, reply: Reply) {
-        on!(self, vcpu => vcpu.complete(reply));
+        on!(&mut self.hardware, hw => self.guest.complete(hw.regs_mut(), reply));
     }
 
     /// Takes what was posted to the vCPU, and publishes who it is. To be called right before [`run`](AxArchVCpu::run), with
     /// interrupts off, so that nothing posted earlier is missed.
     pub fn prepare(&mut self, mailbox: &Mailbox) {
-        on!(self, vcpu => vcpu.prepare(mailbox));
+        on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox));
     }
 
     /// Whether there is something to run for: false for a vCPU that is halted or waits for a start-up IPI, with nothing to
     /// change that.
     pub fn runnable(&mut self, mailbox: &Mailbox) -> bool {
-        on!(self, vcpu => vcpu.runnable(mailbox))
+        mailbox.pending()
+            || self.guest.msrs.interrupt_end.is_some()
+            || on!(&self.hardware, hw => self.guest.update_activity(hw.regs()))
     }
 
     /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on
     /// only while they are off is switched off. Nothing if there is nothing. When `run` fails it does so by itself.
     ///
     /// # Errors
-    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): the CPU is as it was before, the vCPU may not be.
+    /// [`AxError::HardwareLost`]: the CPU is as it was before, the vCPU may not be.
     pub fn leave(&mut self) -> AxResult {
-        match self {
-            Self::Svm(_) => Ok(()),
-            Self::Vmx(vcpu) => vcpu.leave(),
-        }
+        on!(&mut self.hardware, hw => hw.leave(&mut self.guest))
     }
 
     /// Has everything flushed before the next entry that the CPU has cached of the guest's translations.
     pub fn flush_tlb(&mut self) {
-        on!(self, vcpu => vcpu.flush_tlb());
+        on!(&mut self.hardware, hw => hw.regs_mut().flush_tlb());
     }
 
     /// The last exit's instruction, as far as the CPU has told it.
     pub fn insn_info(&self) -> InsnInfo {
-        on!(self, vcpu => vcpu.insn_info())
+        on!(&self.hardware, hw => hw.insn_info(&self.guest))
     }
 
     /// Whether an external interrupt that userspace injects now would be delivered at once.
     pub fn interrupt_window_open(&self) -> bool {
-        on!(self, vcpu => vcpu.interrupt_window_open())
+        on!(&self.hardware, hw => self.guest.window_open(hw.regs()))
     }
 
     /// Whether the guest has interrupts enabled (RFLAGS.IF).
     pub fn interrupts_enabled(&self) -> bool {
-        on!(self, vcpu => vcpu.interrupts_enabled())
+        on!(&self.hardware, hw => hw.regs().rflags()) & rflags::IF != 0
     }
 
     /// Asks for an exit [`InterruptWindow`](AxVCpuExitReason::InterruptWindow) whenever the window is open, until revoked.
     pub fn request_interrupt_window(&mut self, wanted: bool) {
-        on!(self, vcpu => vcpu.request_interrupt_window(wanted));
+        self.guest.events.request_window(wanted);
     }
 
     /// Whether the guest's CPL is 3.
     pub fn user_mode(&self) -> bool {
-        on!(self, vcpu => vcpu.user_mode())
+        on!(&self.hardware, hw => hw.regs().cpl()) == 3
     }
 
     /// The vCPU's APIC id.
     pub fn apic_id(&self) -> u32 {
-        on!(self, vcpu => vcpu.apic_id())
+        self.guest.apic_id()
     }
 
     /// What the host's timer is to do for the local APIC's. Its expiry is posted to the mailbox.
     pub fn timer_update(&mut self) -> TimerUpdate {
-        on!(self, vcpu => vcpu.timer_update())
+        self.guest.lapic.as_mut().map_or(TimerUpdate::Unchanged, Lapic::timer_update)
     }
 
     /// Whether [`clock_update`](Self::clock_update) has something: then the window is to be left, since the guest expects its
     /// clock when the write of the clock's MSR is over.
     pub fn clock_due(&self) -> bool {
-        on!(self, vcpu => vcpu.clock_due())
+        self.guest.clock.is_due()
     }
 
     /// The next structure of the paravirtual clock that is to be written to guest memory; see
     /// [`PvClock::take_update`](crate::pvclock::PvClock::take_update).
     pub fn clock_update(&mut self, base: &TimeBase, wall_ns: impl FnOnce() -> u64) -> Option<ClockUpdate> {
-        on!(self, vcpu => vcpu.clock_update(base, wall_ns))
+        let offset = self.guest.tsc_offset;
+        self.guest.clock.take_update(base, offset, wall_ns)
     }
 
     /// Carries out an access to the xAPIC page: a write of `write`, or a read. Afterwards look for
@@ -314,30 +437,29 @@ impl<H: X86Hal> X86VCpu<H> {
     /// the exit of the next run.
     ///
     /// # Errors
-    /// [`AxError::Unsupported`](vcpu_core::AxError::Unsupported) if the local APIC is not emulated here,
-    /// [`AxError::InvalidInput`](vcpu_core::AxError::InvalidInput) for an offset beyond the page.
+    /// [`AxError::Unsupported`] if the local APIC is not emulated here, [`AxError::InvalidInput`] for an offset beyond the page.
     pub fn apic_access(&mut self, offset: u32, write: Option<u32>) -> AxResult<u32> {
-        on!(self, vcpu => vcpu.apic_access(offset, write))
+        self.guest.apic_access(offset, write)
     }
 
     /// The interrupt command that an access to the xAPIC page has left: destination in the x2APIC format, and the low half.
     pub fn take_ipi(&mut self) -> Option<(u64, u64)> {
-        on!(self, vcpu => vcpu.take_ipi())
+        self.guest.take_ipi()
     }
 
     /// What kind the last exit was, for statistics.
     pub fn exit_kind(&self) -> ExitKind {
-        on!(self, vcpu => vcpu.exit_kind())
+        self.guest.exit_kind
     }
 
     /// Events injected since the vCPU was made.
     pub fn injections(&self) -> u64 {
-        on!(self, vcpu => vcpu.injections())
+        self.guest.injections
     }
 
-    /// TLB flushes asked of the CPU since the vCPU was made.
+    /// TLB flushes asked of the CPU since the vCPU was made, fresh identifiers of translations included.
     pub fn tlb_flushes(&self) -> u64 {
-        on!(self, vcpu => vcpu.tlb_flushes())
+        self.guest.tlb_flushes
     }
 }
 

@@ -173,6 +173,11 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         self.slots().map(decode)
     }
 
+    /// CPUID 1 EAX: family, model and stepping; 0 if there is no such leaf.
+    pub fn signature(&self) -> u32 {
+        self.find(1, 0).map_or(0, |entry| entry.eax)
+    }
+
     /// The entries of one leaf.
     fn of_leaf(&self, function: u32) -> impl Iterator<Item = CpuidEntry> + '_ {
         let key = function.to_le_bytes();

@@ -11,7 +11,7 @@ use crate::caps::Capabilities;
 use crate::frame::Framed;
 use crate::hal::X86Hal;
 use crate::msr::PAT_RESET;
-use crate::regs::{cr0, efer, privilege, rflags, DR6_FIXED, DR7_FIXED};
+use crate::regs::{efer, privilege};
 use crate::state::Registers;
 
 /// The VMCB, the general registers, and what must be done about them at the next entry.
@@ -24,85 +24,13 @@ pub(crate) struct SvmRegisters<H: X86Hal> {
     virtual_spec_ctrl: bool,
 }
 
-/// Attributes of a present, accessed, writable data segment.
-const DATA16: u16 = 0x93;
-/// Attributes of a present, accessed, readable code segment.
-const CODE16: u16 = 0x9b;
-/// Attributes of a present LDT.
-const LDT: u16 = 0x82;
-/// Attributes of a present, busy 32-bit TSS. Not of a 16-bit one: with that in TR some CPUs refuse to enter long mode (Intel
-/// SDM vol. 2, MOV to control registers), and start-up code may do so before it loads TR.
-const TSS32: u16 = 0x8b;
-
 impl<H: X86Hal> SvmRegisters<H> {
     pub(crate) fn new(caps: &Capabilities) -> AxResult<Self> {
         let mut vmcb = Framed::new(Vmcb::new())?;
-        let mut frame = Framed::new(Frame::new())?;
-        frame.vmcb = vmcb.phys().as_u64();
+        let frame =
+            Framed::new(Frame { common: crate::switch::Frame::new(), vmcb: vmcb.phys().as_u64(), host_vmcb: 0 })?;
         vmcb.set_g_pat(PAT_RESET);
         Ok(Self { vmcb, frame, flush: true, virtual_spec_ctrl: caps.virtual_spec_ctrl })
-    }
-
-    /// The state after reset or INIT (APM vol. 2 table 14-1), in real mode with CS based at `code_base` and at `rip`; RDX holds
-    /// `signature`, CPUID's. Caches are on, as firmware leaves them.
-    pub(crate) fn reset(&mut self, code_base: u64, selector: u16, rip: u64, signature: u32) {
-        let flat = Segment { base: 0, limit: 0xffff, selector: 0, attributes: DATA16 };
-        for register in [S::Es, S::Ss, S::Ds, S::Fs, S::Gs] {
-            self.vmcb.set_segment(register, &flat);
-        }
-        self.vmcb.set_segment(S::Cs, &Segment { base: code_base, selector, attributes: CODE16, ..flat });
-        self.vmcb.set_segment(S::Ldtr, &Segment { attributes: LDT, ..flat });
-        self.vmcb.set_segment(S::Tr, &Segment { attributes: TSS32, ..flat });
-        let table = axvcpu_uapi::x86::DescriptorTable { base: 0, limit: 0xffff, reserved: [0; 3] };
-        self.vmcb.set_table(T::Gdtr, &table);
-        self.vmcb.set_table(T::Idtr, &table);
-        self.vmcb.set_cpl(0);
-        self.vmcb.set_efer(efer::SVME);
-        // INIT keeps CD and NW as they are.
-        let caching = self.vmcb.cr0() & (cr0::CD | cr0::NW);
-        self.vmcb.set_cr0(cr0::ET | caching);
-        self.vmcb.set_cr2(0);
-        self.vmcb.set_cr3(0);
-        self.vmcb.set_cr4(0);
-        self.vmcb.set_dr6(DR6_FIXED);
-        self.vmcb.set_dr7(DR7_FIXED);
-        self.vmcb.set_rflags(rflags::FIXED);
-        self.vmcb.set_rip(rip);
-        self.vmcb.set_interrupt_shadow(0);
-        for register in 0..16 {
-            self.set_gpr(register, 0);
-        }
-        self.set_gpr(axvcpu_uapi::x86::RDX, signature.into());
-        self.flush = true;
-    }
-
-    pub(crate) fn segments(&self) -> Segments {
-        Segments {
-            es: self.vmcb.segment(S::Es),
-            cs: self.vmcb.segment(S::Cs),
-            ss: self.vmcb.segment(S::Ss),
-            ds: self.vmcb.segment(S::Ds),
-            fs: self.vmcb.segment(S::Fs),
-            gs: self.vmcb.segment(S::Gs),
-            ldtr: self.vmcb.segment(S::Ldtr),
-            tr: self.vmcb.segment(S::Tr),
-            gdtr: self.vmcb.table(T::Gdtr),
-            idtr: self.vmcb.table(T::Idtr),
-        }
-    }
-
-    pub(crate) fn set_segments(&mut self, s: &Segments) {
-        self.vmcb.set_segment(S::Es, &s.es);
-        self.vmcb.set_segment(S::Cs, &s.cs);
-        self.vmcb.set_segment(S::Ss, &s.ss);
-        self.vmcb.set_segment(S::Ds, &s.ds);
-        self.vmcb.set_segment(S::Fs, &s.fs);
-        self.vmcb.set_segment(S::Gs, &s.gs);
-        self.vmcb.set_segment(S::Ldtr, &s.ldtr);
-        self.vmcb.set_segment(S::Tr, &s.tr);
-        self.vmcb.set_table(T::Gdtr, &s.gdtr);
-        self.vmcb.set_table(T::Idtr, &s.idtr);
-        self.vmcb.set_cpl(privilege(s));
     }
 }
 
@@ -111,7 +39,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         match register {
             RAX => self.vmcb.rax(),
             RSP => self.vmcb.rsp(),
-            _ => self.frame.gpr.get(register).copied().unwrap_or(0),
+            _ => self.frame.common.gpr.get(register).copied().unwrap_or(0),
         }
     }
 
@@ -120,7 +48,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
             RAX => self.vmcb.set_rax(value),
             RSP => self.vmcb.set_rsp(value),
             _ => {
-                if let Some(slot) = self.frame.gpr.get_mut(register) {
+                if let Some(slot) = self.frame.common.gpr.get_mut(register) {
                     *slot = value;
                 }
             }
@@ -171,6 +99,47 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         self.vmcb.set_efer(value | efer::SVME);
     }
 
+    fn cr2(&self) -> u64 {
+        self.vmcb.cr2()
+    }
+
+    fn set_cr2(&mut self, value: u64) {
+        self.vmcb.set_cr2(value);
+    }
+
+    fn set_cr3(&mut self, value: u64) {
+        self.vmcb.set_cr3(value);
+    }
+
+    fn segments(&self) -> Segments {
+        Segments {
+            es: self.vmcb.segment(S::Es),
+            cs: self.vmcb.segment(S::Cs),
+            ss: self.vmcb.segment(S::Ss),
+            ds: self.vmcb.segment(S::Ds),
+            fs: self.vmcb.segment(S::Fs),
+            gs: self.vmcb.segment(S::Gs),
+            ldtr: self.vmcb.segment(S::Ldtr),
+            tr: self.vmcb.segment(S::Tr),
+            gdtr: self.vmcb.table(T::Gdtr),
+            idtr: self.vmcb.table(T::Idtr),
+        }
+    }
+
+    fn set_segments(&mut self, s: &Segments) {
+        self.vmcb.set_segment(S::Es, &s.es);
+        self.vmcb.set_segment(S::Cs, &s.cs);
+        self.vmcb.set_segment(S::Ss, &s.ss);
+        self.vmcb.set_segment(S::Ds, &s.ds);
+        self.vmcb.set_segment(S::Fs, &s.fs);
+        self.vmcb.set_segment(S::Gs, &s.gs);
+        self.vmcb.set_segment(S::Ldtr, &s.ldtr);
+        self.vmcb.set_segment(S::Tr, &s.tr);
+        self.vmcb.set_table(T::Gdtr, &s.gdtr);
+        self.vmcb.set_table(T::Idtr, &s.idtr);
+        self.vmcb.set_cpl(privilege(s));
+    }
+
     fn cs(&self) -> Segment {
         self.vmcb.segment(S::Cs)
     }
@@ -185,6 +154,14 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
 
     fn set_dr6(&mut self, value: u64) {
         self.vmcb.set_dr6(value);
+    }
+
+    fn dr7(&self) -> u64 {
+        self.vmcb.dr7()
+    }
+
+    fn set_dr7(&mut self, value: u64) {
+        self.vmcb.set_dr7(value);
     }
 
     fn shadow(&self) -> bool {
@@ -251,13 +228,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         if self.virtual_spec_ctrl {
             self.vmcb.set_spec_ctrl(value);
         } else {
-            self.frame.guest_spec_ctrl = value;
-            // In a window the host's value is known, so whether there is a difference is too; otherwise `bind` finds out.
-            if value != self.frame.host_spec_ctrl {
-                self.frame.flags |= super::switch::SWITCH_SPEC_CTRL;
-            } else {
-                self.frame.flags &= !super::switch::SWITCH_SPEC_CTRL;
-            }
+            self.frame.common.set_spec_ctrl(value);
         }
     }
 

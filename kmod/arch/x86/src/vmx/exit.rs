@@ -1,28 +1,21 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! What exits mean (SDM vol. 3, chapter 28 and appendix C), and what is done about each. Every reason that our controls can
-//! bring is named in [`Exit::decode`]; any other is reported as it is.
+//! What exits mean (SDM vol. 3, chapter 28 and appendix C). Every reason that our controls can bring is named in
+//! [`Code::decode`]; any other is reported as it is.
 
 use axvcpu_uapi::vcpu::ExitKind;
-use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
-use vcpu_core::{AccessFlags, AccessWidth, AxVCpuExitReason as Reason, GuestPhysAddr};
+use vcpu_core::{AccessFlags, AccessWidth, AxResult, AxVCpuExitReason as Reason, GuestPhysAddr};
 
 use super::fields::Field;
 use super::instructions;
 use super::registers::{Vmcs, BLOCKING_NMI};
-use super::switch::LAUNCHED;
-use super::VmxVCpu;
-use crate::apic::Effect;
+use super::Vmx;
+use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io};
 use crate::cpu;
-use crate::events::{Activity, Injection, AC, DB};
+use crate::events::{Injection, Plan, AC, DB};
 use crate::hal::X86Hal;
-use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB};
-use crate::regs::cr0;
-use crate::state::{is_long_code, Pending, Registers};
+use crate::state::{Guest, Registers};
+use crate::switch::LAUNCHED;
 
-/// R8.
-const R8: usize = 8;
-/// TSC_AUX.
-const TSC_AUX: u32 = 0xc000_0103;
 /// #BP.
 const BP: u8 = 3;
 /// #OF.
@@ -39,7 +32,7 @@ pub(super) const ENTRY_FAILURE: u32 = 1 << 31;
 
 /// A basic exit reason, understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Exit {
+pub(super) enum Code {
     /// An exception or a physical NMI.
     ExceptionOrNmi,
     /// A physical interrupt, still pending.
@@ -90,7 +83,7 @@ pub(super) enum Exit {
     Other,
 }
 
-impl Exit {
+impl Code {
     /// Of a basic exit reason (SDM vol. 3 appendix C).
     pub(super) const fn decode(reason: u32) -> Self {
         match reason & 0xffff {
@@ -119,25 +112,6 @@ impl Exit {
             // GETSEC, RSM; VMCLEAR to VMXON; MWAIT, MONITOR; INVEPT, INVVPID; VMFUNC.
             11 | 17 | 19..=27 | 36 | 39 | 50 | 53 | 59 => Self::Undefined,
             _ => Self::Other,
-        }
-    }
-
-    /// For the statistics.
-    const fn kind(self) -> ExitKind {
-        match self {
-            Self::ControlRegister | Self::DebugRegister => ExitKind::Register,
-            Self::Interrupt | Self::PreemptionTimer => ExitKind::HostInterrupt,
-            Self::Window => ExitKind::Window,
-            Self::Cpuid => ExitKind::Cpuid,
-            Self::Pause => ExitKind::Pause,
-            Self::Hlt => ExitKind::Halt,
-            Self::Io => ExitKind::PortIo,
-            Self::Rdmsr => ExitKind::MsrRead,
-            Self::Wrmsr => ExitKind::MsrWrite,
-            Self::Vmcall => ExitKind::Hypercall,
-            Self::Xsetbv => ExitKind::Xsetbv,
-            Self::NestedPageFault => ExitKind::PageFault,
-            _ => ExitKind::Other,
         }
     }
 }
@@ -212,56 +186,26 @@ pub(super) fn decode_event(info: u32, error_code: u32) -> Option<Injection> {
 }
 
 /// Qualification of an I/O exit (SDM vol. 3 table 28-5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Io {
-    port: u16,
-    width: AccessWidth,
-    input: bool,
-    pub(super) string: bool,
-    rep: bool,
-}
-
-impl Io {
-    pub(super) fn decode(qualification: u64) -> Self {
-        let width = match qualification & 7 {
-            0 => AccessWidth::Byte,
-            1 => AccessWidth::Word,
-            _ => AccessWidth::Dword,
-        };
-        let bit = |bit: u32| qualification >> bit & 1 != 0;
-        Self { port: (qualification >> 16) as u16, width, input: bit(3), string: bit(4), rep: bit(5) }
-    }
+fn decode_io(qualification: u64) -> Io {
+    let width = match qualification & 7 {
+        0 => AccessWidth::Byte,
+        1 => AccessWidth::Word,
+        _ => AccessWidth::Dword,
+    };
+    let bit = |bit: u32| qualification >> bit & 1 != 0;
+    Io { port: (qualification >> 16) as u16, width, input: bit(3), string: bit(4), rep: bit(5) }
 }
 
 /// Qualification of a control register access (SDM vol. 3 table 28-3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ControlAccess {
-    /// MOV to control register `number` from general register `register`.
-    Write { number: u8, register: u8 },
-    /// MOV from control register `number` to general register `register`.
-    Read { number: u8, register: u8 },
-    /// CLTS.
-    Clts,
-    /// LMSW of this value.
-    Lmsw(u16),
-}
-
-impl ControlAccess {
-    const fn decode(qualification: u64) -> Self {
-        let number = (qualification & 0xf) as u8;
-        let register = (qualification >> 8 & 0xf) as u8;
-        match qualification >> 4 & 3 {
-            0 => Self::Write { number, register },
-            1 => Self::Read { number, register },
-            2 => Self::Clts,
-            _ => Self::Lmsw((qualification >> 16) as u16),
-        }
+const fn decode_control(qualification: u64) -> ControlAccess {
+    let number = (qualification & 0xf) as u8;
+    let register = (qualification >> 8 & 0xf) as u8;
+    match qualification >> 4 & 3 {
+        0 => ControlAccess::Write { number, register },
+        1 => ControlAccess::Read { number, register },
+        2 => ControlAccess::Clts,
+        _ => ControlAccess::Lmsw((qualification >> 16) as u16),
     }
-}
-
-/// CR0 after LMSW of `value`: the low four bits, except that PE cannot be cleared.
-const fn after_lmsw(cr0: u64, value: u16) -> u64 {
-    cr0 & !(cr0::MP | cr0::EM | cr0::TS) | value as u64 & 0xf
 }
 
 /// Qualification of an EPT violation as access flags (SDM vol. 3 table 28-7).
@@ -307,338 +251,149 @@ struct Information {
     error_code: u32,
     /// Where the next instruction is, for an instruction that exits.
     next: u64,
+    /// Of an EPT violation.
+    address: u64,
 }
 
-impl<H: X86Hal> VmxVCpu<H> {
-    /// Deals with the exit that the current VMCS tells of.
+impl<H: X86Hal> Vmx<H> {
+    /// What the exit was that the current VMCS tells of.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
-    pub(super) fn handle_exit(&mut self) -> vcpu_core::AxResult<Reason> {
+    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited> {
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let mut vmcs = unsafe { Vmcs::current() };
         let reason = vmcs.read(Field::ExitReason) as u32;
         let qualification = vmcs.read(Field::ExitQualification);
         if reason & ENTRY_FAILURE != 0 {
             vmcs.finish()?;
-            return Ok(self.invalid_state(reason, qualification));
+            return Ok(self.invalid_state(guest, plan, reason, qualification));
         }
         self.regs.frame.flags |= LAUNCHED;
-        let exit = Exit::decode(reason);
-        self.local.exit_kind = exit.kind();
+        let code = Code::decode(reason);
         let interruptibility = self.regs.read_exit(&mut vmcs);
         let vectoring = vmcs.read(Field::ExitVectoring) as u32;
         let vectoring_code = vmcs.read(Field::ExitVectoringErrorCode) as u32;
         let length = vmcs.read(Field::ExitInstructionLength) & 0xf;
+        let exception = code == Code::ExceptionOrNmi;
         let information = Information {
             reason,
             qualification,
-            interruption: if exit == Exit::ExceptionOrNmi { vmcs.read(Field::ExitInterruption) as u32 } else { 0 },
-            error_code: if exit == Exit::ExceptionOrNmi {
-                vmcs.read(Field::ExitInterruptionErrorCode) as u32
-            } else {
-                0
-            },
+            interruption: if exception { vmcs.read(Field::ExitInterruption) as u32 } else { 0 },
+            error_code: if exception { vmcs.read(Field::ExitInterruptionErrorCode) as u32 } else { 0 },
             next: self.regs.rip().wrapping_add(length),
+            address: vmcs.read(Field::ExitGuestPhysicalAddress),
         };
-        let address = vmcs.read(Field::ExitGuestPhysicalAddress);
         vmcs.finish()?;
-        if self.breakpoints_loaded() {
+        if guest.debug.loaded() {
             // SAFETY: Kernel context; the guest's DR6 is in the CPU.
             let (dr6, _) = unsafe { cpu::debug_status_control() };
             self.regs.set_dr6(dr6);
         }
         let interrupted = decode_event(vectoring, vectoring_code);
-        self.follow_nmi(exit, &information, interruptibility, interrupted);
-        let injected = self.local.injected.take();
-        if self.local.injected_length != 0 && interrupted.is_some() && interrupted == injected {
-            // Injected with an instruction that does not exist: RIP goes behind it again.
-            self.regs.set_rip(self.regs.rip().wrapping_add(self.local.injected_length.into()));
+        self.follow_nmi(guest, code, &information, interruptibility, interrupted);
+        if interrupted.is_some() && interrupted == plan.inject {
+            self.undo_injected_length();
         }
-        // Exceptions combine with what was being delivered; after a triple fault there is nothing to go on with.
-        let exception =
-            exit == Exit::ExceptionOrNmi && interruption::kind(information.interruption) != interruption::NMI;
-        if !exception && exit != Exit::TripleFault {
-            if let Some(event) = interrupted {
-                self.guest.events.requeue(event, injected);
-            }
-        }
-        Ok(self.dispatch(exit, &information, address, interrupted))
+        Ok(Exited { exit: self.exit(guest, code, &information), interrupted })
     }
 
-    fn dispatch(&mut self, exit: Exit, i: &Information, address: u64, interrupted: Option<Injection>) -> Reason {
-        let Information { reason, qualification, next, .. } = *i;
-        match exit {
-            Exit::Interrupt => Reason::ExternalInterrupt { vector: 0 },
-            Exit::PreemptionTimer => Reason::PreemptionTimer,
-            Exit::NestedPageFault => {
-                Reason::NestedPageFault { addr: GuestPhysAddr::new(address), access_flags: access_flags(qualification) }
-            }
-            Exit::ExceptionOrNmi => self.exception(i, interrupted),
-            Exit::HostEvent => Reason::Nothing,
-            Exit::Window => {
-                if self.guest.events.window_requested() && self.guest.window_open(&self.regs) {
-                    Reason::InterruptWindow
-                } else {
-                    Reason::Nothing
+    fn exit(&mut self, guest: &mut Guest<H>, code: Code, i: &Information) -> Exit {
+        let Information { reason, qualification, next, address, .. } = *i;
+        match code {
+            Code::Interrupt => Exit::Report(Reason::ExternalInterrupt { vector: 0 }),
+            Code::PreemptionTimer => Exit::Report(Reason::PreemptionTimer),
+            Code::NestedPageFault => Exit::Report(Reason::NestedPageFault {
+                addr: GuestPhysAddr::new(address),
+                access_flags: access_flags(qualification),
+            }),
+            Code::ExceptionOrNmi => self.exception(i),
+            Code::HostEvent => Exit::Done(ExitKind::Other),
+            Code::Window => Exit::Window,
+            Code::Cpuid => Exit::Instruction(Instruction::Cpuid, next),
+            Code::CacheFlush => Exit::Instruction(Instruction::CacheFlush, next),
+            Code::Pause => Exit::Instruction(Instruction::Pause, next),
+            Code::Rdmsr => Exit::Instruction(Instruction::Rdmsr, next),
+            Code::Wrmsr => Exit::Instruction(Instruction::Wrmsr, next),
+            Code::Io => {
+                let io = decode_io(qualification);
+                if io.string {
+                    self.local.string_next = next;
                 }
+                Exit::Instruction(Instruction::Io(io), next)
             }
-            Exit::Cpuid => {
-                self.guest.cpuid(&mut self.regs);
-                self.go_on(next)
+            Code::Hlt => Exit::Instruction(Instruction::Hlt, next),
+            Code::ControlRegister => Exit::Instruction(Instruction::Control(decode_control(qualification)), next),
+            Code::Xsetbv => Exit::Instruction(Instruction::Xsetbv, next),
+            Code::Vmcall => Exit::Instruction(Instruction::Hypercall, next),
+            Code::DebugRegister => {
+                // SAFETY: Kernel context, in the inner window.
+                unsafe { guest.debug.load() };
+                Exit::Done(ExitKind::Register)
             }
-            Exit::CacheFlush | Exit::Pause => self.go_on(next),
-            Exit::Rdmsr => self.rdmsr(next),
-            Exit::Wrmsr => self.wrmsr(next),
-            Exit::Io => self.io(Io::decode(qualification), next),
-            Exit::Hlt => self.hlt(next),
-            Exit::ControlRegister => self.control_register(ControlAccess::decode(qualification), next),
-            Exit::DebugRegister => {
-                self.load_breakpoints();
-                Reason::Nothing
-            }
-            Exit::Xsetbv => self.xsetbv(next),
-            Exit::Vmcall => self.vmcall(next),
-            Exit::Undefined => {
-                self.guest.undefined();
-                Reason::Nothing
-            }
-            Exit::Rdpmc => {
-                self.guest.general_protection();
-                Reason::Nothing
-            }
-            Exit::TaskSwitch => task_switch(qualification),
-            Exit::TripleFault => Reason::TripleFault,
-            Exit::InvalidState | Exit::EntryMachineCheck | Exit::Other => {
-                Reason::Unknown { code: reason.into(), info1: qualification, info2: address }
+            Code::Undefined => Exit::Raise(Injection::UNDEFINED),
+            Code::Rdpmc => Exit::Raise(Injection::GENERAL_PROTECTION),
+            Code::TaskSwitch => Exit::Report(task_switch(qualification)),
+            Code::TripleFault => Exit::Report(Reason::TripleFault),
+            Code::InvalidState | Code::EntryMachineCheck | Code::Other => {
+                Exit::Report(Reason::Unknown { code: reason.into(), info1: qualification, info2: address })
             }
         }
     }
 
     /// Keeps track of whether NMIs are blocked: the CPU unblocks them at IRET.
-    fn follow_nmi(&mut self, exit: Exit, i: &Information, interruptibility: u32, interrupted: Option<Injection>) {
+    fn follow_nmi(
+        &self,
+        guest: &mut Guest<H>,
+        code: Code,
+        i: &Information,
+        interruptibility: u32,
+        interrupted: Option<Injection>,
+    ) {
         // An IRET that faults has unblocked them too early, and will be executed again (SDM vol. 3 section 28.2.3).
         let iret_faulted = interrupted.is_none()
-            && match exit {
-                Exit::NestedPageFault => i.qualification & u64::from(interruption::IRET) != 0,
-                Exit::ExceptionOrNmi => i.interruption & interruption::IRET != 0,
+            && match code {
+                Code::NestedPageFault => i.qualification & u64::from(interruption::IRET) != 0,
+                Code::ExceptionOrNmi => i.interruption & interruption::IRET != 0,
                 _ => false,
             };
         let delivered_again = interrupted == Some(Injection::Nmi);
         if interruptibility & BLOCKING_NMI == 0 && !iret_faulted && !delivered_again {
-            self.guest.events.unmask_nmi();
+            guest.events.unmask_nmi();
         }
     }
 
     /// An exception that we have asked for, or a physical NMI.
-    fn exception(&mut self, i: &Information, interrupted: Option<Injection>) -> Reason {
+    fn exception(&mut self, i: &Information) -> Exit {
         let vector = i.interruption as u8;
         match (interruption::kind(i.interruption), vector) {
             (interruption::NMI, _) => {
                 // SAFETY: Kernel context with the host's IDT: FRED hosts have no VMX backend.
                 unsafe { instructions::raise_nmi() };
-                Reason::Nothing
+                Exit::Done(ExitKind::Other)
             }
             (interruption::EXCEPTION, MC) => {
                 // SAFETY: As above.
                 unsafe { cpu::raise_machine_check() };
-                Reason::MachineCheck
+                Exit::Report(Reason::MachineCheck)
             }
             (interruption::PRIVILEGED, _) => {
                 // INT1: a trap, but RIP is at it.
                 self.regs.set_rip(i.next);
-                self.reflect(Injection::Exception(DB, None), interrupted)
+                Exit::Exception(Injection::DEBUG)
             }
             (interruption::EXCEPTION, DB) => {
                 let dr6 = after_debug_exception(self.regs.dr6(), i.qualification);
                 self.regs.set_dr6(dr6);
-                self.reflect(Injection::Exception(DB, None), interrupted)
+                Exit::Exception(Injection::DEBUG)
             }
-            (interruption::EXCEPTION, AC) => self.reflect(Injection::Exception(AC, Some(i.error_code)), interrupted),
-            _ => Reason::Unknown { code: i.reason.into(), info1: i.qualification, info2: i.interruption.into() },
+            (interruption::EXCEPTION, AC) => Exit::Exception(Injection::Exception(AC, Some(i.error_code))),
+            _ => Exit::Report(Reason::Unknown {
+                code: i.reason.into(),
+                info1: i.qualification,
+                info2: i.interruption.into(),
+            }),
         }
-    }
-
-    /// The guest gets `exception`, which the exit has kept from it.
-    fn reflect(&mut self, exception: Injection, interrupted: Option<Injection>) -> Reason {
-        if self.guest.events.exception_exit(exception, interrupted) {
-            return Reason::TripleFault;
-        }
-        Reason::Nothing
-    }
-
-    // --- Instructions ---
-
-    /// The instruction has been executed for the guest.
-    fn go_on(&mut self, next: u64) -> Reason {
-        self.guest.advance(&mut self.regs, next);
-        Reason::Nothing
-    }
-
-    fn fault(&mut self) -> Reason {
-        self.guest.general_protection();
-        Reason::Nothing
-    }
-
-    fn rdmsr(&mut self, next: u64) -> Reason {
-        let rip = self.regs.rip();
-        let index = self.regs.gpr(RCX) as u32;
-        match self.guest.read_msr(&self.regs, index) {
-            Access::Done(value) => {
-                self.regs.set_gpr(RAX, value & 0xffff_ffff);
-                self.regs.set_gpr(RDX, value >> 32);
-                self.go_on(next)
-            }
-            Access::Fault => self.fault(),
-            Access::User => {
-                self.local.exit_kind = ExitKind::MsrUser;
-                self.guest.advance(&mut self.regs, next);
-                self.guest.pending = Pending::MsrRead { rip };
-                Reason::SysRegRead { addr: index.into(), reg: 0 }
-            }
-        }
-    }
-
-    fn wrmsr(&mut self, next: u64) -> Reason {
-        let rip = self.regs.rip();
-        let index = self.regs.gpr(RCX) as u32;
-        let value = self.regs.gpr(RDX) << 32 | self.regs.gpr(RAX) & 0xffff_ffff;
-        match self.guest.write_msr(&mut self.regs, index, value) {
-            Access::Done(written) => {
-                self.guest.advance(&mut self.regs, next);
-                self.after_write(index, written)
-            }
-            Access::Fault => self.fault(),
-            Access::User => {
-                self.local.exit_kind = ExitKind::MsrUser;
-                self.guest.advance(&mut self.regs, next);
-                self.guest.pending = Pending::MsrWrite { rip };
-                Reason::SysRegWrite { addr: index.into(), value }
-            }
-        }
-    }
-
-    /// What a write of an MSR has set off.
-    fn after_write(&mut self, index: u32, written: Written) -> Reason {
-        match written {
-            Written::Quiet => {
-                if index == TSC_AUX {
-                    // SAFETY: In the inner window, which has TSC_AUX for the guest; the CPU has it, or the guest could not
-                    // write it.
-                    unsafe { cpu::wrmsr(index, self.guest.msrs.tsc_aux) };
-                }
-                Reason::Nothing
-            }
-            Written::BranchBarrier => {
-                // SAFETY: Kernel context; the CPU has it, or the guest could not write it.
-                unsafe { cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB) };
-                Reason::Nothing
-            }
-            Written::Apic(Effect::None) => Reason::Nothing,
-            Written::Apic(Effect::InterruptEnd(vector)) => Reason::InterruptEnd { vector: Some(vector) },
-            Written::Apic(Effect::Ipi(command)) => {
-                self.local.exit_kind = ExitKind::Ipi;
-                Reason::SendIPI {
-                    target_cpu: command >> 32,
-                    target_cpu_aux: 0,
-                    send_to_all: command >> 18 & 3 >= 2,
-                    send_to_self: command >> 18 & 3 == 1 || command >> 18 & 3 == 2,
-                    vector: command & 0xffff_ffff,
-                }
-            }
-        }
-    }
-
-    fn io(&mut self, io: Io, next: u64) -> Reason {
-        let Io { port, width, input, string, rep } = io;
-        if string {
-            self.local.string_next = next;
-            return Reason::IoString { port, width, input, rep };
-        }
-        self.guest.advance(&mut self.regs, next);
-        if input {
-            self.guest.pending = Pending::Input { bytes: width.size() };
-            Reason::IoRead { port, width }
-        } else {
-            Reason::IoWrite { port, width, data: self.regs.gpr(RAX) & width.mask() }
-        }
-    }
-
-    fn hlt(&mut self, next: u64) -> Reason {
-        self.guest.advance(&mut self.regs, next);
-        if self.guest.lapic.is_none() {
-            return Reason::Halt;
-        }
-        self.guest.events.set_activity(Activity::Halted);
-        if self.guest.update_activity(&self.regs) {
-            Reason::Nothing
-        } else {
-            Reason::Halt
-        }
-    }
-
-    fn control_register(&mut self, access: ControlAccess, next: u64) -> Reason {
-        let allowed = match access {
-            ControlAccess::Write { number, register } => {
-                let value = self.operand(register);
-                match number {
-                    0 => self.guest.write_cr0(&mut self.regs, value).is_ok(),
-                    4 => self.guest.write_cr4(&mut self.regs, value).is_ok(),
-                    8 if value <= 15 => {
-                        self.guest.set_cr8(value as u8);
-                        true
-                    }
-                    _ => false,
-                }
-            }
-            ControlAccess::Read { number: 8, register } => {
-                let value = self.guest.cr8();
-                self.regs.set_gpr(register.into(), value.into());
-                true
-            }
-            ControlAccess::Read { .. } => false,
-            ControlAccess::Clts => {
-                let value = self.regs.cr0() & !cr0::TS;
-                self.regs.set_cr0(value);
-                true
-            }
-            ControlAccess::Lmsw(value) => {
-                let value = after_lmsw(self.regs.cr0(), value);
-                self.guest.write_cr0(&mut self.regs, value).is_ok()
-            }
-        };
-        if allowed {
-            self.go_on(next)
-        } else {
-            self.fault()
-        }
-    }
-
-    /// The general register operand of a MOV to a control register: 32 bits outside of 64-bit code.
-    fn operand(&self, register: u8) -> u64 {
-        let value = self.regs.gpr(register.into());
-        if is_long_code(&self.regs) {
-            value
-        } else {
-            value & 0xffff_ffff
-        }
-    }
-
-    fn xsetbv(&mut self, next: u64) -> Reason {
-        if !self.guest.xsetbv(&self.regs) {
-            return self.fault();
-        }
-        // SAFETY: In a window, which has XCR0 for the guest and puts the host's back; the CPU takes the value, since it is a
-        // valid combination of components that the host itself has enabled.
-        unsafe { cpu::set_xcr0(self.guest.xcr0) };
-        self.go_on(next)
-    }
-
-    fn vmcall(&mut self, next: u64) -> Reason {
-        self.guest.advance(&mut self.regs, next);
-        self.guest.pending = Pending::Hypercall;
-        let gpr = |register| self.regs.gpr(register);
-        Reason::Hypercall { nr: gpr(RAX), args: [gpr(RBX), gpr(RCX), gpr(RDX), gpr(RSI), gpr(RDI), gpr(R8)] }
     }
 }
 
@@ -649,48 +404,48 @@ mod tests {
     #[test]
     fn reasons_are_those_of_appendix_c() {
         for (reason, exit) in [
-            (0, Exit::ExceptionOrNmi),
-            (1, Exit::Interrupt),
-            (2, Exit::TripleFault),
-            (3, Exit::HostEvent),
-            (6, Exit::HostEvent),
-            (7, Exit::Window),
-            (8, Exit::Window),
-            (9, Exit::TaskSwitch),
-            (10, Exit::Cpuid),
-            (11, Exit::Undefined),
-            (12, Exit::Hlt),
-            (13, Exit::CacheFlush),
-            (14, Exit::Other),
-            (15, Exit::Rdpmc),
-            (16, Exit::Other),
-            (17, Exit::Undefined),
-            (18, Exit::Vmcall),
-            (19, Exit::Undefined),
-            (27, Exit::Undefined),
-            (28, Exit::ControlRegister),
-            (29, Exit::DebugRegister),
-            (30, Exit::Io),
-            (31, Exit::Rdmsr),
-            (32, Exit::Wrmsr),
-            (33, Exit::InvalidState),
-            (34, Exit::Other),
-            (36, Exit::Undefined),
-            (39, Exit::Undefined),
-            (40, Exit::Pause),
-            (41, Exit::EntryMachineCheck),
-            (48, Exit::NestedPageFault),
-            (49, Exit::Other),
-            (50, Exit::Undefined),
-            (52, Exit::PreemptionTimer),
-            (53, Exit::Undefined),
-            (54, Exit::CacheFlush),
-            (55, Exit::Xsetbv),
-            (59, Exit::Undefined),
-            (70, Exit::Other),
-            (ENTRY_FAILURE | 33, Exit::InvalidState),
+            (0, Code::ExceptionOrNmi),
+            (1, Code::Interrupt),
+            (2, Code::TripleFault),
+            (3, Code::HostEvent),
+            (6, Code::HostEvent),
+            (7, Code::Window),
+            (8, Code::Window),
+            (9, Code::TaskSwitch),
+            (10, Code::Cpuid),
+            (11, Code::Undefined),
+            (12, Code::Hlt),
+            (13, Code::CacheFlush),
+            (14, Code::Other),
+            (15, Code::Rdpmc),
+            (16, Code::Other),
+            (17, Code::Undefined),
+            (18, Code::Vmcall),
+            (19, Code::Undefined),
+            (27, Code::Undefined),
+            (28, Code::ControlRegister),
+            (29, Code::DebugRegister),
+            (30, Code::Io),
+            (31, Code::Rdmsr),
+            (32, Code::Wrmsr),
+            (33, Code::InvalidState),
+            (34, Code::Other),
+            (36, Code::Undefined),
+            (39, Code::Undefined),
+            (40, Code::Pause),
+            (41, Code::EntryMachineCheck),
+            (48, Code::NestedPageFault),
+            (49, Code::Other),
+            (50, Code::Undefined),
+            (52, Code::PreemptionTimer),
+            (53, Code::Undefined),
+            (54, Code::CacheFlush),
+            (55, Code::Xsetbv),
+            (59, Code::Undefined),
+            (70, Code::Other),
+            (ENTRY_FAILURE | 33, Code::InvalidState),
         ] {
-            assert_eq!(Exit::decode(reason), exit, "{reason}");
+            assert_eq!(Code::decode(reason), exit, "{reason}");
         }
     }
 
@@ -721,25 +476,18 @@ mod tests {
     #[test]
     fn io_qualifications() {
         let io = |port, width, input, string, rep| Io { port, width, input, string, rep };
-        assert_eq!(Io::decode(0x03f8_0000), io(0x3f8, AccessWidth::Byte, false, false, false));
-        assert_eq!(Io::decode(0x03f8_0008), io(0x3f8, AccessWidth::Byte, true, false, false));
-        assert_eq!(Io::decode(0x01f0_0039), io(0x1f0, AccessWidth::Word, true, true, true));
-        assert_eq!(Io::decode(0x0cf8_0043), io(0xcf8, AccessWidth::Dword, false, false, false));
+        assert_eq!(decode_io(0x03f8_0000), io(0x3f8, AccessWidth::Byte, false, false, false));
+        assert_eq!(decode_io(0x03f8_0008), io(0x3f8, AccessWidth::Byte, true, false, false));
+        assert_eq!(decode_io(0x01f0_0039), io(0x1f0, AccessWidth::Word, true, true, true));
+        assert_eq!(decode_io(0x0cf8_0043), io(0xcf8, AccessWidth::Dword, false, false, false));
     }
 
     #[test]
     fn control_register_qualifications() {
-        assert_eq!(ControlAccess::decode(0x0f04), ControlAccess::Write { number: 4, register: 15 });
-        assert_eq!(ControlAccess::decode(0x0318), ControlAccess::Read { number: 8, register: 3 });
-        assert_eq!(ControlAccess::decode(0x20), ControlAccess::Clts);
-        assert_eq!(ControlAccess::decode(0xbeef_0030), ControlAccess::Lmsw(0xbeef));
-    }
-
-    #[test]
-    fn lmsw_sets_but_does_not_clear_protected_mode() {
-        assert_eq!(after_lmsw(0x8000_0011, 0), 0x8000_0011);
-        assert_eq!(after_lmsw(0x10, 0xffff), 0x1f);
-        assert_eq!(after_lmsw(0x1e, 1), 0x11);
+        assert_eq!(decode_control(0x0f04), ControlAccess::Write { number: 4, register: 15 });
+        assert_eq!(decode_control(0x0318), ControlAccess::Read { number: 8, register: 3 });
+        assert_eq!(decode_control(0x20), ControlAccess::Clts);
+        assert_eq!(decode_control(0xbeef_0030), ControlAccess::Lmsw(0xbeef));
     }
 
     #[test]

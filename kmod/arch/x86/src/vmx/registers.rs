@@ -4,14 +4,15 @@
 //!
 //! The VMCS can be reached in a window only, and only with interrupts off, the copy any time.
 
-use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RDX, RSP};
+use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RSP};
 use vcpu_core::AxResult;
 use x86::msr;
 
 use super::capabilities::{entry, Fixed, VmxCapabilities};
 use super::fields::{self, Field, SegmentFields};
 use super::instructions;
-use super::switch::{Frame, SWITCH_SPEC_CTRL};
+use super::switch::Frame;
+use crate::cpu;
 use crate::frame::Framed;
 use crate::hal::X86Hal;
 use crate::msr::PAT_RESET;
@@ -39,15 +40,6 @@ const UNUSABLE: u32 = 1 << 16;
 /// Type bit 0 of code and data segments, which usable ones have set.
 const ACCESSED: u16 = 1;
 
-/// Attributes of a present, accessed, writable data segment.
-const DATA16: u16 = 0x93;
-/// Attributes of a present, accessed, readable code segment.
-const CODE16: u16 = 0x9b;
-/// Attributes of a present LDT.
-const LDT: u16 = 0x82;
-/// Attributes of a present, busy 32-bit TSS. Not of a 16-bit one: with that in TR, CPUs refuse to enter long mode (SDM vol. 2,
-/// MOV to control registers), and start-up code may do so before it loads TR.
-const TSS32: u16 = 0x8b;
 /// A busy 32-bit or 64-bit TSS.
 const BUSY_TSS: u16 = 11;
 
@@ -162,10 +154,12 @@ pub(super) struct State {
     pub(super) pdptes_stale: bool,
     /// The guest's translations are to be flushed.
     pub(super) flush: bool,
+    /// The inner window is open: our VMCS is current, and CR2 is the guest's.
+    pub(super) live: bool,
 }
 
 /// The copy, the general registers, and what the CPU fixes.
-pub(super) struct VmxRegisters<H: X86Hal> {
+pub(crate) struct VmxRegisters<H: X86Hal> {
     pub(super) frame: Framed<Frame, H>,
     pub(super) state: Framed<State, H>,
     fixed: (Fixed, Fixed),
@@ -208,6 +202,7 @@ impl<H: X86Hal> VmxRegisters<H> {
             dirty: dirty::ALL,
             pdptes_stale: false,
             flush: true,
+            live: false,
         };
         Ok(Self {
             frame: Framed::new(Frame::new())?,
@@ -215,74 +210,6 @@ impl<H: X86Hal> VmxRegisters<H> {
             fixed: (caps.cr0, caps.cr4),
             entry_controls: caps.entry,
         })
-    }
-
-    /// The state after reset or INIT (SDM vol. 3 table 10-1), in real mode with CS based at `code_base` and at `rip`; RDX holds
-    /// `signature`, CPUID's. Caches are on, as firmware leaves them.
-    pub(super) fn reset(&mut self, code_base: u64, selector: u16, rip: u64, signature: u32) {
-        let flat = Segment { base: 0, limit: 0xffff, selector: 0, attributes: DATA16 };
-        let table = DescriptorTable { base: 0, limit: 0xffff, reserved: [0; 3] };
-        let state = &mut *self.state;
-        state.segments = Segments {
-            es: flat,
-            cs: Segment { base: code_base, selector, attributes: CODE16, ..flat },
-            ss: flat,
-            ds: flat,
-            fs: flat,
-            gs: flat,
-            ldtr: Segment { attributes: LDT, ..flat },
-            tr: Segment { attributes: TSS32, ..flat },
-            gdtr: table,
-            idtr: table,
-        };
-        state.efer = 0;
-        // INIT keeps CD and NW as they are.
-        state.cr0 = cr0::ET | state.cr0 & (cr0::CD | cr0::NW);
-        state.cr2 = 0;
-        state.cr3 = 0;
-        state.cr4 = 0;
-        state.dr6 = DR6_FIXED;
-        state.dr7 = DR7_FIXED;
-        state.rflags = rflags::FIXED;
-        state.rip = rip;
-        state.interruptibility = 0;
-        state.flush = true;
-        state.pdptes_stale = false;
-        state.dirty = dirty::ALL;
-        self.frame.gpr = [0; 16];
-        self.set_gpr(RDX, signature.into());
-    }
-
-    pub(super) fn segments(&self) -> Segments {
-        self.state.segments
-    }
-
-    pub(super) fn set_segments(&mut self, segments: &Segments) {
-        let state = &mut *self.state;
-        state.segments = *segments;
-        let s = &mut state.segments;
-        for segment in [&mut s.es, &mut s.cs, &mut s.ss, &mut s.ds, &mut s.fs, &mut s.gs] {
-            segment.attributes = accessed(segment.attributes);
-        }
-        state.dirty |= dirty::SEGMENTS;
-    }
-
-    /// Sets all control registers.
-    pub(super) fn set_control(&mut self, cr0: u64, cr2: u64, cr3: u64, cr4: u64, efer: u64) {
-        let state = &mut *self.state;
-        (state.cr0, state.cr2, state.cr3, state.cr4, state.efer) = (cr0, cr2, cr3, cr4, efer);
-        state.dirty |= dirty::CONTROL | dirty::CR3;
-        state.flush = true;
-        self.paging_changed();
-    }
-
-    pub(super) fn dr7(&self) -> u64 {
-        self.state.dr7
-    }
-
-    pub(super) fn set_dr7(&mut self, value: u64) {
-        self.state.dr7 = value;
-        self.state.dirty |= dirty::DR7;
     }
 
     /// Whether the guest uses PAE paging outside of long mode, whose upper level is registers.
@@ -523,6 +450,38 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
         self.paging_changed();
     }
 
+    fn cr2(&self) -> u64 {
+        self.state.cr2
+    }
+
+    fn set_cr2(&mut self, value: u64) {
+        self.state.cr2 = value;
+        if self.state.live {
+            // SAFETY: Kernel context, in the inner window, which has CR2 for the guest.
+            unsafe { cpu::set_cr2(value) };
+        }
+    }
+
+    fn set_cr3(&mut self, value: u64) {
+        self.state.cr3 = value;
+        self.state.dirty |= dirty::CR3;
+        self.paging_changed();
+    }
+
+    fn segments(&self) -> Segments {
+        self.state.segments
+    }
+
+    fn set_segments(&mut self, segments: &Segments) {
+        let state = &mut *self.state;
+        state.segments = *segments;
+        let s = &mut state.segments;
+        for segment in [&mut s.es, &mut s.cs, &mut s.ss, &mut s.ds, &mut s.fs, &mut s.gs] {
+            segment.attributes = accessed(segment.attributes);
+        }
+        state.dirty |= dirty::SEGMENTS;
+    }
+
     fn cs(&self) -> Segment {
         self.state.segments.cs
     }
@@ -537,6 +496,19 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_dr6(&mut self, value: u64) {
         self.state.dr6 = value;
+    }
+
+    fn dr7(&self) -> u64 {
+        if self.state.live && self.state.dirty & dirty::DR7 == 0 {
+            // SAFETY: Kernel context, in the inner window, in which our VMCS is current. If VMX is off, so does the next entry find.
+            return unsafe { instructions::vmread(Field::GuestDr7.encoding()) }.unwrap_or(self.state.dr7);
+        }
+        self.state.dr7
+    }
+
+    fn set_dr7(&mut self, value: u64) {
+        self.state.dr7 = value;
+        self.state.dirty |= dirty::DR7;
     }
 
     fn shadow(&self) -> bool {
@@ -606,13 +578,7 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
     }
 
     fn set_spec_ctrl(&mut self, value: u64) {
-        self.frame.guest_spec_ctrl = value;
-        // In a window the host's value is known, so whether there is a difference is too; otherwise `bind` finds out.
-        if value != self.frame.host_spec_ctrl {
-            self.frame.flags |= SWITCH_SPEC_CTRL;
-        } else {
-            self.frame.flags &= !SWITCH_SPEC_CTRL;
-        }
+        self.frame.set_spec_ctrl(value);
     }
 
     fn flush_tlb(&mut self) {
@@ -628,7 +594,7 @@ mod tests {
     fn registers() -> VmxRegisters<TestHal> {
         let msrs = crate::vmx::capabilities::tests::recent();
         let mut regs = VmxRegisters::new(&VmxCapabilities::new(&msrs).unwrap()).unwrap();
-        regs.reset(0xffff_0000, 0xf000, 0xfff0, 0x1234);
+        regs.set_cr0(cr0::ET);
         regs
     }
 

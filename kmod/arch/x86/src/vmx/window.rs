@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! The two windows of a vCPU on VMX.
 //!
-//! The outer one lies between bind and unbind, with preemption off, and has the guest's FPU state, XCR0 and PKRU loaded.
+//! The outer one lies between bind and unbind, with preemption off, and has the guest's FPU state, XCR0 and PKRU loaded: see
+//! `window.rs` of the crate.
 //!
-//! The inner one lies inside it, from the first entry to [`leave`](super::VmxVCpu::leave), with interrupts off throughout. It has
+//! The inner one lies inside it, from the first entry to [`leave`](crate::backend::Backend::leave), with interrupts off throughout. It has
 //! VMX in use, our VMCS current, and all other state switched. There are two kinds of it, told apart by CR4.VMXE:
 //!
 //! - Clear: nobody uses VMX here. VMXE is set, VMX switched on, and both undone at the end. Linux keeps a copy of CR4 that
@@ -19,25 +20,18 @@ use super::capabilities::{ept_pointer, Fixed};
 use super::fields::Field;
 use super::instructions::{self, Selectors, Table};
 use super::registers::{Vmcs, CR4_VMXE, SYSCALL_MSRS};
-use super::switch::{CLEAR_BUFFERS, LAUNCHED, REFILL_RSB, SWITCH_SPEC_CTRL};
-use super::{VmxVCpu, EXCEPTIONS, PAUSE_GAP, PAUSE_WINDOW, TURN_MS};
+use super::{Vmx, EXCEPTIONS, PAUSE_GAP, PAUSE_WINDOW, TURN_MS};
 use crate::cpu;
 use crate::cpuid::Feature;
 use crate::hal::X86Hal;
-use crate::msr::{PRED_CMD, PRED_CMD_IBPB, SPEC_CTRL};
-use crate::regs::{DR7_ENABLES, DR7_FIXED};
+use crate::msr::TSC_AUX;
+use crate::regs::DR7_ENABLES;
+use crate::state::{Guest, Registers};
+use crate::switch::LAUNCHED;
 
-const TSC_AUX: u32 = 0xc000_0103;
 const DEBUGCTL: u32 = 0x1d9;
 /// VMPTRST: no VMCS is current.
 const NONE: u64 = u64::MAX;
-
-/// The host's state during the outer window.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Outer {
-    xcr0: u64,
-    pkru: u32,
-}
 
 /// The host's state during the inner window.
 #[derive(Clone, Copy, Default)]
@@ -53,79 +47,16 @@ pub(super) struct Inner {
     tsc_aux: u64,
     debugctl: u64,
     cr2: u64,
-    dr6: u64,
-    dr7: u64,
-    /// DR0 to DR3, saved when the guest's are loaded.
-    breakpoints: Option<[u64; 4]>,
 }
 
-impl<H: X86Hal> VmxVCpu<H> {
-    /// Opens the outer window.
-    pub(super) fn open_outer(&mut self) {
-        H::fpu_begin();
-        // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
-        let per_cpu = unsafe { H::per_cpu().as_mut() };
-        let mitigations = H::mitigations();
-        let caps = self.guest.caps;
-        let identity = self.local.identity;
-        let outer = &mut self.local.outer;
-        // SAFETY: Kernel context. What not every CPU has is only touched where CPUID, and for PKRU CR4, has it. What is changed
-        // is put back by `close_outer`, and until then the caller runs nothing on this CPU that needs it.
-        unsafe {
-            if caps.branch_barrier && mitigations.branch_barrier && per_cpu.last_vcpu != identity {
-                cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB);
-            }
-            if caps.protection_keys {
-                outer.pkru = cpu::pkru();
-            }
-            outer.xcr0 = cpu::xcr0();
-            self.guest.fpu.load();
-            if self.guest.xcr0 != outer.xcr0 {
-                cpu::set_xcr0(self.guest.xcr0);
-            }
-        }
-        per_cpu.last_vcpu = identity;
-        self.local.cpu = per_cpu.cpu();
-        let frame = &mut self.regs.frame;
-        frame.flags = 0;
-        if mitigations.refill_rsb {
-            frame.flags |= REFILL_RSB;
-        }
-        if mitigations.clear_buffers {
-            frame.flags |= CLEAR_BUFFERS;
-        }
-        if caps.spec_ctrl {
-            // SAFETY: Kernel context, and the CPU has it.
-            frame.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
-            if frame.host_spec_ctrl != frame.guest_spec_ctrl {
-                frame.flags |= SWITCH_SPEC_CTRL;
-            }
-        }
-    }
-
-    /// Closes the outer window. The inner one is closed.
-    pub(super) fn close_outer(&mut self) {
-        let outer = &self.local.outer;
-        // SAFETY: Kernel context, on the CPU and in the window of `open_outer`, whose values these are.
-        unsafe {
-            if self.guest.xcr0 != outer.xcr0 {
-                cpu::set_xcr0(outer.xcr0);
-            }
-            self.guest.fpu.save();
-            if self.guest.caps.protection_keys {
-                cpu::set_pkru(outer.pkru);
-            }
-        }
-        H::fpu_end();
-    }
-
+impl<H: X86Hal> Vmx<H> {
     /// Opens the inner window. Interrupts are off, and stay off until `close_inner`.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`], with everything as it was.
-    pub(super) fn open_inner(&mut self) -> AxResult {
+    pub(super) fn open_inner(&mut self, guest: &mut Guest<H>) -> AxResult {
         // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
-        let region = unsafe { H::per_cpu().as_ref() }.vmx().ok_or(AxError::NoHardware)?.region();
+        let region = unsafe { H::per_cpu().as_mut() }.vmx()?.region();
         let own = self.vmcs.phys().as_u64();
         let inner = &mut self.local.inner;
         // SAFETY: Kernel context with interrupts off. CR4 gets VMXE only, which VMX asks for; the region begins with the
@@ -149,26 +80,26 @@ impl<H: X86Hal> VmxVCpu<H> {
                 return Err(AxError::HardwareLost);
             }
         }
-        let saved = self.save_host();
+        let saved = self.save_host(guest);
         if saved.is_err() {
             self.close_vmx();
         }
         saved?;
-        self.load_guest();
+        self.load_guest(guest);
         // VMCLEAR has reset it.
         self.regs.frame.flags &= !LAUNCHED;
-        self.local.inside = true;
+        self.regs.state.live = true;
         Ok(())
     }
 
     /// Saves the host's state, and writes it and, the first time, the controls to the VMCS.
-    fn save_host(&mut self) -> AxResult {
+    fn save_host(&mut self, guest: &mut Guest<H>) -> AxResult {
         // SAFETY: Interrupts are off in the inner window, and `open_inner` has made our VMCS current.
         let mut vmcs = unsafe { Vmcs::current() };
         if !self.local.initialised {
-            self.write_controls(&mut vmcs);
+            self.write_controls(guest, &mut vmcs);
         }
-        let caps = self.guest.caps;
+        let caps = &guest.caps;
         let inner = &mut self.local.inner;
         // SAFETY: Kernel context; all of these MSRs exist on a CPU with VMX, but for TSC_AUX.
         unsafe {
@@ -183,8 +114,6 @@ impl<H: X86Hal> VmxVCpu<H> {
             }
             inner.debugctl = cpu::rdmsr(DEBUGCTL);
             inner.cr2 = cpu::cr2();
-            (inner.dr6, inner.dr7) = cpu::debug_status_control();
-            inner.breakpoints = None;
             let (cr0, cr3) = instructions::cr0_cr3();
             vmcs.write(Field::HostCr0, cr0);
             vmcs.write(Field::HostCr3, cr3);
@@ -216,56 +145,35 @@ impl<H: X86Hal> VmxVCpu<H> {
     }
 
     /// Loads the guest's state that the VMCS does not switch.
-    fn load_guest(&mut self) {
-        let inner = &self.local.inner;
+    fn load_guest(&mut self, guest: &mut Guest<H>) {
         let state = &self.regs.state;
         // SAFETY: Kernel context; the guest's values have been checked when they were set, or come from the CPU itself.
         // Breakpoints are disabled as long as those of host and guest are mixed.
         unsafe {
-            if inner.dr7 & DR7_ENABLES != 0 {
-                cpu::set_dr7(DR7_FIXED);
-            }
+            guest.debug.open();
             for (&value, index) in state.syscall.iter().zip(SYSCALL_MSRS) {
                 cpu::wrmsr(index, value);
             }
-            if self.guest.caps.tsc_aux {
-                cpu::wrmsr(TSC_AUX, self.guest.msrs.tsc_aux);
+            if guest.caps.tsc_aux {
+                cpu::wrmsr(TSC_AUX, guest.msrs.tsc_aux);
             }
             cpu::set_cr2(state.cr2);
+            if self.regs.dr7() & DR7_ENABLES != 0 {
+                guest.debug.load();
+            }
         }
-        if self.regs.dr7() & DR7_ENABLES != 0 {
-            self.load_breakpoints();
-        }
-    }
-
-    /// Loads DR0 to DR3 and DR6, which most guests never touch.
-    pub(super) fn load_breakpoints(&mut self) {
-        if self.local.inner.breakpoints.is_some() {
-            return;
-        }
-        // SAFETY: Kernel context, in the inner window, so DR7 has no breakpoint enabled: `load_guest` has seen to it, and so does
-        // every exit.
-        unsafe {
-            self.local.inner.breakpoints = Some(cpu::breakpoints());
-            cpu::set_breakpoints(self.guest.breakpoints);
-        }
-    }
-
-    /// Whether the guest's DR0 to DR3 and DR6 are in the CPU.
-    pub(super) fn breakpoints_loaded(&self) -> bool {
-        self.local.inner.breakpoints.is_some()
     }
 
     /// Closes the inner window: everything of the host's is as it was, and interrupts can go on.
-    pub(super) fn close_inner(&mut self) -> AxResult {
-        if !self.local.inside {
+    pub(super) fn close_inner(&mut self, guest: &mut Guest<H>) -> AxResult {
+        if !self.regs.state.live {
             return Ok(());
         }
-        self.local.inside = false;
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let mut vmcs = unsafe { Vmcs::current() };
         self.regs.read_window(&mut vmcs);
         let read = vmcs.finish();
+        self.regs.state.live = false;
         self.close_vmx();
         let inner = &mut self.local.inner;
         let state = &mut *self.regs.state;
@@ -278,15 +186,10 @@ impl<H: X86Hal> VmxVCpu<H> {
                     cpu::wrmsr(index, host);
                 }
             }
-            if self.guest.caps.tsc_aux {
+            if guest.caps.tsc_aux {
                 cpu::wrmsr(TSC_AUX, inner.tsc_aux);
             }
-            if let Some(breakpoints) = inner.breakpoints.take() {
-                self.guest.breakpoints = cpu::breakpoints();
-                cpu::set_breakpoints(breakpoints);
-            }
-            cpu::set_dr6(inner.dr6);
-            cpu::set_dr7(inner.dr7);
+            guest.debug.close();
             cpu::set_cr2(inner.cr2);
             // An exit clears it.
             if inner.debugctl != 0 {
@@ -296,10 +199,7 @@ impl<H: X86Hal> VmxVCpu<H> {
             instructions::load_gdtr(&inner.gdtr);
             instructions::load_idtr(&inner.idtr);
             let selectors = inner.selectors;
-            let loaded = match H::per_cpu().as_mut().vmx_mut() {
-                Some(cpu) => cpu.reload_tr(&inner.gdtr, selectors.tr),
-                None => Err(AxError::NoHardware),
-            };
+            let loaded = H::per_cpu().as_mut().vmx().and_then(|cpu| cpu.reload_tr(&inner.gdtr, selectors.tr));
             if selectors.ldt != 0 {
                 instructions::load_ldtr(selectors.ldt);
             }
@@ -342,9 +242,9 @@ impl<H: X86Hal> VmxVCpu<H> {
     }
 
     /// Writes the fields that stay as they are, once.
-    fn write_controls(&mut self, vmcs: &mut Vmcs) {
+    fn write_controls(&mut self, guest: &Guest<H>, vmcs: &mut Vmcs) {
         let caps = self.caps;
-        let has = |feature| self.guest.cpuid.as_ref().is_some_and(|table| table.has(feature));
+        let has = |feature| guest.cpuid.as_ref().is_some_and(|table| table.has(feature));
         vmcs.write(Field::ControlPin, caps.pin.into());
         vmcs.write(Field::ControlPrimary, caps.primary.into());
         let secondary = caps.secondary_for(has(Feature::RDTSCP), has(Feature::INVPCID));
@@ -353,7 +253,7 @@ impl<H: X86Hal> VmxVCpu<H> {
         vmcs.write(Field::ControlEntry, caps.entry.into());
         vmcs.write(Field::ControlExceptionBitmap, EXCEPTIONS.into());
         vmcs.write(Field::ControlMsrBitmap, self.bitmap.phys().as_u64());
-        vmcs.write(Field::ControlEptPointer, ept_pointer(self.local.root.as_u64(), self.guest.caps.npt_levels));
+        vmcs.write(Field::ControlEptPointer, ept_pointer(guest.root.as_u64(), guest.caps.npt_levels));
         if caps.has_timer() {
             let ticks = u64::from(H::tsc_khz()).saturating_mul(TURN_MS) >> caps.timer_shift;
             vmcs.write(Field::GuestPreemptionTimer, ticks.clamp(1, u32::MAX.into()));

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! What the crate asks of a virtualization extension, [`Backend`], and what an entry into the guest comes back with,
+//! [`Exited`]. Both backends speak of exits in these terms only; what is done about them is in `exit.rs`, once.
+
+use axvcpu_uapi::vcpu::ExitKind;
+use vcpu_core::{AccessWidth, AxResult, AxVCpuExitReason as Reason};
+
+use crate::events::{Injection, Plan};
+use crate::hal::X86Hal;
+use crate::state::{Guest, Registers};
+use crate::vcpu::InsnInfo;
+
+/// A virtualization extension, as one vCPU uses it: the control block, the world switch, the decoding of the hardware's exit
+/// codes, and the windows in which the CPU is the guest's. The order of calls is that of [`AxArchVCpu`](vcpu_core::AxArchVCpu).
+pub(crate) trait Backend<H: X86Hal> {
+    /// The registers that the control block holds.
+    type Registers: Registers;
+
+    /// The registers.
+    fn regs(&self) -> &Self::Registers;
+
+    /// The registers, to be changed.
+    fn regs_mut(&mut self) -> &mut Self::Registers;
+
+    /// The guest's CPUID and nested page table are known.
+    fn setup(&mut self, guest: &Guest<H>);
+
+    /// Takes the CPU: all of the host's state is switched that the host does not need while it looks at exits, if the next
+    /// method does not do it. Preemption is off from before this call until after [`close`](Self::close).
+    ///
+    /// # Errors
+    /// [`AxError::HardwareBusy`](vcpu_core::AxError::HardwareBusy), with everything as it was.
+    fn open(&mut self, guest: &mut Guest<H>) -> AxResult;
+
+    /// Gives the CPU back. [`leave`](Self::leave) has been called.
+    ///
+    /// # Errors
+    /// As the hardware's, and the CPU is given back nevertheless.
+    fn close(&mut self, guest: &mut Guest<H>) -> AxResult;
+
+    /// What an entry needs and what may fail, before events are taken out of their queues for it. Interrupts are off until
+    /// after [`leave`](Self::leave). An exit, if the guest's memory must be mapped first.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn ready(&mut self, guest: &mut Guest<H>) -> AxResult<Option<Exit>>;
+
+    /// One entry, with the events of `plan`, and its exit.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited>;
+
+    /// Ends what [`ready`](Self::ready) has begun on this CPU. Nothing if there is nothing to end.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): the CPU is as it was before, the vCPU may not be.
+    fn leave(&mut self, guest: &mut Guest<H>) -> AxResult;
+
+    /// The guest's registers or events have been replaced: whatever was in the middle of being done for it is void.
+    fn forget(&mut self);
+
+    /// The last exit's instruction, as far as the CPU has told it.
+    fn insn_info(&self, guest: &Guest<H>) -> InsnInfo;
+}
+
+/// How an entry ended.
+#[derive(Debug)]
+pub(crate) struct Exited {
+    pub(crate) exit: Exit,
+    /// The event whose delivery to the guest the exit has interrupted.
+    pub(crate) interrupted: Option<Injection>,
+}
+
+/// An exit, in terms of the architecture.
+#[derive(Debug)]
+pub(crate) enum Exit {
+    /// The backend has dealt with it. The guest goes on where it is.
+    Done(ExitKind),
+    /// There is nothing to do but to tell.
+    Report(Reason),
+    /// The guest was not entered, and its registers and events are as before.
+    NotEntered(Reason),
+    /// The guest can take an event that it was entered for.
+    Window,
+    /// An exception that has been kept from the guest, and is its own.
+    Exception(Injection),
+    /// The guest's instruction raises this exception, whatever the CPU says.
+    Raise(Injection),
+    /// An instruction that is executed for the guest, and where the one behind it is.
+    Instruction(Instruction, u64),
+}
+
+impl Exit {
+    /// For the statistics. What only the outcome tells is corrected there.
+    pub(crate) fn kind(&self) -> ExitKind {
+        match self {
+            Self::Done(kind) => *kind,
+            Self::Report(Reason::ExternalInterrupt { .. } | Reason::PreemptionTimer) => ExitKind::HostInterrupt,
+            Self::Report(Reason::NestedPageFault { .. }) => ExitKind::PageFault,
+            Self::Report(_) | Self::NotEntered(_) | Self::Exception(_) | Self::Raise(_) => ExitKind::Other,
+            Self::Window => ExitKind::Window,
+            Self::Instruction(instruction, _) => instruction.kind(),
+        }
+    }
+}
+
+/// An instruction that exits, with its operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Instruction {
+    /// CPUID.
+    Cpuid,
+    /// INVD, WBINVD: guests' caches are the host's.
+    CacheFlush,
+    /// PAUSE, in a loop.
+    Pause,
+    /// RDMSR.
+    Rdmsr,
+    /// WRMSR.
+    Wrmsr,
+    /// IN, OUT, INS, OUTS.
+    Io(Io),
+    /// HLT.
+    Hlt,
+    /// An access to a control register.
+    Control(ControlAccess),
+    /// XSETBV.
+    Xsetbv,
+    /// VMMCALL, VMCALL.
+    Hypercall,
+}
+
+impl Instruction {
+    /// For the statistics.
+    pub(crate) const fn kind(self) -> ExitKind {
+        match self {
+            Self::Cpuid => ExitKind::Cpuid,
+            Self::CacheFlush => ExitKind::Other,
+            Self::Pause => ExitKind::Pause,
+            Self::Rdmsr => ExitKind::MsrRead,
+            Self::Wrmsr => ExitKind::MsrWrite,
+            Self::Io(_) => ExitKind::PortIo,
+            Self::Hlt => ExitKind::Halt,
+            Self::Control(_) => ExitKind::Register,
+            Self::Xsetbv => ExitKind::Xsetbv,
+            Self::Hypercall => ExitKind::Hypercall,
+        }
+    }
+}
+
+/// A port access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Io {
+    pub(crate) port: u16,
+    pub(crate) width: AccessWidth,
+    pub(crate) input: bool,
+    /// INS, OUTS.
+    pub(crate) string: bool,
+    pub(crate) rep: bool,
+}
+
+/// An access to a control register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ControlAccess {
+    /// MOV to control register `number` from general register `register`.
+    Write { number: u8, register: u8 },
+    /// MOV from control register `number` to general register `register`.
+    Read { number: u8, register: u8 },
+    /// CLTS.
+    Clts,
+    /// LMSW of this value.
+    Lmsw(u16),
+}

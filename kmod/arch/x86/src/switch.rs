@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! What the two world switches (`svm/switch.rs`, `vmx/switch.rs`) have in common: the frame that they work on, and the pieces
+//! of assembly around the instruction that enters the guest.
+//!
+//! Each piece is a string for `global_asm!`. All count on the frame in RDI, except while the guest's registers are loaded, and on
+//! [`begin`]'s three words at the top of the stack.
+
+use crate::caps::Capabilities;
+use crate::cpu;
+use crate::hal::Mitigations;
+use crate::msr::SPEC_CTRL;
+
+/// What a world switch works on. The assembly knows the offsets.
+#[repr(C)]
+pub(crate) struct Frame {
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 .. R15. Not those that the hardware switches.
+    pub(crate) gpr: [u64; 16],
+    /// The guest's SPEC_CTRL, if [`SWITCH_SPEC_CTRL`].
+    guest_spec_ctrl: u64,
+    /// The host's SPEC_CTRL, if [`SWITCH_SPEC_CTRL`].
+    host_spec_ctrl: u64,
+    /// The flags below.
+    pub(crate) flags: u32,
+    /// For the world switch.
+    pub(crate) result: u32,
+}
+
+/// [`Frame::flags`]: SPEC_CTRL differs between guest and host and the hardware does not switch it.
+pub(crate) const SWITCH_SPEC_CTRL: u32 = 1 << 0;
+/// [`Frame::flags`]: refill the return stack buffer after the exit.
+pub(crate) const REFILL_RSB: u32 = 1 << 1;
+/// [`Frame::flags`]: VERW before the entry.
+pub(crate) const CLEAR_BUFFERS: u32 = 1 << 2;
+/// [`Frame::flags`]: the kernel's `entry_untrain_ret` after the exit.
+pub(crate) const UNTRAIN_RETURNS: u32 = 1 << 3;
+/// [`Frame::flags`]: indirect branch prediction barrier after the exit.
+pub(crate) const BARRIER_AT_EXIT: u32 = 1 << 4;
+/// [`Frame::flags`], VMX: the VMCS has been launched since VMCLEAR.
+pub(crate) const LAUNCHED: u32 = 1 << 5;
+
+const _: () = {
+    assert!(core::mem::offset_of!(Frame, guest_spec_ctrl) == 128);
+    assert!(core::mem::offset_of!(Frame, host_spec_ctrl) == 136);
+    assert!(core::mem::offset_of!(Frame, flags) == 144);
+    assert!(core::mem::offset_of!(Frame, result) == 148);
+    assert!(size_of::<Frame>() == 152);
+};
+
+impl Frame {
+    /// All zero.
+    pub(crate) const fn new() -> Self {
+        Self { gpr: [0; 16], guest_spec_ctrl: 0, host_spec_ctrl: 0, flags: 0, result: 0 }
+    }
+
+    /// Sets the flags for a window.
+    ///
+    /// # Safety
+    /// At CPL 0, on the CPU of the window.
+    pub(crate) unsafe fn open(&mut self, caps: &Capabilities, mitigations: &Mitigations) {
+        self.flags = 0;
+        if caps.spec_ctrl && !caps.virtual_spec_ctrl {
+            // SAFETY: The caller's promise, and the CPU has it.
+            self.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
+            self.set_spec_ctrl(self.guest_spec_ctrl);
+        }
+        for (wanted, flag) in [
+            (mitigations.refill_rsb, REFILL_RSB),
+            (mitigations.clear_buffers, CLEAR_BUFFERS),
+            (mitigations.untrain_returns, UNTRAIN_RETURNS),
+            (caps.branch_barrier && mitigations.barrier_at_exit, BARRIER_AT_EXIT),
+        ] {
+            if wanted {
+                self.flags |= flag;
+            }
+        }
+    }
+
+    /// Sets the guest's SPEC_CTRL. In a window the host's is known, so whether there is a difference is too; otherwise
+    /// [`open`](Self::open) finds out.
+    pub(crate) fn set_spec_ctrl(&mut self, guest: u64) {
+        self.guest_spec_ctrl = guest;
+        if guest == self.host_spec_ctrl {
+            self.flags &= !SWITCH_SPEC_CTRL;
+        } else {
+            self.flags |= SWITCH_SPEC_CTRL;
+        }
+    }
+}
+
+// Saves the host's registers, and leaves on the stack: [rsp + 16] the flags, [rsp + 8] the selector that VERW needs, any writable
+// data segment, [rsp] the frame. Clobbers RAX.
+macro_rules! begin {
+    () => {
+        "push rbp
+        mov rbp, rsp
+        push r15
+        push r14
+        push r13
+        push r12
+        push rbx
+        mov eax, [rdi + 144]
+        push rax
+        mov eax, ss
+        push rax
+        push rdi"
+    };
+}
+
+// The guest's SPEC_CTRL. Clobbers RAX, RCX, RDX.
+macro_rules! load_spec_ctrl {
+    () => {
+        "test dword ptr [rdi + 144], 1
+        jz 6f
+        mov ecx, 0x48
+        mov eax, [rdi + 128]
+        mov edx, [rdi + 132]
+        wrmsr
+        6:"
+    };
+}
+
+// The guest's general registers but RAX and RSP.
+macro_rules! load_registers {
+    () => {
+        "mov rcx, [rdi + 8]
+        mov rdx, [rdi + 16]
+        mov rbx, [rdi + 24]
+        mov rbp, [rdi + 40]
+        mov rsi, [rdi + 48]
+        mov r8, [rdi + 64]
+        mov r9, [rdi + 72]
+        mov r10, [rdi + 80]
+        mov r11, [rdi + 88]
+        mov r12, [rdi + 96]
+        mov r13, [rdi + 104]
+        mov r14, [rdi + 112]
+        mov r15, [rdi + 120]
+        mov rdi, [rdi + 56]"
+    };
+}
+
+// VERW. The last that the host does with its memory before the guest, but for what is no secret.
+macro_rules! clear_buffers {
+    () => {
+        "test byte ptr [rsp + 16], 4
+        jz 7f
+        verw word ptr [rsp + 8]
+        7:"
+    };
+}
+
+// The guest's general registers but RAX and RSP to the frame in RDI; its own RDI has been pushed.
+macro_rules! save_registers {
+    () => {
+        "pop qword ptr [rdi + 56]
+        mov [rdi + 8], rcx
+        mov [rdi + 16], rdx
+        mov [rdi + 24], rbx
+        mov [rdi + 40], rbp
+        mov [rdi + 48], rsi
+        mov [rdi + 64], r8
+        mov [rdi + 72], r9
+        mov [rdi + 80], r10
+        mov [rdi + 88], r11
+        mov [rdi + 96], r12
+        mov [rdi + 104], r13
+        mov [rdi + 112], r14
+        mov [rdi + 120], r15"
+    };
+}
+
+// Measures against what the guest has taught the CPU's predictors, before the first RET; then the host's SPEC_CTRL. The return
+// stack buffer gets 32 returns that lead nowhere. Clobbers RAX, RCX, RDX.
+macro_rules! restore_speculation {
+    () => {
+        concat!(
+            "test byte ptr [rsp + 16], 2
+            jz 4f
+            mov ecx, 32
+            3:
+            880:
+            call 881f
+            int3
+            881:
+            ",
+            crate::switch::annotate_call!(),
+            "
+            add rsp, 8
+            dec ecx
+            jnz 3b
+            lfence
+            4:
+            test byte ptr [rsp + 16], 8
+            jz 7f
+            ",
+            crate::switch::untrain_returns!(),
+            "
+            7:
+            test byte ptr [rsp + 16], 16
+            jz 8f
+            mov ecx, 0x49
+            mov eax, 1
+            xor edx, edx
+            wrmsr
+            8:
+            test byte ptr [rsp + 16], 1
+            jz 5f
+            mov ecx, 0x48
+            mov eax, [rdi + 136]
+            mov edx, [rdi + 140]
+            wrmsr
+            5:"
+        )
+    };
+}
+
+// Returns the value in EAX. No value of the guest's stays in a register, where speculation might use it.
+macro_rules! end {
+    () => {
+        concat!(
+            "xor ecx, ecx
+            xor edx, edx
+            xor esi, esi
+            xor edi, edi
+            xor r8d, r8d
+            xor r9d, r9d
+            xor r10d, r10d
+            xor r11d, r11d
+            add rsp, 24
+            pop rbx
+            pop r12
+            pop r13
+            pop r14
+            pop r15
+            pop rbp
+            ",
+            crate::switch::function_return!()
+        )
+    };
+}
+
+// How a function returns. In the kernel by the thunk that its mitigations patch, which objtool insists on.
+#[cfg(axvcpu_kernel)]
+macro_rules! function_return {
+    () => {
+        "jmp __x86_return_thunk"
+    };
+}
+#[cfg(not(axvcpu_kernel))]
+macro_rules! function_return {
+    () => {
+        "ret\nint3"
+    };
+}
+
+// Tells objtool that the call at label 880 stays in the function (ANNOTYPE_INTRA_FUNCTION_CALL of Linux'
+// include/linux/objtool_types.h).
+#[cfg(axvcpu_kernel)]
+macro_rules! annotate_call {
+    () => {
+        ".pushsection .discard.annotate_insn,\"M\",@progbits,8\n.long 880b - .\n.long 7\n.popsection"
+    };
+}
+#[cfg(not(axvcpu_kernel))]
+macro_rules! annotate_call {
+    () => {
+        ""
+    };
+}
+
+// The kernel's routine against return predictions that the guest has trained. Weak: it exists only in kernels that may need
+// it, and is called only if the flag says so. It clobbers RAX at most.
+#[cfg(axvcpu_kernel)]
+macro_rules! untrain_returns {
+    () => {
+        ".weak entry_untrain_ret\ncall entry_untrain_ret"
+    };
+}
+#[cfg(not(axvcpu_kernel))]
+macro_rules! untrain_returns {
+    () => {
+        ""
+    };
+}
+
+pub(crate) use {
+    annotate_call, begin, clear_buffers, end, function_return, load_registers, load_spec_ctrl, restore_speculation,
+    save_registers, untrain_returns,
+};

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! The part of the window between bind and unbind that is the same for all backends: the FPU with XCR0 and PKRU, and the
+//! barrier against what another vCPU, or the host's user, could learn or steer by branch predictions.
+
+use crate::cpu;
+use crate::hal::X86Hal;
+use crate::msr::{PRED_CMD, PRED_CMD_IBPB};
+use crate::state::Guest;
+use crate::switch;
+
+/// The host's state during a window.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct HostState {
+    xcr0: u64,
+    pkru: u32,
+    /// Barrier at the end of the window.
+    barrier: bool,
+}
+
+impl<H: X86Hal> Guest<H> {
+    /// Opens the window: loads the guest's FPU state, and sets `frame`'s flags. Gives the CPU's number. Preemption is off from
+    /// here until [`close_window`](Self::close_window).
+    pub(crate) fn open_window(&mut self, frame: &mut switch::Frame) -> usize {
+        H::fpu_begin();
+        // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
+        let per_cpu = unsafe { H::per_cpu().as_mut() };
+        let mitigations = H::mitigations();
+        let caps = &self.caps;
+        let host = &mut self.host;
+        host.barrier = caps.branch_barrier && mitigations.barrier_before_user;
+        // SAFETY: Kernel context. What not every CPU has is only touched where CPUID, and for PKRU CR4, has it. What is changed
+        // is put back by `close_window`, and until then the caller runs nothing on this CPU that needs it.
+        unsafe {
+            if caps.branch_barrier && mitigations.branch_barrier && per_cpu.last_vcpu != self.identity {
+                cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB);
+            }
+            if caps.protection_keys {
+                host.pkru = cpu::pkru();
+            }
+            host.xcr0 = cpu::xcr0();
+            self.fpu.load();
+            if self.xcr0 != host.xcr0 {
+                cpu::set_xcr0(self.xcr0);
+            }
+            frame.open(caps, &mitigations);
+        }
+        per_cpu.last_vcpu = self.identity;
+        per_cpu.cpu()
+    }
+
+    /// Closes the window.
+    pub(crate) fn close_window(&mut self) {
+        let host = self.host;
+        // SAFETY: Kernel context, on the CPU and in the window of `open_window`, whose values these are.
+        unsafe {
+            if self.xcr0 != host.xcr0 {
+                cpu::set_xcr0(host.xcr0);
+            }
+            self.fpu.save();
+            if self.caps.protection_keys {
+                cpu::set_pkru(host.pkru);
+            }
+            if host.barrier {
+                // Preemption may let another task's user code run here at once, so there is no later place for it.
+                cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB);
+            }
+        }
+        H::fpu_end();
+    }
+}
