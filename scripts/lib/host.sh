@@ -21,6 +21,7 @@ host_share=     # directory to show at /share
 host_kvm=       # not empty: load KVM as well
 host_terminal=  # not empty: the session gets this terminal
 host_check=     # not empty: remove the module at the end
+host_icount=    # not empty: QEMU's time-stamp counter counts instructions
 host_limit=0    # seconds until the watchdog ends the host, 0 for none
 declare -A host_files=() # path in the host -> file here
 
@@ -96,7 +97,9 @@ host_machine_words() {
 	case $axv_arch in
 	x86_64)
 		host_console=ttyS0
-		if host_can_nest; then
+		if [[ -n $host_icount ]]; then
+			host_machine=(-accel tcg -cpu EPYC -icount "shift=0,sleep=off")
+		elif host_can_nest; then
 			host_machine=(-accel kvm -cpu host)
 		else
 			host_machine=(-accel tcg -cpu EPYC)

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Machines of axvcpu. MMIO is decoded by axvmm's emulator, as in axvmm.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axvcpu_uapi::addr::GuestPhysAddr;
+use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
+use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
+use axvcpu_uapi::x86::{CpuidEntry, Events, ACTIVITY_RUNNING};
+use axvmm::emulate::{self, Bus, CpuState, Outcome};
+use axvmm::paging::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Cpu, Factory, Machine, Plan, Result};
+use crate::guest::{self, DONE, RAM_SIZE, VECTOR};
+
+/// Address of an interrupt message to APIC id 0.
+const MESSAGE: u64 = 0xfee0_0000;
+
+pub(super) struct Device {
+    system: System,
+    cpuid: Vec<CpuidEntry>,
+}
+
+impl Device {
+    pub(super) fn open() -> Result<Self> {
+        let system = System::open()?;
+        let cpuid = system.supported_cpuid()?;
+        Ok(Self { system, cpuid })
+    }
+}
+
+impl Factory for Device {
+    fn create(&self, plan: &Plan) -> Result<Box<dyn Machine>> {
+        let vm = self.system.create_vm()?;
+        let space = vm.create_address_space()?;
+        let ram = space.map(GuestPhysAddr::new(0), Arc::clone(&plan.ram), 0, RAM_SIZE, Permissions::RWX)?;
+        let apic = if plan.apic { Apic::InKernel } else { Apic::None };
+        let mut cpus = Vec::new();
+        for id in 0..plan.cpus {
+            let mut vcpu = vm.create_vcpu(id)?;
+            vcpu.set_entry(GuestPhysAddr::new(guest::CODE))?;
+            vcpu.set_ept_root(&space)?;
+            vcpu.setup(apic, &self.cpuid)?;
+            vcpu.set(&guest::control(vcpu.get()?))?;
+            vcpu.set(&guest::segments())?;
+            if id != 0 {
+                // It does not wait for a start-up IPI.
+                let events: Events = vcpu.get()?;
+                vcpu.set(&Events { activity: ACTIVITY_RUNNING, ..events })?;
+            }
+            let cpu = AxCpu { id, vcpu, bus: Ram(Arc::clone(&plan.ram)), emulator: emulate::Config::default() };
+            cpus.push(Some(cpu));
+        }
+        Ok(Box::new(AxMachine { cpus, _ram: ram, other: None, space, vm }))
+    }
+}
+
+struct AxMachine {
+    cpus: Vec<Option<AxCpu>>,
+    _ram: Slot<Memory>,
+    other: Option<Slot<Memory>>,
+    space: AddressSpace,
+    vm: Vm,
+}
+
+impl Machine for AxMachine {
+    fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>> {
+        let cpu = self.cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
+        Ok(Box::new(cpu))
+    }
+
+    fn signal(&self) -> Result<()> {
+        Ok(self.vm.signal_msi(MESSAGE, VECTOR.into())?)
+    }
+
+    fn attach_irqfd(&self, _fd: &EventFd) -> Result<()> {
+        Err("not offered".into())
+    }
+
+    fn attach_ioeventfd(&self, _fd: &EventFd, _port: u16) -> Result<()> {
+        Err("not offered".into())
+    }
+
+    fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
+        if let Some(slot) = self.other.take() {
+            slot.unmap()?;
+        }
+        let slot = self.space.map(GuestPhysAddr::new(at), Arc::clone(memory), offset, size, Permissions::RWX)?;
+        self.other = Some(slot);
+        Ok(())
+    }
+}
+
+struct AxCpu {
+    id: u32,
+    vcpu: Vcpu,
+    bus: Ram,
+    emulator: emulate::Config,
+}
+
+impl AxCpu {
+    /// Carries out an access to a device.
+    fn emulate(&mut self, exit: &Exit) -> Result<()> {
+        let snapshot = self.vcpu.snapshot().ok_or("an exit without snapshot")?;
+        let mut cpu = CpuState::from_registers(&self.vcpu.general(), &snapshot.segments, &snapshot.control);
+        match emulate::step(&self.emulator, &mut cpu, &mut self.bus, exit.insn()) {
+            Ok(Outcome::Retired { .. }) => {
+                self.vcpu.set_general(&cpu.general());
+                Ok(())
+            }
+            other => Err(format!("an instruction that accesses a device ends with {other:?}").into()),
+        }
+    }
+}
+
+impl Cpu for AxCpu {
+    fn start(&mut self, turns: u64) -> Result<()> {
+        Ok(self.vcpu.set(&guest::general(self.id, turns))?)
+    }
+
+    fn run(&mut self) -> Result<()> {
+        loop {
+            let exit = self.vcpu.run()?;
+            match exit.reason {
+                Reason::IoWrite { port: DONE, .. } => return Ok(()),
+                Reason::IoWrite { .. } | Reason::Interrupted => {}
+                Reason::IoRead { .. } | Reason::Hypercall { .. } => self.vcpu.reply(0),
+                Reason::SysRegRead { .. } | Reason::SysRegWrite { .. } => self.vcpu.reply_fault(),
+                Reason::NestedPageFault { .. } => self.emulate(&exit)?,
+                other => return Err(format!("an exit that no loop has: {other:x?}").into()),
+            }
+        }
+    }
+
+    fn r14(&self) -> Result<u64> {
+        Ok(self.vcpu.general().gpr[14])
+    }
+}
+
+/// The RAM, and a device everywhere else that reads as zero.
+struct Ram(Arc<Memory>);
+
+impl GuestMemory for Ram {
+    type Error = Infallible;
+
+    fn read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> std::result::Result<(), Infallible> {
+        if self.0.read(at.as_u64() as usize, data).is_err() {
+            data.fill(0xff);
+        }
+        Ok(())
+    }
+
+    fn compare_exchange(
+        &mut self,
+        _: GuestPhysAddr,
+        _: usize,
+        _: u64,
+        _: u64,
+    ) -> std::result::Result<bool, Infallible> {
+        // Accessed and dirty bits are set from the start, and no loop locks.
+        Ok(true)
+    }
+}
+
+impl Bus for Ram {
+    fn is_ram(&self, at: GuestPhysAddr, _write: bool) -> bool {
+        at.as_u64() < RAM_SIZE as u64
+    }
+
+    fn write(&mut self, at: GuestPhysAddr, data: &[u8]) -> std::result::Result<(), Infallible> {
+        let _ = self.0.write(at.as_u64() as usize, data);
+        Ok(())
+    }
+
+    fn mmio_read(&mut self, _: GuestPhysAddr, data: &mut [u8]) -> std::result::Result<(), Infallible> {
+        data.fill(0);
+        Ok(())
+    }
+
+    fn mmio_write(&mut self, _: GuestPhysAddr, _: &[u8]) -> std::result::Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn xmm_read(&mut self, _: usize) -> std::result::Result<[u8; 16], Infallible> {
+        Ok([0; 16])
+    }
+
+    fn xmm_write(&mut self, _: usize, _: [u8; 16]) -> std::result::Result<(), Infallible> {
+        Ok(())
+    }
+}

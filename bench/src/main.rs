@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `axvcpu-bench`: measures under one hypervisor (`exits`, `machines`, `facts`), or makes a table of what was measured (`report`).
+//! scripts/bench calls it.
+//!
+//! Results are lines of `bench`, a hypervisor, a row and samples, on standard output once everything has been measured:
+//! writing them in between would be measured too.
+
+mod cases;
+mod facts;
+mod guest;
+mod machine;
+mod measure;
+mod report;
+mod rows;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use machine::Hypervisor;
+use measure::Effort;
+use rows::Row;
+
+/// Measures axvcpu and KVM in instructions of the host. Only meaningful on a CPU whose time-stamp counter counts them:
+/// see scripts/bench.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measures exits and wake-ups.
+    Exits {
+        /// Whose.
+        hypervisor: Hypervisor,
+        /// Fewer and shorter samples.
+        #[arg(long)]
+        quick: bool,
+        /// These rows only.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<Row>,
+    },
+    /// Tells what of the host matters: kernel, CPU, mitigations.
+    Facts,
+    /// Makes a table of the output of the others.
+    Report {
+        /// Outputs, each of one lab.
+        files: Vec<PathBuf>,
+        /// Exit with status 1 if a target is missed.
+        #[arg(long)]
+        strict: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Exits { hypervisor, quick, only } => exits(hypervisor, Effort::new(quick), &only),
+        Command::Facts => facts::print(),
+        Command::Report { files, strict } => report::print(&files, strict),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("axvcpu-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn exits(hypervisor: Hypervisor, effort: Effort, only: &[Row]) -> machine::Result<ExitCode> {
+    let device = hypervisor.open()?;
+    let mut lines = Vec::new();
+    for &row in Row::ALL.iter().filter(|row| only.is_empty() || only.contains(row)) {
+        match cases::measure(row, &*device, effort) {
+            None => {}
+            Some(Ok(samples)) => lines.push(report::line(hypervisor, row, &samples)),
+            Some(Err(error)) => lines.push(report::failure(hypervisor, row, &error.to_string())),
+        }
+    }
+    for line in lines {
+        println!("{line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
