@@ -11,9 +11,12 @@ use axvcpu_uapi::system::{self, SystemInfo};
 use axvcpu_uapi::ABI_VERSION;
 use nix::sys::resource::{getrlimit, Resource};
 
+use crate::config::Hypervisor;
 use crate::error::Error;
 use crate::exit::ExitCode;
 use crate::hypervisor::{self, axvcpu::not_ready};
+
+mod kvm;
 
 /// Locked memory below which a VM of ordinary size may hit the limit: page tables and vCPU state are charged to it.
 const ENOUGH_MEMLOCK: u64 = 8 << 20;
@@ -84,9 +87,6 @@ struct Facts {
 
 impl Facts {
     fn gather(device: &Path) -> Self {
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).and_then(|line| line.split_once(':'));
-        let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
         let node = match fs::metadata(device) {
             Err(_) => Node::Missing,
             Ok(metadata) if metadata.file_type().is_char_device() => Node::Device,
@@ -98,9 +98,9 @@ impl Facts {
             _ => None,
         };
         Self {
-            cpu_flags: flags.map(|(_, flags)| flags.split_whitespace().map(Into::into).collect()).unwrap_or_default(),
-            module_loaded: loaded("axvcpu"),
-            kvm: ["kvm_amd", "kvm_intel"].into_iter().filter(|module| loaded(module)).collect(),
+            cpu_flags: cpu_flags(),
+            module_loaded: !loaded(&["axvcpu"]).is_empty(),
+            kvm: loaded(&["kvm_amd", "kvm_intel"]),
             device: device.to_owned(),
             node,
             opened: system.map(|system| system.and_then(|system| system.info())),
@@ -113,7 +113,7 @@ impl Facts {
     }
 
     fn judge(&self) -> Vec<Finding> {
-        let mut findings = vec![self.cpu()];
+        let mut findings = vec![cpu(&self.cpu_flags)];
         findings.extend(self.device_findings());
         if let Some(Ok(info)) = &self.opened {
             findings.extend(self.module(info));
@@ -124,32 +124,6 @@ impl Facts {
         }
         findings.extend(self.limits());
         findings
-    }
-
-    fn has(&self, flag: &str) -> bool {
-        self.cpu_flags.iter().any(|candidate| candidate == flag)
-    }
-
-    fn cpu(&self) -> Finding {
-        if self.has("svm") {
-            return good("the CPU has AMD virtualization (SVM)");
-        }
-        if self.has("vmx") {
-            return good("the CPU has Intel virtualization (VMX)");
-        }
-        // Linux hides the flag also when the firmware has locked the extension; the module knows which it is.
-        if self.has("hypervisor") {
-            return bad(
-                ExitCode::NoVirtualization,
-                "the CPU shows no virtualization extension, and this system runs in a virtual machine itself",
-                "Enable nested virtualization outside (QEMU: -cpu host, and kvm_amd or kvm_intel with nested=1).",
-            );
-        }
-        bad(
-            ExitCode::NoVirtualization,
-            "the CPU shows no virtualization extension",
-            "It has none, or the firmware has switched it off: look for \"SVM\", \"AMD-V\" or \"VT-x\" in its setup.",
-        )
     }
 
     fn device_findings(&self) -> Vec<Finding> {
@@ -259,6 +233,42 @@ impl Facts {
     }
 }
 
+/// The host's CPU flags, as Linux shows them.
+fn cpu_flags() -> Vec<String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).and_then(|line| line.split_once(':'));
+    flags.map(|(_, flags)| flags.split_whitespace().map(Into::into).collect()).unwrap_or_default()
+}
+
+/// Which of a number of modules are loaded.
+fn loaded(modules: &[&'static str]) -> Vec<&'static str> {
+    modules.iter().copied().filter(|module| Path::new("/sys/module").join(module).exists()).collect()
+}
+
+/// Whether the CPU can virtualize.
+fn cpu(flags: &[String]) -> Finding {
+    let has = |flag: &str| flags.iter().any(|candidate| candidate == flag);
+    if has("svm") {
+        return good("the CPU has AMD virtualization (SVM)");
+    }
+    if has("vmx") {
+        return good("the CPU has Intel virtualization (VMX)");
+    }
+    // Linux hides the flag also when the firmware has locked the extension; the module knows which it is.
+    if has("hypervisor") {
+        return bad(
+            ExitCode::NoVirtualization,
+            "the CPU shows no virtualization extension, and this system runs in a virtual machine itself",
+            "Enable nested virtualization outside (QEMU: -cpu host, and kvm_amd or kvm_intel with nested=1).",
+        );
+    }
+    bad(
+        ExitCode::NoVirtualization,
+        "the CPU shows no virtualization extension",
+        "It has none, or the firmware has switched it off: look for \"SVM\", \"AMD-V\" or \"VT-x\" in its setup.",
+    )
+}
+
 fn good(text: impl Into<String>) -> Finding {
     Finding { severity: Severity::Good, text: text.into(), cure: String::new() }
 }
@@ -267,10 +277,13 @@ fn bad(code: ExitCode, text: impl Into<String>, cure: impl Into<String>) -> Find
     Finding { severity: Severity::Bad(code), text: text.into(), cure: cure.into() }
 }
 
-/// Looks at the host; `device` is the device node.
+/// Looks at what `hypervisor` needs of the host; `device` is its device node, if that is not the usual one.
 #[must_use]
-pub fn examine(device: &Path) -> Vec<Finding> {
-    Facts::gather(device).judge()
+pub fn examine(hypervisor: Hypervisor, device: Option<&Path>) -> Vec<Finding> {
+    match hypervisor {
+        Hypervisor::Axvcpu => Facts::gather(device.unwrap_or(Path::new(axvcpu_uapi::DEVICE_PATH))).judge(),
+        Hypervisor::Kvm => kvm::examine(device.unwrap_or(Path::new(hypervisor::kvm::DEVICE_PATH))),
+    }
 }
 
 /// The exit code that findings add up to: that of the last problem, or success. Later findings are closer to the device, and
@@ -373,7 +386,9 @@ mod tests {
 
     #[test]
     fn this_host_can_be_examined() {
-        assert!(!examine(Path::new("/nonexistent")).is_empty());
-        assert_eq!(exit_code(&examine(Path::new("/nonexistent"))), ExitCode::NoDevice);
+        for hypervisor in [Hypervisor::Axvcpu, Hypervisor::Kvm] {
+            let findings = examine(hypervisor, Some(Path::new("/nonexistent")));
+            assert_eq!(exit_code(&findings), ExitCode::NoDevice);
+        }
     }
 }

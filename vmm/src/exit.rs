@@ -50,12 +50,12 @@ exit_codes! {
     RamdiskTooLarge = 48, "the initial RAM disk or a module does not fit";
     CmdlineTooLong = 50, "a command line is too long";
     ImageUnsupported = 52, "the kernel and the configuration do not go together";
-    NoDevice = 60, "there is no /dev/axvcpu";
-    NoPermission = 62, "no permission to use /dev/axvcpu";
+    NoDevice = 60, "there is no /dev/axvcpu (or /dev/kvm)";
+    NoPermission = 62, "no permission to use /dev/axvcpu (or /dev/kvm)";
     InUse = 64, "another hypervisor holds the CPU";
     NoVirtualization = 66, "the CPU cannot virtualize";
     FirmwareDisabled = 68, "the firmware has switched virtualization off";
-    AbiMismatch = 70, "axvmm and the module do not go together";
+    AbiMismatch = 70, "axvmm and the hypervisor do not go together";
     NoResources = 72, "the host lacks memory or other resources";
     HostError = 74, "something failed on the host";
 }

@@ -16,6 +16,7 @@
 //! | `0xc000_0000` | where memory gives way to devices if axvmm chooses the layout |
 //! | `0xfec0_0000` | I/O APIC |
 //! | `0xfee0_0000` | local APIC |
+//! | `0xfeff_c000` | four pages that KVM wants for itself |
 
 use std::ops::Range;
 
@@ -57,6 +58,11 @@ pub const DEVICE_HOLE: Range<u64> = 0xfe00_0000..0x1_0000_0000;
 pub const IOAPIC: Range<u64> = 0xfec0_0000..0xfec0_1000;
 /// The local APIC's registers.
 pub const LOCAL_APIC: Range<u64> = 0xfee0_0000..0xfee0_1000;
+
+/// A page that KVM keeps identity-mapped page tables in.
+pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
+/// Three pages in which KVM keeps a task state segment.
+pub const KVM_TSS: u64 = KVM_IDENTITY_MAP + 0x1000;
 
 /// I/O ports of the machine.
 pub mod port {

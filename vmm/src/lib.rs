@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A virtual machine monitor for `/dev/axvcpu`, as a library: the program `axvmm` is a thin layer over it.
+//! A virtual machine monitor for `/dev/axvcpu` and KVM, as a library: the program `axvmm` is a thin layer over it.
 //!
 //! Pieces that other monitors may want on their own:
 //! - [`emulate`] and [`paging`]: executes single guest instructions for MMIO and string I/O;

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode as Status;
 
-use axvmm::config::{Bytes, VmConfig};
+use axvmm::config::{Bytes, Hypervisor, VmConfig};
 use axvmm::control::Stop;
 use axvmm::error::Error;
 use axvmm::exit::ExitCode;
@@ -15,7 +15,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-/// Runs a virtual machine described by a TOML file, using /dev/axvcpu
+/// Runs a virtual machine described by a TOML file, using /dev/axvcpu or KVM
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -26,9 +26,12 @@ struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
-    /// The device node
-    #[arg(long, global = true, value_name = "PATH", default_value = axvcpu_uapi::DEVICE_PATH)]
-    device: PathBuf,
+    /// What carries the VM, whatever the configuration says
+    #[arg(long, global = true, value_name = "NAME")]
+    hypervisor: Option<Hypervisor>,
+    /// The hypervisor's device node, if it is not /dev/axvcpu or /dev/kvm
+    #[arg(long, global = true, value_name = "PATH")]
+    device: Option<PathBuf>,
     /// What to log to standard error: error, warn, info, debug, trace, or a filter such as axvmm::vcpu=trace
     #[arg(long, global = true, value_name = "FILTER", env = "AXVMM_LOG", default_value = "warn")]
     log: String,
@@ -82,10 +85,10 @@ fn main() -> Status {
             ExitCode::Usage,
             "which VM? Name its configuration: axvmm --config vm.toml (axvmm --help shows all there is)",
         ),
-        None => run(&cli.run, &cli.device),
-        Some(Command::Run(args)) => run(&args, &cli.device),
-        Some(Command::Check { config }) => check(&config),
-        Some(Command::Doctor) => examine(&cli.device),
+        None => run(&cli.run, cli.hypervisor, cli.device),
+        Some(Command::Run(args)) => run(&args, cli.hypervisor, cli.device),
+        Some(Command::Check { config }) => check(&config, cli.hypervisor),
+        Some(Command::Doctor) => examine(cli.hypervisor.unwrap_or_default(), cli.device.as_deref()),
     }
 }
 
@@ -108,7 +111,7 @@ fn fail(error: &Error) -> Status {
     complain(error.exit_code(), &error.to_string())
 }
 
-fn run(args: &RunArgs, device: &Path) -> Status {
+fn run(args: &RunArgs, hypervisor: Option<Hypervisor>, device: Option<PathBuf>) -> Status {
     let Some(path) = &args.config else {
         return complain(ExitCode::Usage, "which VM? Name its configuration: axvmm run --config vm.toml");
     };
@@ -116,7 +119,7 @@ fn run(args: &RunArgs, device: &Path) -> Status {
         Ok(config) => config,
         Err(error) => return fail(&error.into()),
     };
-    let options = Options { device: device.to_owned(), stats: args.stats, sandbox: !args.no_sandbox };
+    let options = Options { hypervisor, device, stats: args.stats, sandbox: !args.no_sandbox };
     let ended = match vm::run(&config, &options) {
         Ok(ended) => ended,
         Err(error) => {
@@ -138,7 +141,7 @@ fn run(args: &RunArgs, device: &Path) -> Status {
     Status::from(ended.reason.status())
 }
 
-fn check(path: &Path) -> Status {
+fn check(path: &Path, hypervisor: Option<Hypervisor>) -> Status {
     let result = VmConfig::load(path).map_err(Error::from).and_then(|config| {
         let (_, loaded) = vm::prepare(&config)?;
         Ok((config, loaded))
@@ -146,9 +149,10 @@ fn check(path: &Path) -> Status {
     match result {
         Ok((config, loaded)) => {
             let text = format!(
-                "{}: good\n  name    {}\n  CPUs    {}\n  memory  {}\n  kernel  {} ({}), starts at {:#x}\n",
+                "{}: good\n  name    {}\n  on      {}\n  CPUs    {}\n  memory  {}\n  kernel  {} ({}), starts at {:#x}\n",
                 path.display(),
                 config.name,
+                hypervisor.unwrap_or(config.hypervisor).name(),
                 config.vcpus.len(),
                 Bytes(config.memory_size()),
                 config.kernel.path.display(),
@@ -163,8 +167,8 @@ fn check(path: &Path) -> Status {
     }
 }
 
-fn examine(device: &Path) -> Status {
-    let findings = doctor::examine(device);
+fn examine(hypervisor: Hypervisor, device: Option<&Path>) -> Status {
+    let findings = doctor::examine(hypervisor, device);
     let text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
     let _ = std::io::stdout().write_all(text.as_bytes());
     doctor::exit_code(&findings).into_status()
@@ -184,8 +188,13 @@ mod tests {
     fn run_is_what_no_command_does() {
         let plain = Cli::parse_from(["axvmm", "--config", "a", "--stats", "--device", "/d"]);
         assert!(plain.command.is_none() && plain.run.stats);
-        assert_eq!((plain.run.config.as_deref(), plain.device.as_path()), (Some(Path::new("a")), Path::new("/d")));
-        let run = Cli::parse_from(["axvmm", "run", "--config", "a", "--device", "/d"]);
+        assert_eq!(
+            (plain.run.config.as_deref(), plain.device.as_deref()),
+            (Some(Path::new("a")), Some(Path::new("/d")))
+        );
+        assert_eq!(plain.hypervisor, None);
+        let run = Cli::parse_from(["axvmm", "run", "--config", "a", "--hypervisor", "kvm"]);
+        assert_eq!(run.hypervisor, Some(Hypervisor::Kvm));
         assert!(matches!(run.command, Some(Command::Run(args)) if args.config.as_deref() == Some(Path::new("a"))));
     }
 }

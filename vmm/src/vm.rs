@@ -8,13 +8,13 @@ use std::sync::Arc;
 use crate::acpi;
 use crate::affinity;
 use crate::boot;
-use crate::config::{SerialConfig, VmConfig};
+use crate::config::{Hypervisor, SerialConfig, VmConfig};
 use crate::control::{Control, Stop};
 use crate::cpuid;
 use crate::device::irq::Interrupts;
 use crate::error::Error;
 use crate::events::{EventLoop, HostTimer, Signals};
-use crate::hypervisor::{axvcpu, Vcpu, Vm};
+use crate::hypervisor::{axvcpu, kvm, Vcpu, Vm};
 use crate::image::{self, Loaded};
 use crate::layout;
 use crate::machine::{Machine, Parts};
@@ -28,8 +28,10 @@ use crate::vcpu::{Halted, Runner};
 /// How to run a VM, apart from its configuration.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The device node.
-    pub device: PathBuf,
+    /// What carries the VM, whatever the configuration says.
+    pub hypervisor: Option<Hypervisor>,
+    /// The hypervisor's device node, if it is not the usual one.
+    pub device: Option<PathBuf>,
     /// Whether to gather statistics for [`Ended::stats`].
     pub stats: bool,
     /// Whether the program gives up rights that it does not need while the guest runs.
@@ -99,10 +101,15 @@ fn build<M: Vm>(config: &VmConfig, device: &Path, ram: &Ram, loaded: &Loaded) ->
 /// # Errors
 /// What keeps it from starting. What happens later is the reason in [`Ended`].
 pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
-    run_on::<axvcpu::Vm>(config, options)
+    match options.hypervisor.unwrap_or(config.hypervisor) {
+        Hypervisor::Axvcpu => run_on::<axvcpu::Vm>(config, options, axvcpu_uapi::DEVICE_PATH),
+        Hypervisor::Kvm => run_on::<kvm::Vm>(config, options, kvm::DEVICE_PATH),
+    }
 }
 
-fn run_on<M: Vm>(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
+/// `device` is the hypervisor's usual device node.
+fn run_on<M: Vm>(config: &VmConfig, options: &Options, device: &str) -> Result<Ended, Error> {
+    let device = options.device.as_deref().unwrap_or(Path::new(device));
     let (ram, loaded) = prepare(config)?;
     tracing::info!(vm = config.id, name = config.name, format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
     let stdout = Output::stdout()?;
@@ -111,7 +118,7 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
         SerialConfig::File(path) => Some(Output::file(path)?),
         SerialConfig::Off => None,
     };
-    let Built::<M> { vcpus, vm, paging } = build(config, &options.device, &ram, &loaded)?;
+    let Built::<M> { vcpus, vm, paging } = build(config, device, &ram, &loaded)?;
 
     let control = Arc::new(Control::new()?);
     control.set_kickers(vcpus.iter().map(Vcpu::kicker).collect());

@@ -26,6 +26,13 @@ pub struct Exit {
 }
 
 impl Exit {
+    /// An exit that comes from elsewhere than a run page, without instruction bytes: for programs that also carry guests
+    /// by another hypervisor and speak of them in the words of this ABI. `state` is a set of `STATE_*` of [`crate::run`],
+    /// without [`STATE_SNAPSHOT_VALID`].
+    pub const fn new(reason: AxVCpuExitReason, state: u32) -> Self {
+        Self { reason, state, insn_len: 0, insn: [0; 16], next_rip: 0 }
+    }
+
     /// Whether an external interrupt injected now would be delivered at once.
     pub fn interrupt_window_open(&self) -> bool {
         self.state & STATE_INTERRUPT_WINDOW_OPEN != 0

@@ -39,6 +39,8 @@ pub struct VmConfig {
     pub id: u32,
     /// A name that identifies the VM in logs.
     pub name: String,
+    /// What carries the VM.
+    pub hypervisor: Hypervisor,
     /// One entry per vCPU: the host CPUs its thread may use, as a bit mask; `None` for all.
     pub vcpus: Vec<Option<u64>>,
     /// Guest RAM, ascending, not overlapping, in multiples of 4 KiB.
@@ -47,6 +49,28 @@ pub struct VmConfig {
     pub kernel: KernelConfig,
     /// Devices that can be chosen.
     pub devices: DeviceConfig,
+}
+
+/// What carries the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Hypervisor {
+    /// The module axvcpu.
+    #[default]
+    Axvcpu,
+    /// Linux' KVM.
+    Kvm,
+}
+
+impl Hypervisor {
+    /// Its name for people.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Axvcpu => "axvcpu",
+            Self::Kvm => "KVM",
+        }
+    }
 }
 
 /// A range of guest RAM.
@@ -210,6 +234,7 @@ impl Checker<'_> {
         Ok(VmConfig {
             id: base.id,
             name: self.name(base.name.as_ref())?,
+            hypervisor: base.hypervisor,
             vcpus: self.vcpus(&base)?,
             memory,
             kernel: self.kernel(kernel)?,

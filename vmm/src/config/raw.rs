@@ -9,7 +9,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::size::Size;
-use super::EntryMode;
+use super::{EntryMode, Hypervisor};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -27,6 +27,8 @@ pub(super) struct Base {
     #[serde(default)]
     pub(super) id: u32,
     pub(super) name: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) hypervisor: Hypervisor,
     pub(super) cpu_num: Option<Spanned<u32>>,
     pub(super) phys_cpu_sets: Option<Spanned<Vec<u64>>>,
 }

@@ -16,6 +16,7 @@ fn a_full_configuration() {
         [base]
         id = 7
         name = "demo"
+        hypervisor = "kvm"
         cpu_num = 3
         phys_cpu_sets = [0x3, 1, 0x8000_0000]
         [kernel]
@@ -33,6 +34,7 @@ fn a_full_configuration() {
     )
     .unwrap();
     assert_eq!((config.id, config.name.as_str()), (7, "demo"));
+    assert_eq!(config.hypervisor, Hypervisor::Kvm);
     assert_eq!(config.vcpus, [Some(3), Some(1), Some(1 << 31)]);
     assert_eq!(
         config.memory,
@@ -50,6 +52,7 @@ fn a_full_configuration() {
 #[test]
 fn what_is_left_out_has_a_default() {
     let config = parse("[kernel]\nkernel_path = \"k\"\nmemory = \"512M\"").unwrap();
+    assert_eq!(config.hypervisor, Hypervisor::Axvcpu);
     assert_eq!(config.vcpus, [None]);
     assert_eq!(config.kernel.cmdline, "");
     assert_eq!(config.devices, DeviceConfig::default());
@@ -78,6 +81,7 @@ fn bad_configurations() {
         (kernel("memory = -1"), Problem::Type, Some((3, 10)), "a size"),
         (kernel("cmdline = 5"), Problem::Type, Some((3, 11)), "string"),
         (kernel("memory = \"1G\"\n[base]\ncpu_num = \"two\""), Problem::Type, Some((5, 11)), "u32"),
+        (kernel("memory = \"1G\"\n[base]\nhypervisor = \"xen\""), Problem::Type, Some((5, 14)), "`axvcpu` or `kvm`"),
         (kernel("memory = \"1G\"\n[devices]\nserial = \"tty\""), Problem::Type, Some((5, 10)), "`stdio`"),
         (kernel("memory = \"1G\"\n[devices.debug_exit]\nport = 70000"), Problem::Type, Some((5, 8)), "u16"),
         ("[base]\nid = 1".into(), Problem::Type, Some((1, 1)), "missing key `kernel`"),

@@ -4,7 +4,7 @@
 //! Pure logic: it returns messages and knows neither locks nor the kernel.
 
 /// Interrupt inputs.
-const PINS: usize = 24;
+pub const PINS: usize = 24;
 /// Version register: 0x20, the first with an EOI register; bits 23:16 the number of the last pin.
 const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 
@@ -89,6 +89,12 @@ impl Ioapic {
                 self.deliver_level(pin).map(&mut send);
             }
         }
+    }
+
+    /// The messages of the pins that are level-triggered, masked or not: those whose end it has to hear of.
+    #[must_use]
+    pub fn level_triggered(&self) -> [Option<Message>; PINS] {
+        self.entries.map(|entry| (entry & LEVEL != 0).then(|| message(entry)))
     }
 
     /// Reads the register at `offset` of the page.

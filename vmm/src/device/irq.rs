@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::ioapic::{Ioapic, Message};
+use super::ioapic::{Ioapic, Message, PINS};
 use super::pic::Pics;
 use super::{lock, Device};
 
@@ -21,6 +21,10 @@ pub const ISA_TIMER_GSI: u32 = 2;
 pub trait MessageSink: Send + Sync {
     /// Delivers a message to the local APICs.
     fn send(&self, message: Message);
+
+    /// The messages of the I/O APIC's level-triggered pins have changed: for local APICs that have to be told whose end
+    /// they shall report.
+    fn level_triggered(&self, _pins: &[Option<Message>; PINS]) {}
 }
 
 /// The interrupt controllers outside of the CPUs.
@@ -119,7 +123,17 @@ impl Device for IoapicRegisters {
             *value = *byte;
         }
         let mut ioapic = lock(&self.0.ioapic);
-        ioapic.write(offset, u32::from_le_bytes(value), |message| self.0.messages.send(message));
+        let before = ioapic.level_triggered();
+        let mut messages = Vec::new();
+        ioapic.write(offset, u32::from_le_bytes(value), |message| messages.push(message));
+        let after = ioapic.level_triggered();
+        if after != before {
+            // Before the first message, whose end may come at once.
+            self.0.messages.level_triggered(&after);
+        }
+        for message in messages {
+            self.0.messages.send(message);
+        }
     }
 }
 
@@ -198,6 +212,31 @@ pub(super) mod tests {
         Line::new(&interrupts, IRQ_COM1).pulse();
         let vectors: Vec<u32> = lock(&messages.0).iter().map(|message| message.data & 0xff).collect();
         assert_eq!(vectors, [0x30, 0x34]);
+    }
+
+    #[test]
+    fn local_apics_learn_of_level_triggered_pins_before_the_first_message() {
+        #[derive(Clone, Default)]
+        struct Recorder(Arc<Mutex<Vec<String>>>);
+        impl MessageSink for Recorder {
+            fn send(&self, message: Message) {
+                lock(&self.0).push(format!("{:#x}", message.data));
+            }
+            fn level_triggered(&self, pins: &[Option<Message>; PINS]) {
+                let pins = (0..).zip(pins).filter_map(|(pin, message)| message.map(|m| format!("{pin}:{:#x}", m.data)));
+                lock(&self.0).push(pins.collect());
+            }
+        }
+        let recorder = Recorder::default();
+        let interrupts = Interrupts::new(Box::new(recorder.clone()), Box::new(|| ()));
+        let mut registers = IoapicRegisters(Arc::clone(&interrupts));
+        Line::new(&interrupts, 9).set(true);
+        // Edge, masked: nothing. Level: told before the line's message. Masked: not told again. Edge: told.
+        for low in [0x1_0055u32, 0x8055, 0x1_8055, 0x55] {
+            registers.write(0, &[0x10 + 2 * 9, 0, 0, 0]);
+            registers.write(0x10, &low.to_le_bytes());
+        }
+        assert_eq!(*lock(&recorder.0), ["9:0xc055", "0xc055", ""]);
     }
 
     #[test]

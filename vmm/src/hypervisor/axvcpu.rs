@@ -42,7 +42,8 @@ pub fn not_ready(status: u32) -> Option<(&'static str, &'static str)> {
         system::STATUS_READY => return None,
         system::STATUS_IN_USE => (
             "another hypervisor, normally KVM, holds the CPU's virtualization extension",
-            "End its virtual machines and unload it: modprobe -r kvm_amd kvm_intel",
+            "End its virtual machines and unload it: modprobe -r kvm_amd kvm_intel\n\
+             Or let it carry the guest: hypervisor = \"kvm\" in [base] of the configuration.",
         ),
         system::STATUS_DISABLED_BY_FIRMWARE => (
             "the firmware has switched virtualization off",

@@ -8,6 +8,7 @@
 //! | file | hypervisor |
 //! |---|---|
 //! | `axvcpu.rs` | the module axvcpu, through the client of its ABI |
+//! | `kvm/` | KVM, through kvm-ioctls |
 
 use std::path::Path;
 
@@ -22,6 +23,7 @@ use crate::exit::ExitCode;
 use crate::memory::Ram;
 
 pub mod axvcpu;
+pub mod kvm;
 
 /// What a hypervisor refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +32,9 @@ pub enum Error {
     /// The module axvcpu.
     #[error("{0}")]
     Axvcpu(#[from] client::Error),
+    /// KVM.
+    #[error("{0}")]
+    Kvm(#[from] kvm::Error),
 }
 
 /// A result of a hypervisor.
@@ -39,7 +44,10 @@ impl Error {
     /// The exit code that tells this cause from others.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
-        let Self::Axvcpu(error) = self;
+        let error = match self {
+            Self::Axvcpu(error) => error,
+            Self::Kvm(error) => return error.exit_code(),
+        };
         match (error, error.errno()) {
             (client::Error::Open { .. }, Some(Errno::EACCES | Errno::EPERM)) => ExitCode::NoPermission,
             (client::Error::Open { .. }, _) => ExitCode::NoDevice,

@@ -161,6 +161,19 @@ impl<V: Vcpu> Runner<V> {
                 tracing::trace!("port {port:#x} ({} bytes) written with {data:#x}", width.size());
                 self.machine.ports.write(port.into(), &data.to_le_bytes()[..width.size()]);
             }
+            AxVCpuExitReason::MmioRead { addr, width, .. } => {
+                count(UserExit::Mmio);
+                let mut data = [0; 8];
+                self.machine.mmio.read(addr.as_u64(), &mut data[..width.size()]);
+                let value = u64::from_le_bytes(data) & width.mask();
+                tracing::trace!(%addr, "device memory ({} bytes) reads {value:#x}", width.size());
+                self.vcpu.reply(value);
+            }
+            AxVCpuExitReason::MmioWrite { addr, width, data } => {
+                count(UserExit::Mmio);
+                tracing::trace!(%addr, "device memory ({} bytes) written with {data:#x}", width.size());
+                self.machine.mmio.write(addr.as_u64(), &data.to_le_bytes()[..width.size()]);
+            }
             AxVCpuExitReason::NestedPageFault { addr, access_flags } => {
                 count(UserExit::Mmio);
                 tracing::trace!(%addr, ?access_flags, "access to device memory");

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A vCPU's run page: mapped memory that KVM writes, read and written field by field (Linux
+//! `Documentation/virt/kvm/api.rst`, section 5).
+//!
+//! This is a mapping of our own beside the one that kvm-ioctls keeps, which it lends by mutable reference: kickers write to
+//! the page while the vCPU runs, and must not do so behind such a reference. Accesses are volatile, since the kernel
+//! writes the page during `KVM_RUN`; the one byte that several threads use is atomic.
+
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::Arc;
+
+use axvcpu_uapi::exit::{AccessWidth, AxVCpuExitReason};
+use kvm_bindings::kvm_run;
+use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
+
+use super::error::Error;
+use super::transfer::Transfer;
+
+/// The mapping. [`RunPage`] uses all of it but one byte, which belongs to [`ImmediateExit`].
+#[derive(Debug)]
+struct Mapping {
+    page: NonNull<kvm_run>,
+    size: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread. `RunPage`, which is not `Sync`, and `ImmediateExit`, which
+// only does atomic accesses, are all that use it, and they use different bytes.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `RunPage::map` mapped exactly this range, and the last user is gone.
+        let _ = unsafe { munmap(self.page.cast(), self.size) };
+    }
+}
+
+/// The page as the thread that runs the vCPU sees it.
+#[derive(Debug)]
+pub(super) struct RunPage {
+    mapping: Arc<Mapping>,
+    /// The page is read and written without synchronisation, so the handle is not for sharing.
+    not_sync: std::marker::PhantomData<std::cell::Cell<()>>,
+}
+
+/// Reads one field of the page, with `@` for the union of what the exits bring.
+macro_rules! get {
+    ($page:expr, $($field:tt)+) => {
+        // SAFETY: the page stays mapped, aligned and at least as large as the structure for as long as `$page` exists.
+        // Every bit pattern is valid: the fields are integers, and so is everything in the union.
+        unsafe { std::ptr::read_volatile(&raw const (*$page.mapping.page.as_ptr()).$($field)+) }
+    };
+}
+/// Writes one field of the page.
+macro_rules! set {
+    ($page:expr, $($field:tt)+) => {
+        // SAFETY: as for reading; the mapping is writable, and no reference to its bytes exists.
+        (|value| unsafe { std::ptr::write_volatile(&raw mut (*$page.mapping.page.as_ptr()).$($field)+, value) })
+    };
+}
+
+impl RunPage {
+    /// Maps the run page, `size` bytes, of the vCPU `fd`.
+    ///
+    /// # Errors
+    /// [`Error::MapRunPage`].
+    pub(super) fn map(fd: BorrowedFd<'_>, size: usize) -> Result<Self, Error> {
+        let length = NonZeroUsize::new(size).filter(|size| size.get() >= size_of::<kvm_run>());
+        let length = length.ok_or(Error::MapRunPage(nix::errno::Errno::EINVAL))?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs no existing memory.
+        let page = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd, 0) }.map_err(Error::MapRunPage)?;
+        let mapping = Arc::new(Mapping { page: page.cast(), size });
+        Ok(Self { mapping, not_sync: std::marker::PhantomData })
+    }
+
+    /// The byte that makes `KVM_RUN` return at once.
+    pub(super) fn immediate_exit(&self) -> ImmediateExit {
+        ImmediateExit(Arc::clone(&self.mapping))
+    }
+
+    /// Why `KVM_RUN` returned: a `KVM_EXIT_*`.
+    pub(super) fn exit_reason(&self) -> u32 {
+        get!(self, exit_reason)
+    }
+
+    /// Whether an external interrupt handed over now would be delivered at once.
+    pub(super) fn ready_for_interrupt(&self) -> bool {
+        get!(self, ready_for_interrupt_injection) != 0
+    }
+
+    /// Asks for `KVM_EXIT_IRQ_WINDOW_OPEN`, or no longer.
+    pub(super) fn request_interrupt_window(&mut self, on: bool) {
+        set!(self, request_interrupt_window)(on.into());
+    }
+
+    /// What `KVM_EXIT_IO` brings; `None` if it makes no sense.
+    pub(super) fn port_io(&self) -> Option<Transfer> {
+        let io = get!(self, __bindgen_anon_1.io);
+        let item = AccessWidth::from_size(io.size.into())?;
+        let length = item.size().checked_mul(usize::try_from(io.count).ok()?)?;
+        let data = usize::try_from(io.data_offset).ok()?;
+        let output = u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_OUT;
+        (data.checked_add(length)? <= self.mapping.size).then(|| Transfer::port(io.port, item, output, data, length))
+    }
+
+    /// What `KVM_EXIT_MMIO` brings; `None` if it makes no sense.
+    pub(super) fn mmio(&self) -> Option<Transfer> {
+        let mmio = get!(self, __bindgen_anon_1.mmio);
+        let data = std::mem::offset_of!(kvm_run, __bindgen_anon_1.mmio.data);
+        let length = usize::try_from(mmio.len).ok()?;
+        (1..=8).contains(&length).then(|| Transfer::memory(mmio.phys_addr, mmio.is_write != 0, data, length))
+    }
+
+    /// What `KVM_EXIT_X86_RDMSR` (`write` false) or `KVM_EXIT_X86_WRMSR` brings.
+    pub(super) fn msr(&self, write: bool) -> AxVCpuExitReason {
+        let msr = get!(self, __bindgen_anon_1.msr);
+        let addr = msr.index.into();
+        if write {
+            AxVCpuExitReason::SysRegWrite { addr, value: msr.data }
+        } else {
+            AxVCpuExitReason::SysRegRead { addr, reg: 0 }
+        }
+    }
+
+    /// Answers those two: a value, and whether the guest gets a general protection fault.
+    pub(super) fn answer_msr(&mut self, value: u64, fault: bool) {
+        set!(self, __bindgen_anon_1.msr.data)(value);
+        set!(self, __bindgen_anon_1.msr.error)(fault.into());
+    }
+
+    /// The vector that `KVM_EXIT_IOAPIC_EOI` brings.
+    pub(super) fn eoi_vector(&self) -> u8 {
+        get!(self, __bindgen_anon_1.eoi.vector)
+    }
+
+    /// The reason that `KVM_EXIT_FAIL_ENTRY` brings.
+    pub(super) fn entry_failure(&self) -> u64 {
+        get!(self, __bindgen_anon_1.fail_entry.hardware_entry_failure_reason)
+    }
+
+    /// The kind of `KVM_EXIT_SYSTEM_EVENT`: a `KVM_SYSTEM_EVENT_*`.
+    pub(super) fn system_event(&self) -> u32 {
+        get!(self, __bindgen_anon_1.system_event.type_)
+    }
+
+    /// What `KVM_EXIT_INTERNAL_ERROR` brings: a `KVM_INTERNAL_ERROR_*`, and the first word behind it, if there is one.
+    pub(super) fn internal_error(&self) -> (u32, u64) {
+        let internal = get!(self, __bindgen_anon_1.internal);
+        (internal.suberror, if internal.ndata > 0 { internal.data[0] } else { 0 })
+    }
+
+    /// Reads the `width` bytes at `offset`.
+    pub(super) fn read(&self, offset: usize, width: AccessWidth) -> u64 {
+        let mut bytes = [0; 8];
+        for (i, byte) in bytes.iter_mut().enumerate().take(width.size()) {
+            if let Some(at) = self.byte(offset + i) {
+                // SAFETY: `byte` gives addresses inside the mapping only.
+                *byte = unsafe { at.read_volatile() };
+            }
+        }
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Writes the `width` bytes at `offset`.
+    pub(super) fn write(&mut self, offset: usize, width: AccessWidth, value: u64) {
+        for (i, byte) in value.to_le_bytes().into_iter().enumerate().take(width.size()) {
+            if let Some(at) = self.byte(offset + i) {
+                // SAFETY: as in `read`; the mapping is writable, and no reference to its bytes exists.
+                unsafe { at.write_volatile(byte) };
+            }
+        }
+    }
+
+    /// The address of the byte at `offset`, if the page has one that is not [`ImmediateExit`]'s.
+    fn byte(&self, offset: usize) -> Option<*mut u8> {
+        let ours = offset < self.mapping.size && offset != std::mem::offset_of!(kvm_run, immediate_exit);
+        // SAFETY: the offset is inside the mapping.
+        ours.then(|| unsafe { self.mapping.page.as_ptr().cast::<u8>().add(offset) })
+    }
+}
+
+/// The byte of the run page that makes `KVM_RUN` return with `EINTR` at once (`KVM_CAP_IMMEDIATE_EXIT`), for any thread.
+#[derive(Clone, Debug)]
+pub(super) struct ImmediateExit(Arc<Mapping>);
+
+impl ImmediateExit {
+    fn byte(&self) -> &AtomicU8 {
+        // SAFETY: the mapping lives as long as `self`, the kernel only reads the byte, and everyone in this process
+        // accesses it through this type.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.0.page.as_ptr()).immediate_exit) }
+    }
+
+    /// Asks for it.
+    pub(super) fn set(&self) {
+        self.byte().store(1, Ordering::SeqCst);
+    }
+
+    /// Takes it back.
+    pub(super) fn clear(&self) {
+        self.byte().store(0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{memfd_create, MFdFlags};
+    use std::os::fd::AsFd;
+
+    const SIZE: usize = 3 * 4096;
+
+    /// A run page without a KVM behind it.
+    fn page() -> RunPage {
+        let file = memfd_create(c"run-page", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&file, SIZE as i64).unwrap();
+        RunPage::map(file.as_fd(), SIZE).unwrap()
+    }
+
+    #[test]
+    fn exits_that_make_no_sense_are_none() {
+        let mut page = page();
+        let io = |size, count, data_offset| kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_4 {
+            direction: 1,
+            size,
+            port: 0x10,
+            count,
+            data_offset,
+        };
+        set!(page, __bindgen_anon_1.io)(io(2, 3, 4096));
+        assert_eq!(page.port_io(), Some(Transfer::port(0x10, AccessWidth::Word, true, 4096, 6)));
+        for wrong in [io(3, 1, 4096), io(4, 1, SIZE as u64 - 3), io(1, u32::MAX, 4096), io(1, 1, u64::MAX)] {
+            set!(page, __bindgen_anon_1.io)(wrong);
+            assert_eq!(page.port_io(), None);
+        }
+        set!(page, __bindgen_anon_1.mmio.len)(9);
+        assert_eq!(page.mmio(), None);
+        page.write(SIZE - 1, AccessWidth::Word, 0xaabb);
+        assert_eq!(page.read(SIZE - 1, AccessWidth::Word), 0xbb, "nothing beyond the end");
+    }
+
+    #[test]
+    fn kicks_reach_the_page_through_every_handle() {
+        let mut page = page();
+        let (one, two) = (page.immediate_exit(), page.immediate_exit());
+        one.set();
+        assert_eq!(get!(page, immediate_exit), 1);
+        page.write(0, AccessWidth::Qword, 0);
+        assert_eq!(get!(page, immediate_exit), 1, "data of exits cannot overwrite it");
+        two.clear();
+        assert_eq!(get!(page, immediate_exit), 0);
+    }
+
+    #[test]
+    fn too_small_a_page_is_refused() {
+        let file = memfd_create(c"run-page", MFdFlags::MFD_CLOEXEC).unwrap();
+        assert!(RunPage::map(file.as_fd(), 64).is_err());
+    }
+}
