@@ -8,6 +8,7 @@
 
 pub mod abuse;
 pub mod code;
+pub mod flaws;
 pub mod guests;
 pub mod harness;
 pub mod machine;

@@ -15,6 +15,7 @@
 //!
 //! The first GiB of long mode includes addresses beyond the RAM, which are not memory either.
 
+use crate::flaws;
 use crate::harness::{self, CaseResult, Stop};
 use crate::{ensure, ensure_eq};
 use axvcpu_uapi::addr::GuestPhysAddr;
@@ -140,41 +141,9 @@ pub fn open() -> Result<System, Stop> {
     Ok(system)
 }
 
-/// Ends the case if the CPU is QEMU's emulation in software, which lacks `what`.
-///
-/// # Errors
-/// The reason to skip.
-pub fn needs_hardware(what: &str) -> CaseResult {
-    // Newer compilers know CPUID to be safe.
-    #[allow(unused_unsafe)]
-    // SAFETY: every x86-64 CPU has CPUID; an unknown leaf gives some other leaf's answer.
-    let leaf = unsafe { std::arch::x86_64::__cpuid(0x4000_0000) };
-    if [leaf.ebx, leaf.ecx, leaf.edx] == [0x5447_4354, 0x4354_4743, 0x4743_5447] {
-        return Err(Stop::Skip(format!("QEMU's emulated CPU does not have {what}")));
-    }
-    Ok(())
-}
-
-/// Whether the CPU is the AMD CPU that Bochs (3.0) emulates. CPUID does not tell it from the real one, so the lab's host
-/// says so (scripts/lab/host-init).
-pub fn on_bochs() -> bool {
-    std::env::var_os("AXVCPU_LAB").is_some_and(|lab| lab == "bochs")
-}
-
-/// Ends the case if the CPU is Bochs' emulation, which does `what`.
-///
-/// # Errors
-/// The reason to skip.
-pub fn not_on_bochs(what: &str) -> CaseResult {
-    if on_bochs() {
-        return Err(Stop::Skip(format!("Bochs' emulated CPU {what}")));
-    }
-    Ok(())
-}
-
-/// Real-mode code that does nothing for ever. On Bochs with interrupts enabled: see [`Machine::will_spin`].
+/// Real-mode code that does nothing for ever, if need be with interrupts enabled: see [`Machine::will_spin`].
 pub fn spin() -> &'static [u8] {
-    if on_bochs() {
+    if flaws::LOOPS_UNINTERRUPTED.here() {
         &[0xfb, 0xeb, 0xfe] // sti; jmp to itself
     } else {
         &[0xeb, 0xfe]
@@ -343,14 +312,13 @@ impl Machine {
         Ok(self.vcpu.set(&general)?)
     }
 
-    /// Prepares for code that runs for long without an exit, which needs nothing but on Bochs. There RFLAGS.IF is set: if a
-    /// guest is entered with it clear, Bochs (3.0) takes no physical interrupt until the guest has set it, so the host would
-    /// have to wait.
+    /// Prepares for code that runs for long without an exit, which needs nothing but where interrupts would have to wait for
+    /// the guest ([`flaws::LOOPS_UNINTERRUPTED`]).
     ///
     /// # Errors
     /// What the module refuses.
     pub fn will_spin(&mut self) -> CaseResult {
-        if on_bochs() {
+        if flaws::LOOPS_UNINTERRUPTED.here() {
             self.interrupts(true)?;
         }
         Ok(())

@@ -2,8 +2,9 @@
 //! Ranges of guest memory that overlap, are not aligned, wrap, are huge, or are backed by nothing.
 
 use super::Objects;
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{on_bochs, FLAGS_IF};
+use crate::machine::FLAGS_IF;
 use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::{MapRegion, ProtectRange, Range, MEM_EXECUTE, MEM_READ, MEM_WRITE};
@@ -220,7 +221,7 @@ fn run_page() -> CaseResult {
     let mut general: axvcpu_uapi::x86::General = objects.vcpu.get()?;
     let segments: axvcpu_uapi::x86::Segments = objects.vcpu.get()?;
     general.rip = 0x2000 - segments.cs.base;
-    if on_bochs() {
+    if flaws::LOOPS_UNINTERRUPTED.here() {
         // See `Machine::will_spin`.
         general.rflags |= FLAGS_IF;
     }

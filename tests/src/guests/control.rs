@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Values that the architecture forbids: refused for the host, #GP for the guest, and nothing changed in either case.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
 use crate::machine::{
-    needs_hardware, on_bochs, Machine, Mode, CODE, CR0_CD, CR0_ET, CR0_MP, CR0_NE, CR0_NW, CR0_PE, CR0_PG, CR0_WP,
-    CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, STACK, TABLES,
+    Machine, Mode, CODE, CR0_CD, CR0_ET, CR0_MP, CR0_NE, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT,
+    CR4_OSXSAVE, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, STACK, TABLES,
 };
 use crate::{code, ensure_eq, table};
 use axvcpu_uapi::client::{Errno, RegisterSet};
@@ -169,10 +170,10 @@ fn events() -> CaseResult {
     )
 }
 
-/// The control registers, but for CR2 on Bochs (3.0), which does not load it at VMRUN.
+/// The control registers, but for CR2 where the guest's is not what it was given.
 fn control_registers(m: &Machine) -> Result<Control, Stop> {
     let control: Control = m.vcpu.get()?;
-    Ok(Control { cr2: if on_bochs() { 0 } else { control.cr2 }, ..control })
+    Ok(Control { cr2: if flaws::CR2_NOT_LOADED.here() { 0 } else { control.cr2 }, ..control })
 }
 
 /// Runs guest code whose instructions fault as often as `faults` says. The #GP handler at CODE + 0x300 steps over the
@@ -219,12 +220,12 @@ fn guest_cr0() -> CaseResult {
 }
 
 fn guest_cr0_high() -> CaseResult {
-    needs_hardware("the check of CR0's upper half")?;
+    flaws::CR0_HALF_CHECKED.skip()?;
     all_fault(code!(to_cr0_high, 64, "mov cr0, rax", "out 0x80, al"), &[("CR0 bit 32", CR0 | (1 << 32))])
 }
 
 fn guest_cr3() -> CaseResult {
-    needs_hardware("the checks of MOV to CR3")?;
+    flaws::CR3_UNCHECKED.skip()?;
     all_fault(code!(to_cr3, 64, "mov cr3, rax", "out 0x80, al"), &[("CR3 bit 61", TABLES | (1 << 61))])
 }
 
@@ -240,7 +241,7 @@ fn guest_cr4() -> CaseResult {
 }
 
 fn guest_cr8() -> CaseResult {
-    needs_hardware("the checks of MOV to CR8")?;
+    flaws::CR8_UNCHECKED.skip()?;
     all_fault(code!(to_cr8, 64, "mov cr8, rax", "out 0x80, al"), &[("CR8 of 16", 16), ("CR8 of 2^63", 1 << 63)])
 }
 

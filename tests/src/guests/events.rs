@@ -2,8 +2,9 @@
 //! Exceptions, NMIs and software interrupts that the program injects, and events whose delivery is interrupted by an
 //! exit.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{not_on_bochs, Machine, Mode, CODE, DATA, HIGH, HOLE, STACK};
+use crate::machine::{Machine, Mode, CODE, DATA, HIGH, HOLE, STACK};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{Errno, Error, Memory, Permissions};
@@ -85,7 +86,7 @@ fn error_code() -> CaseResult {
 }
 
 fn page_fault() -> CaseResult {
-    not_on_bochs("does not load CR2 at VMRUN")?;
+    flaws::CR2_NOT_LOADED.skip()?;
     let mut m = machine()?;
     m.vector(14, CODE + 0x100)?;
     m.vcpu.inject(&Event {
@@ -112,7 +113,7 @@ fn software() -> CaseResult {
 
 /// A second NMI waits until the first one's IRET; it is not lost.
 fn nmi() -> CaseResult {
-    not_on_bochs("does not set DR6 before the intercept of #DB, by which the end of an NMI's handler is known")?;
+    flaws::DR6_LATE.skip()?;
     let code = code!(
         nmi,
         64,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Instructions that need a decision: carried out, made harmless, or refused.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{needs_hardware, Machine, Mode, CODE, GDT, TSS};
+use crate::machine::{Machine, Mode, CODE, GDT, TSS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::exit::AccessWidth::Byte;
 use axvcpu_uapi::exit::AxVCpuExitReason::{Hypercall, TaskSwitch, TripleFault};
@@ -162,7 +163,7 @@ fn triple_fault() -> CaseResult {
 
 /// A far jump to a task is reported, not carried out.
 fn task_jump() -> CaseResult {
-    needs_hardware("the intercept of task switches")?;
+    flaws::TASK_SWITCHES_UNSEEN.skip()?;
     let code = code!(task_jump, 32, ".byte 0xea", ".long 0", ".word 0x28", "hlt");
     let mut m = Machine::new(Mode::Protected, code)?;
     // An available 32-bit TSS at selector 0x28.

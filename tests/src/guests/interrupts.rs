@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! External interrupts from the program: when the window is open, when it opens, and what shuts it for an instruction.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{not_on_bochs, Machine, Mode, CODE, HOLE, STACK};
+use crate::machine::{Machine, Mode, CODE, HOLE, STACK};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{Memory, Permissions};
@@ -151,13 +152,10 @@ fn window_popf() -> CaseResult {
     Ok(())
 }
 
-/// What Bochs (3.0) does where the window after a shadow is awaited.
-const NO_VIRTUAL_INTERRUPT: &str = "takes no virtual interrupt before RFLAGS.IF changes, if it was set at VMRUN";
-
 /// An instruction in a shadow touches the hole; the exit says so. With memory mapped there, it is executed, and only
 /// then the interrupt comes.
 fn shadow(code: &[u8], length: u64) -> CaseResult {
-    not_on_bochs(NO_VIRTUAL_INTERRUPT)?;
+    flaws::VIRTUAL_INTERRUPTS_LATE.skip()?;
     let mut m = Machine::new(Mode::Long, code)?;
     m.vector(0x40, CODE + 0x100)?;
     m.vcpu.set_gpr(3, HOLE)?;
@@ -218,7 +216,7 @@ fn shadow_mov_ss() -> CaseResult {
 }
 
 fn shadow_set() -> CaseResult {
-    not_on_bochs(NO_VIRTUAL_INTERRUPT)?;
+    flaws::VIRTUAL_INTERRUPTS_LATE.skip()?;
     let code =
         code!(shadow_set, 64, "out 0x80, al", "inc ebx", "inc ecx", "hlt", ".org 77b + 0x100", "out 0x81, al", "hlt",);
     let mut m = Machine::new(Mode::Long, code)?;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Model-specific registers: the ones on the list work, all others are the program's to answer or to refuse.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
-use crate::machine::{needs_hardware, Machine, Mode, CODE, STACK};
+use crate::machine::{Machine, Mode, CODE, STACK};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::exit::AccessWidth::Byte;
 use axvcpu_uapi::exit::AxVCpuExitReason::{SysRegRead, SysRegWrite};
@@ -149,7 +150,7 @@ fn allowed() -> CaseResult {
 
 /// Addresses that are not canonical, each written with a handler that skips the WRMSR.
 fn bad_addresses() -> CaseResult {
-    needs_hardware("the checks of addresses in MSRs")?;
+    flaws::MSR_ADDRESSES_UNCHECKED.skip()?;
     let code = code!(
         bad_addresses,
         64,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Register sets survive the way into the guest and back: written by the host and read by the guest, and the reverse.
 
+use crate::flaws;
 use crate::harness::{Case, CaseResult};
-use crate::machine::{on_bochs, Machine, Mode, CODE, CR4_OSXSAVE, DATA, FLAGS, GDT, STACK, TSS};
+use crate::machine::{Machine, Mode, CODE, CR4_OSXSAVE, DATA, FLAGS, GDT, STACK, TSS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::client::{Apic, Errno, Error};
 use axvcpu_uapi::exit::AccessWidth::Byte;
@@ -242,8 +243,7 @@ fn control() -> CaseResult {
     ensure_eq!(m.vcpu.get::<Control>()?, set, "control registers as read back");
     m.expect_mark(0x80)?;
     let general = m.vcpu.general();
-    // Bochs (3.0) does not load CR2 at VMRUN.
-    if !on_bochs() {
+    if !flaws::CR2_NOT_LOADED.here() {
         ensure_eq!(general.gpr[0], set.cr2, "CR2 as the guest saw it");
     }
     ensure_eq!(general.gpr[3], set.cr3, "CR3 as the guest saw it");
@@ -320,8 +320,7 @@ fn breakpoint() -> CaseResult {
     m.expect_mark(0x82)?;
     let general = m.vcpu.general();
     ensure_eq!(general.gpr[1], at, "RIP that #DB pushed");
-    // Bochs (3.0) does not set DR6 before the intercept of #DB (APM vol. 2 section 15.12.2).
-    if !on_bochs() {
+    if !flaws::DR6_LATE.here() {
         ensure_eq!(general.gpr[3] & 0xf, 1, "DR6.B0");
     }
     m.expect_halt()
