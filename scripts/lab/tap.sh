@@ -25,11 +25,20 @@ show() { tail -n "${2:-15}" "$1" | sed 's/^/  | /'; }
 # Milliseconds since boot.
 now() { awk '{ printf "%d\n", $1 * 1000 }' /proc/uptime; }
 
-# guest_config FILE MEMORY: the lab's guest with that much memory, which reports
-# and powers off.
+# What the host leaves out of its boot for the emulator's sake (scripts/lib/bochs.sh).
+left_out=$(tr ' ' '\n' </proc/cmdline | grep -E '^(cryptomgr.notests|initcall_blacklist)=' | tr '\n' ' ')
+
+# guest_config FILE MEMORY [ROUNDS]: the lab's guest with that much memory, which works
+# for that many rounds, reports and powers off.
 guest_config() {
-	sed -e 's/^cmdline = "/&lab=report /' -e "s/^memory = .*/memory = \"$2\"/" \
-		/lab/vm.toml >"$1"
+	sed -e "s/^cmdline = \"/&lab=${3:+work:}${3:-report} $left_out/" \
+		-e "s/^memory = .*/memory = \"$2\"/" /lab/vm.toml >"$1"
+}
+
+# worked OUTPUT ROUNDS: whether the guest with that output got all its work right.
+worked() {
+	sh /lab/tests/work.sh "$2" >/tmp/work.expected
+	tr -d '\r' <"$1" | grep '^work ' | cmp -s - /tmp/work.expected
 }
 
 # Whether the guest's output in a file is that of a whole run.

@@ -3,7 +3,7 @@
 #
 # The lab host: a stock Debian kernel in QEMU with our module and programs. One
 # boot runs one session (a shell script) and comes back with its status. With
-# host_lab=bochs it boots in Bochs instead (see bochs.sh).
+# host_lab=bochs it boots in Bochs instead (see bochs.sh, and host_use).
 #
 # QEMU is the build root's (see root_program): one version on every machine.
 #
@@ -31,7 +31,17 @@ host_trouble=   # why there is no status, or why the run is not clean
 host_log=       # the kernel's messages
 
 # Lines in the kernel's messages that no run may leave.
-host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access'
+host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access|suspected memory leak'
+
+# host_use LAB: takes a lab by the name that users know it by.
+host_labs=(qemu bochs bochs-vmx bochs-svm)
+host_use() {
+	case $1 in
+	qemu) host_lab=qemu ;;
+	bochs | bochs-vmx) host_lab=bochs && bochs_cpu vmx ;;
+	bochs-svm) host_lab=bochs && bochs_cpu svm ;;
+	esac
+}
 
 # KVM is of use only where it passes the virtualization extension on.
 host_can_nest() {
@@ -91,12 +101,13 @@ host_boot() {
 	trap - EXIT
 }
 
-# What QEMU must be told of the machine, in host_machine, and the kernel of its
-# console.
+# What QEMU must be told of the machine, in host_machine, and the kernel, in
+# host_cmdline: its console, and on a PC not to count the timer's ticks at first, since
+# a busy machine may keep QEMU from giving them in time.
 host_machine_words() {
 	case $axv_arch in
 	x86_64)
-		host_console=ttyS0
+		host_cmdline='console=ttyS0 no_timer_check'
 		if [[ -n $host_icount ]]; then
 			host_machine=(-accel tcg -cpu EPYC -icount "shift=0,sleep=off")
 		elif host_can_nest; then
@@ -107,7 +118,7 @@ host_machine_words() {
 		;;
 	aarch64)
 		# Here EL2 is always emulated.
-		host_console=ttyAMA0
+		host_cmdline='console=ttyAMA0'
 		host_machine=(-accel tcg -machine "virt,virtualization=on,gic-version=3"
 			-cpu "${host_cpu:-neoverse-n1}")
 		;;
@@ -125,7 +136,7 @@ host_run_qemu() {
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
 		-smp "${host_cpus:=2}" -m "${host_memory:=2048}"
 		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
-		-append "console=$host_console loglevel=7 panic=-1 oops=panic"
+		-append "$host_cmdline loglevel=7 panic=-1 oops=panic"
 		-chardev "file,id=log,path=$host_log" -serial chardev:log
 		-device virtio-serial-pci
 		-device "virtconsole,chardev=session"

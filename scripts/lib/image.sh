@@ -19,10 +19,10 @@ image_pack() {
 }
 
 # image_base RELEASE: the unchanging parts for that kernel, in its directory:
-# guest.img, and host.img with the guest inside.
+# guest.img, and host.img with the guest inside, which always has the main kernel.
 image_base() {
 	step "image-$1" "$(cat "$axv_top"/scripts/lab/*.sh "$axv_top"/scripts/lab/*-init "$axv_top"/scripts/lab/*.toml |
-		key_of "$1" "${axv_host_modules[*]}" "$(code_of image_make image_pack)")" \
+		key_of "$1" "$axv_kernel" "${axv_host_modules[*]}" "$(code_of image_make image_pack)")" \
 		"Images for $1" image_make "$1"
 }
 
@@ -35,6 +35,8 @@ image_make() {
 	mkdir -p "$tree/guest/bin"
 	cp "$axv_busybox" "$tree/guest/bin/"
 	install -m 755 "$axv_top/scripts/lab/guest-init" "$tree/guest/init"
+	mkdir "$tree/guest/lab"
+	cp "$axv_top/scripts/lab/work.sh" "$tree/guest/lab/"
 	image_pack "$tree/guest" "$dir/guest.img"
 
 	mkdir -p "$tree/host/bin" "$tree/host/lab/guest" "$tree/host/etc"
@@ -45,7 +47,7 @@ image_make() {
 	mkdir -p "$tree/host/lab/tests"
 	cp "$axv_top"/scripts/lab/*.toml "$tree/host/lab/"
 	cp "$axv_top"/scripts/lab/*.sh "$tree/host/lab/tests/"
-	cp "$dir/vmlinuz" "$dir/guest.img" "$tree/host/lab/guest/"
+	cp "$(kernel_dir "$axv_kernel")/vmlinuz" "$dir/guest.img" "$tree/host/lab/guest/"
 	mv "$tree/host/lab/guest/guest.img" "$tree/host/lab/guest/initrd.img"
 	image_modules "$release" "$tree/host"
 	image_pack "$tree/host" "$dir/host.img"

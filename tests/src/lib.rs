@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests that need the real thing: `axvcpu.ko` loaded, a CPU with a virtualization extension, and `/dev/axvcpu`.
 //!
-//! Two programs share this crate. `axvcpu-guests` runs a table of small assembled guests, one behaviour each, on
+//! Three programs share this crate. `axvcpu-guests` runs a table of small assembled guests, one behaviour each, on
 //! whatever backend the module chose ([`guests`]). `axvcpu-abuse` calls every ioctl in every wrong way that its author
 //! could think of and compares the errno with axvcpu(4) ([`abuse`]). Both print one line for each case ([`harness`])
 //! and need nothing but themselves, so they can be linked statically and dropped into an initramfs.
@@ -12,5 +12,6 @@ pub mod flaws;
 pub mod guests;
 pub mod harness;
 pub mod machine;
+pub mod peer;
 pub mod random;
 pub mod raw;
