@@ -3,9 +3,10 @@
 #
 # Stock Debian kernels: which one, its files, and headers that can build Rust.
 #
-# No kernel is compiled. Debian's headers package lacks the metadata of the
-# kernel's Rust crates; `make prepare` in the matching source tree makes it
-# again with the very compiler Debian used, and it is copied into the headers.
+# No kernel is compiled, but for one that nothing else needs (debug-kernel.sh). Debian's
+# headers package lacks the metadata of the kernel's Rust crates; `make prepare` in the
+# matching source tree makes it again with the very compiler Debian used, and it is
+# copied into the headers.
 
 axv_kernel_pin=7.3.4+deb13-cloud # and the architecture
 # Names what kernel_metadata leaves behind. It is minutes of work, so an edit that
@@ -114,20 +115,27 @@ kernel_unpack() {
 	mv "$tmp" "$dir"
 }
 
-kernel_metadata() {
-	local release=$1 headers version series work
-	headers=$(kernel_headers "$release")
+# kernel_source RELEASE DIRECTORY: the source that Debian built that kernel from.
+kernel_source() {
+	local version tmp=$2.tmp
 	# shellcheck disable=SC2016 # a dpkg format
-	version=$(in_root dpkg-query -W -f '${Version}' "linux-headers-$release")
-	series=$(cut -d. -f1,2 <<<"$release")
-	work=$axv_work/source-$release.tmp
-	rm -rf "$work"
-	mkdir -p "$work/deb"
-	cd "$work"
-	in_root_as_root apt-get download \
-		"linux-source-$series=$version"
+	version=$(in_root dpkg-query -W -f '${Version}' "linux-headers-$1")
+	rm -rf "$2" "$tmp"
+	mkdir -p "$tmp/deb"
+	cd "$tmp"
+	in_root_as_root apt-get download "linux-source-$(cut -d. -f1,2 <<<"$1")=$version"
 	in_root dpkg-deb --extract linux-source-*.deb deb
 	in_root tar --extract --strip-components=1 --file deb/usr/src/linux-source-*.tar.xz
+	rm -rf deb linux-source-*.deb
+	cd /
+	mv "$tmp" "$2"
+}
+
+kernel_metadata() {
+	local release=$1 headers work=$axv_work/source-$1
+	headers=$(kernel_headers "$release")
+	kernel_source "$release" "$work"
+	cd "$work"
 	cp "$axv_root$headers/.config" .config
 	local -a make=(make "-j$(nproc)" "${axv_kernel_make[@]}" "CC=$axv_triple-gcc-14")
 	in_root "${make[@]}" olddefconfig

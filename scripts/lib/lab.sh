@@ -16,6 +16,8 @@ axv_lib=$(dirname -- "${BASH_SOURCE[0]}")
 . "$axv_lib/arch.sh"
 # shellcheck source=lib/kernel.sh
 . "$axv_lib/kernel.sh"
+# shellcheck source=lib/debug-kernel.sh
+. "$axv_lib/debug-kernel.sh"
 # shellcheck source=lib/build.sh
 . "$axv_lib/build.sh"
 # shellcheck source=lib/image.sh
