@@ -3,6 +3,8 @@
 //! wrapped once, in a safe function where that is possible; the other files use these wrappers only. Some of them each
 //! architecture implements in its own way, in `x86/helpers.c`.
 
+use core::sync::atomic::{AtomicUsize, Ordering};
+
 use kernel::{bindings, prelude::*, types::Opaque};
 
 use vcpu_core::HostPhysAddr;
@@ -67,11 +69,25 @@ pub(crate) unsafe fn free_pages(addr: HostPhysAddr, order: u32) {
     unsafe { raw::axvcpu_free_pages(phys_to_virt(addr) as usize, order) }
 }
 
+/// Where the direct map shows physical address 0, as soon as somebody has asked: it is one map, and stays where it is.
+static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
+
 /// Where the direct map shows physical memory.
 #[inline]
 pub(crate) fn phys_to_virt(addr: HostPhysAddr) -> *mut u8 {
+    let start = match DIRECT_MAP.load(Ordering::Relaxed) {
+        0 => find_direct_map(),
+        start => start,
+    };
+    start.wrapping_add(addr.as_u64() as usize) as *mut u8
+}
+
+#[cold]
+fn find_direct_map() -> usize {
     // SAFETY: Pure arithmetic on the direct map's base.
-    unsafe { raw::axvcpu_phys_to_virt(addr.as_u64()) }
+    let start = unsafe { raw::axvcpu_phys_to_virt(0) } as usize;
+    DIRECT_MAP.store(start, Ordering::Relaxed);
+    start
 }
 
 /// A page of guest memory that the host's memory management lent us, with one reference.

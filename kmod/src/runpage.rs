@@ -36,6 +36,7 @@ impl Page {
         Ok(Self { frame: ffi::alloc_pages(0).ok_or(ENOMEM)? })
     }
 
+    #[inline]
     fn page(&self) -> *mut RunPage {
         ffi::phys_to_virt(self.frame).cast()
     }

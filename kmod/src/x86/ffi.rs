@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The functions of `x86/helpers.c` that only x86 has.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 mod raw {
     extern "C" {
         pub(super) fn axvcpu_mitigations() -> u32;
@@ -26,33 +28,47 @@ pub(crate) fn tsc_stable() -> bool {
 pub(crate) struct Mitigations(u32);
 
 impl Mitigations {
-    /// The host's decision, which is final after boot.
+    /// The host's decision, which is final after boot, so it is asked for once.
+    #[inline]
     pub(crate) fn of_host() -> Self {
-        // SAFETY: Reads the CPU's feature flags.
-        Self(unsafe { raw::axvcpu_mitigations() })
+        /// Somebody has asked.
+        const KNOWN: u32 = 1 << 31;
+        static DECISION: AtomicU32 = AtomicU32::new(0);
+        let mut bits = DECISION.load(Ordering::Relaxed);
+        if bits & KNOWN == 0 {
+            // SAFETY: Reads the CPU's feature flags.
+            bits = unsafe { raw::axvcpu_mitigations() } | KNOWN;
+            DECISION.store(bits, Ordering::Relaxed);
+        }
+        Self(bits)
     }
 
     /// Clear the CPU's buffers before each entry.
+    #[inline]
     pub(crate) fn clear_buffers(self) -> bool {
         self.0 & 1 != 0
     }
 
     /// Refill the return stack buffer after each exit.
+    #[inline]
     pub(crate) fn refill_rsb(self) -> bool {
         self.0 >> 1 & 1 != 0
     }
 
     /// Untrain return predictions after each exit.
+    #[inline]
     pub(crate) fn untrain_returns(self) -> bool {
         self.0 >> 2 & 1 != 0
     }
 
     /// Branch prediction barrier after each exit.
+    #[inline]
     pub(crate) fn barrier_at_exit(self) -> bool {
         self.0 >> 3 & 1 != 0
     }
 
     /// Branch prediction barrier before userspace runs on a CPU that ran a guest (VMSCAPE).
+    #[inline]
     pub(crate) fn barrier_before_user(self) -> bool {
         self.0 >> 4 & 1 != 0
     }

@@ -175,10 +175,12 @@ impl Events {
         *self = Self { activity, window_requested: self.window_requested, ..Self::new() };
     }
 
+    #[inline]
     pub(crate) fn activity(&self) -> Activity {
         self.activity
     }
 
+    #[inline]
     pub(crate) fn set_activity(&mut self, activity: Activity) {
         self.activity = activity;
     }
@@ -187,10 +189,12 @@ impl Events {
         self.window_requested = wanted;
     }
 
+    #[inline]
     pub(crate) fn window_requested(&self) -> bool {
         self.window_requested
     }
 
+    #[inline]
     pub(crate) fn nmi_masked(&self) -> bool {
         self.nmi_masked
     }
@@ -200,11 +204,13 @@ impl Events {
         self.nmi_masked = false;
     }
 
+    #[inline]
     pub(crate) fn nmi_pending(&self) -> bool {
         self.nmis != 0
     }
 
     /// Adds NMIs; hardware remembers no more than two.
+    #[inline]
     pub(crate) fn post_nmis(&mut self, count: u8) {
         self.nmis = self.nmis.saturating_add(count).min(if self.nmi_masked { 1 } else { 2 });
     }
@@ -268,16 +274,19 @@ impl Events {
     }
 
     /// An external interrupt waits, other than the local APIC's.
+    #[inline]
     fn waiting(&self) -> Option<u8> {
         self.displaced.or(self.external)
     }
 
     /// Whether userspace could hand in an external interrupt that would be delivered at once.
+    #[inline]
     pub(crate) fn window_open(&self, situation: Situation) -> bool {
         situation.interrupts_enabled && !situation.shadow && self.event.is_none() && self.waiting().is_none()
     }
 
     /// Whether an event waits that ends HLT. `apic` says whether the local APIC has an interrupt for the CPU.
+    #[inline]
     pub(crate) fn wakes(&self, situation: Situation, apic: bool) -> bool {
         self.event.is_some()
             || (self.nmis != 0 && !self.nmi_masked)
@@ -286,6 +295,7 @@ impl Events {
 
     /// Decides on the next entry, and takes out what it injects. `apic` is the interrupt that the local APIC would deliver,
     /// `accepts_pic` whether it lets interrupts of userspace's 8259 through.
+    #[inline]
     pub(crate) fn plan(&mut self, situation: Situation, apic: Option<u8>, accepts_pic: bool) -> Plan {
         let mut plan = Plan::NOTHING;
         let mut apic = apic;

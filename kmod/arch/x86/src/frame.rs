@@ -88,6 +88,10 @@ pub(crate) unsafe trait Zeroable {}
 
 // SAFETY: Integers only.
 unsafe impl Zeroable for crate::apic::Registers {}
+// SAFETY: As above.
+unsafe impl Zeroable for crate::svm::Vmcb {}
+// SAFETY: As above.
+unsafe impl<const N: usize> Zeroable for [axvcpu_uapi::x86::CpuidEntry; N] {}
 
 /// A `T` in frames of its own.
 ///

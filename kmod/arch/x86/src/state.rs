@@ -258,7 +258,18 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Takes what was posted.
+    #[inline]
     pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
+        if mailbox.pending() {
+            self.take_posted(hw, mailbox);
+        }
+        if let Some(lapic) = &self.lapic {
+            mailbox.publish(lapic.identity());
+        }
+        self.update_activity(hw.regs());
+    }
+
+    fn take_posted(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
         let (init, sipi) = self.collect(mailbox);
         if init {
             self.init(hw);
@@ -267,7 +278,6 @@ impl<H: X86Hal> Guest<H> {
             self.reset(hw, u64::from(vector) << 12, u16::from(vector) << 8, 0);
             self.events.set_activity(Activity::Running);
         }
-        self.update_activity(hw.regs());
     }
 
     // --- Clocks and the local APIC ---
@@ -375,13 +385,11 @@ impl<H: X86Hal> Guest<H> {
             None => mailbox.take(|_, _, _| {}),
         };
         self.events.post_nmis(posted.nmis);
-        if let Some(lapic) = &self.lapic {
-            mailbox.publish(lapic.identity());
-        }
         (posted.init, posted.sipi)
     }
 
     /// Ends HLT if there is reason to, and tells whether the vCPU executes instructions.
+    #[inline]
     pub(crate) fn update_activity(&mut self, regs: &impl Registers) -> bool {
         if self.events.activity() == Activity::Halted
             && self.events.wakes(self.situation(regs), self.apic_vector().is_some())

@@ -176,8 +176,7 @@ macro_rules! restore_speculation {
         concat!(
             "test byte ptr [rsp + 16], 2
             jz 4f
-            mov ecx, 32
-            3:
+            .rept 32
             880:
             call 881f
             int3
@@ -185,9 +184,8 @@ macro_rules! restore_speculation {
             ",
             crate::switch::annotate_call!(),
             "
-            add rsp, 8
-            dec ecx
-            jnz 3b
+            .endr
+            add rsp, 256
             lfence
             4:
             test byte ptr [rsp + 16], 8

@@ -358,12 +358,14 @@ impl<H: X86Hal> X86VCpu<H> {
 
     /// Takes what was posted to the vCPU, and publishes who it is. To be called right before [`run`](AxArchVCpu::run), with
     /// interrupts off, so that nothing posted earlier is missed.
+    #[inline]
     pub fn prepare(&mut self, mailbox: &Mailbox) {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox));
     }
 
     /// Whether there is something to run for: false for a vCPU that is halted or waits for a start-up IPI, with nothing to
     /// change that.
+    #[inline]
     pub fn runnable(&mut self, mailbox: &Mailbox) -> bool {
         mailbox.pending()
             || self.guest.msrs.interrupt_end.is_some()
@@ -375,11 +377,13 @@ impl<H: X86Hal> X86VCpu<H> {
     ///
     /// # Errors
     /// [`AxError::HardwareLost`]: the CPU is as it was before, the vCPU may not be.
+    #[inline]
     pub fn leave(&mut self) -> AxResult {
         on!(&mut self.hardware, hw => hw.leave(&mut self.guest))
     }
 
     /// Has everything flushed before the next entry that the CPU has cached of the guest's translations.
+    #[inline]
     pub fn flush_tlb(&mut self) {
         on!(&mut self.hardware, hw => hw.regs_mut().flush_tlb());
     }
@@ -415,12 +419,14 @@ impl<H: X86Hal> X86VCpu<H> {
     }
 
     /// What the host's timer is to do for the local APIC's. Its expiry is posted to the mailbox.
+    #[inline]
     pub fn timer_update(&mut self) -> TimerUpdate {
         self.guest.lapic.as_mut().map_or(TimerUpdate::Unchanged, Lapic::timer_update)
     }
 
     /// Whether [`clock_update`](Self::clock_update) has something: then the window is to be left, since the guest expects its
     /// clock when the write of the clock's MSR is over.
+    #[inline]
     pub fn clock_due(&self) -> bool {
         self.guest.clock.is_due()
     }
@@ -448,6 +454,7 @@ impl<H: X86Hal> X86VCpu<H> {
     }
 
     /// What kind the last exit was, for statistics.
+    #[inline]
     pub fn exit_kind(&self) -> ExitKind {
         self.guest.exit_kind
     }

@@ -159,11 +159,13 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// The APIC id.
+    #[inline]
     pub fn id(&self) -> u32 {
         self.config.id
     }
 
     /// The mode.
+    #[inline]
     pub fn mode(&self) -> Mode {
         self.base.mode
     }
@@ -222,11 +224,13 @@ impl<H: AxVCpuHal> Lapic<H> {
     // --- Priorities and delivery ---
 
     /// CR8: bits 7:4 of the task priority.
+    #[inline]
     pub fn cr8(&self) -> u8 {
         (self.registers.get(reg::TPR) >> 4) as u8
     }
 
     /// The guest's CR8 is `cr8` (0 to 15). The low bits of TPR, which CR8 lacks, change only if CR8 does.
+    #[inline]
     pub fn set_cr8(&mut self, cr8: u8) {
         let cr8 = u32::from(cr8 & 0xf);
         let registers = &mut *self.registers;
@@ -236,6 +240,7 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// The processor priority (SDM vol. 3 section 12.8.3.1).
+    #[inline]
     pub fn ppr(&self) -> u8 {
         let registers = &*self.registers;
         let in_service = registers.highest(Set::InService).unwrap_or(0) & 0xf0;
@@ -249,11 +254,13 @@ impl<H: AxVCpuHal> Lapic<H> {
 
     /// The interrupt to deliver next: the highest one requested, if its class is above the processor priority. It takes
     /// the guest's CR8 into account, so [`set_cr8`](Self::set_cr8) first where the guest may have changed it.
+    #[inline]
     pub fn pending_vector(&self) -> Option<u8> {
         self.highest_request().filter(|vector| vector & 0xf0 > self.ppr() & 0xf0)
     }
 
     /// The highest interrupt requested, whatever the priorities: what the window must be opened for.
+    #[inline]
     pub fn highest_request(&self) -> Option<u8> {
         if self.mode() == Mode::Disabled {
             return None;
@@ -283,16 +290,19 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// Whether LINT0 passes the 8259's interrupts to the CPU: it is set up so, or the APIC is off and transparent.
+    #[inline]
     pub fn accepts_pic_interrupt(&self) -> bool {
         let lint0 = self.registers.get(reg::LVT_LINT0);
         self.mode() == Mode::Disabled || lint0 & (LVT_MASKED | LVT_DELIVERY) == LVT_EXTINT
     }
 
+    #[inline]
     fn enabled(&self) -> bool {
         self.registers.get(reg::SVR) & SVR_ENABLED != 0
     }
 
     /// Who this APIC is, for [`Mailbox::publish`].
+    #[inline]
     pub fn identity(&self) -> Identity {
         let registers = &*self.registers;
         let logical = if self.mode() == Mode::X2Apic { 0 } else { registers.get(reg::LDR) >> 24 };
@@ -376,6 +386,7 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// What to do with the host's timer; the caller does it.
+    #[inline]
     pub fn timer_update(&mut self) -> TimerUpdate {
         self.timer.update()
     }

@@ -54,6 +54,7 @@ pub struct Identity {
 }
 
 impl Identity {
+    #[inline]
     const fn encode(self) -> u64 {
         self.id as u64
             | ((self.logical as u64) << 32)
@@ -167,6 +168,7 @@ impl Mailbox {
     }
 
     /// Whether anything waits to be collected.
+    #[inline]
     pub fn pending(&self) -> bool {
         self.state.load(Ordering::SeqCst) != 0
     }
@@ -198,6 +200,7 @@ impl Mailbox {
     }
 
     /// Publishes who the vCPU is. For the vCPU's thread only.
+    #[inline]
     pub fn publish(&self, identity: Identity) {
         let bits = identity.encode();
         // Only this thread writes it, so a relaxed load sees its own last store; the usual case is no change.

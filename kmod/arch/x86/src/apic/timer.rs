@@ -248,6 +248,7 @@ impl Timer {
 
     /// What to do with the host's timer, after [`poll`](Self::poll); the caller does it. A masked timer needs no host timer:
     /// what it would have done is found out when somebody looks.
+    #[inline]
     pub fn update(&mut self) -> TimerUpdate {
         let wanted = if self.masked { None } else { self.expiry.map(|ns| ns.min(NEVER_NS)) };
         if wanted == self.armed {

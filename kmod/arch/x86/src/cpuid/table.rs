@@ -6,14 +6,10 @@ use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
 use super::policy::{address_widths, host_leaf, rules, xsave_size, SUPPORTED_XCR0};
 use super::{Caps, CpuidResult, HostCpuid, Vendor, ZERO};
-use crate::frame::{Frames, FRAME};
+use crate::frame::{Framed, FRAME};
 
-/// Words of an entry: function, index, flags, EAX, EBX, ECX, EDX, zero.
-const WORDS: usize = 8;
-/// Bytes of an entry.
-const ENTRY: usize = 4 * WORDS;
 /// Entries in a table, at most: one frame full.
-pub const MAX_ENTRIES: usize = FRAME / ENTRY;
+pub const MAX_ENTRIES: usize = FRAME / size_of::<CpuidEntry>();
 
 /// CR4.OSXSAVE.
 const CR4_OSXSAVE: u64 = 1 << 18;
@@ -99,8 +95,7 @@ features! {
 
 /// A vCPU's CPUID table, in a frame of its own.
 pub struct CpuidTable<H: AxVCpuHal> {
-    /// [`CpuidEntry`] structures as bytes.
-    frame: Frames<H>,
+    slots: Framed<[CpuidEntry; MAX_ENTRIES], H>,
     count: usize,
 }
 
@@ -123,7 +118,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         if count > MAX_ENTRIES {
             return Err(AxError::LimitReached);
         }
-        let mut table = Self { frame: Frames::new(0)?, count: 0 };
+        let mut table = Self { slots: Framed::zeroed()?, count: 0 };
         for position in 0..count {
             let entry = read(position)?;
             if !is_well_formed(&entry) || table.find(entry.function, entry.index).is_some() {
@@ -143,12 +138,8 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 
     fn push(&mut self, entry: &CpuidEntry) {
-        let words =
-            [entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx, entry.reserved];
-        if let Some(slot) = self.frame.bytes_mut().chunks_exact_mut(ENTRY).nth(self.count) {
-            for (bytes, word) in slot.chunks_exact_mut(4).zip(words) {
-                bytes.copy_from_slice(&word.to_le_bytes());
-            }
+        if let Some(slot) = self.slots.get_mut(self.count) {
+            *slot = *entry;
             self.count = self.count.saturating_add(1);
         }
     }
@@ -163,14 +154,14 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         self.count == 0
     }
 
-    /// The entries as bytes, the function first.
-    fn slots(&self) -> impl Iterator<Item = &[u8]> + '_ {
-        self.frame.bytes().chunks_exact(ENTRY).take(self.count)
+    #[inline]
+    fn slots(&self) -> &[CpuidEntry] {
+        self.slots.get(..self.count).unwrap_or(&[])
     }
 
     /// The entries, as loaded.
     pub fn entries(&self) -> impl Iterator<Item = CpuidEntry> + '_ {
-        self.slots().map(decode)
+        self.slots().iter().copied()
     }
 
     /// CPUID 1 EAX: family, model and stepping; 0 if there is no such leaf.
@@ -179,17 +170,19 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 
     /// The entries of one leaf.
-    fn of_leaf(&self, function: u32) -> impl Iterator<Item = CpuidEntry> + '_ {
-        let key = function.to_le_bytes();
-        self.slots().filter(move |slot| slot.starts_with(&key)).map(decode)
+    #[inline]
+    fn of_leaf(&self, function: u32) -> impl Iterator<Item = &CpuidEntry> + '_ {
+        self.slots().iter().filter(move |entry| entry.function == function)
     }
 
     /// The entry for a leaf and sub-leaf.
-    fn find(&self, function: u32, index: u32) -> Option<CpuidEntry> {
+    #[inline]
+    fn find(&self, function: u32, index: u32) -> Option<&CpuidEntry> {
         self.of_leaf(function).find(|entry| entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
     }
 
     /// The entry for a leaf and sub-leaf as a result; zeros if there is none.
+    #[inline]
     fn raw(&self, function: u32, index: u32) -> CpuidResult {
         self.find(function, index).map_or(ZERO, result)
     }
@@ -324,17 +317,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 }
 
-/// The entry in a slot of the frame.
-fn decode(slot: &[u8]) -> CpuidEntry {
-    let mut words = [0u32; WORDS];
-    for (word, bytes) in words.iter_mut().zip(slot.chunks_exact(4)) {
-        *word = bytes.try_into().map_or(0, u32::from_le_bytes);
-    }
-    let [function, index, flags, eax, ebx, ecx, edx, reserved] = words;
-    CpuidEntry { function, index, flags, eax, ebx, ecx, edx, reserved }
-}
-
-fn result(entry: CpuidEntry) -> CpuidResult {
+fn result(entry: &CpuidEntry) -> CpuidResult {
     CpuidResult { eax: entry.eax, ebx: entry.ebx, ecx: entry.ecx, edx: entry.edx }
 }
 

@@ -31,6 +31,7 @@ use asid::Assignment;
 pub(crate) use percpu::SvmCpu;
 pub use permission::PermissionMaps;
 use registers::SvmRegisters;
+pub(crate) use vmcb::Vmcb;
 use vmcb::{int_control, intercept1, intercept2, intercept3, HardwareState};
 use window::HostState;
 

@@ -26,7 +26,7 @@ pub(crate) struct SvmRegisters<H: X86Hal> {
 
 impl<H: X86Hal> SvmRegisters<H> {
     pub(crate) fn new(caps: &Capabilities) -> AxResult<Self> {
-        let mut vmcb = Framed::new(Vmcb::new())?;
+        let mut vmcb = Framed::<Vmcb, H>::zeroed()?;
         let frame =
             Framed::new(Frame { common: crate::switch::Frame::new(), vmcb: vmcb.phys().as_u64(), host_vmcb: 0 })?;
         vmcb.set_g_pat(PAT_RESET);

@@ -247,6 +247,7 @@ pub(crate) mod int_control {
 
 impl Vmcb {
     /// A VMCB that is all zero.
+    #[cfg(test)]
     pub(crate) const fn new() -> Self {
         Self([0; 512])
     }
