@@ -23,7 +23,7 @@ arch_select() {
 		axv_kernel_make=()
 		axv_rustflags='-C target-feature=+crt-static'
 		axv_packages=(--workspace)
-		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-peer axvcpu-bench)
+		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-peer axvcpu-bench axvcpu-load)
 		axv_host_modules=(kvm-amd kvm-intel vfat loop)
 		;;
 	aarch64)

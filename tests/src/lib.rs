@@ -3,14 +3,16 @@
 //!
 //! Three programs share this crate. `axvcpu-guests` runs a table of small assembled guests, one behaviour each, on
 //! whatever backend the module chose ([`guests`]). `axvcpu-abuse` calls every ioctl in every wrong way that its author
-//! could think of and compares the errno with axvcpu(4) ([`abuse`]). Both print one line for each case ([`harness`])
-//! and need nothing but themselves, so they can be linked statically and dropped into an initramfs.
+//! could think of and compares the errno with axvcpu(4) ([`abuse`]). `axvcpu-load` runs in a Linux guest and keeps its
+//! CPUs busy with each other ([`load`]). All print one line for each case ([`harness`]) and need nothing but themselves,
+//! so they can be linked statically and dropped into an initramfs.
 
 pub mod abuse;
 pub mod code;
 pub mod flaws;
 pub mod guests;
 pub mod harness;
+pub mod load;
 pub mod machine;
 pub mod peer;
 pub mod random;

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=dash
+#
+# On the lab host: a stock Linux guest with several CPUs. The arguments are
+# numbers of CPUs, a boot each; guest-smp.sh is what the guest does. SMP_MIB is how
+# much each of its workers compresses (many CPUs get half of it: they are in each
+# other's way enough), SMP_LIMIT how many seconds a boot may take.
+
+# shellcheck source=tap.sh
+. /lab/tests/tap.sh
+
+limit=${SMP_LIMIT:-300}
+all_mib=${SMP_MIB:-4}
+
+# The guest's initramfs with the test added: archives add up.
+mkdir -p /tmp/add/lab
+cp /lab/tests/tap.sh /lab/tests/guest-smp.sh /lab/bin/axvcpu-load /tmp/add/lab/
+(cd /tmp/add && find . | cpio -o -H newc 2>/dev/null) | cat /lab/guest/initrd.img - >/tmp/smp.img
+
+# smp_config FILE CPUS
+smp_config() {
+	sed -e "s/^cmdline = \"/&lab=smp smp.cpus=$2 smp.mib=$mib /" -e "s/^cpu_num = .*/cpu_num = $2/" \
+		-e 's|^ramdisk_path = .*|ramdisk_path = "/tmp/smp.img"|' \
+		-e "s/^memory = .*/memory = \"$((192 + mib * 16 + $2 * 8))M\"/" /lab/vm.toml >"$1"
+}
+
+# within NAME DIFFERENCE LIMIT
+within() {
+	if [ "$2" -ge "-$3" ] && [ "$2" -le "$3" ]; then
+		ok "$1 ($2)"
+	else
+		not_ok "$1" "$2, more than $3"
+	fi
+}
+
+# smp_tick NAME HUNDREDTHS TIME CLOCK: the guest's clocks against ours, now.
+smp_tick() {
+	here=$(($(now) / 10))
+	if [ -z "$first" ]; then
+		first=$here guest_first=$2
+	else
+		within "$1: drift in $(((here - first) / 100)) s, in hundredths of a second" \
+			$(($2 - guest_first - here + first)) 50
+	fi
+	within "$1: date, in seconds from the host's" $(($3 - $(date +%s))) 2
+	within "$1: hwclock, in seconds from the host's" $(($4 - $(date +%s))) 2
+}
+
+# smp_run CPUS: one boot. The guest's results become ours.
+smp_run() {
+	name="$1 CPUs" first='' seen=0 planned=none mib=$all_mib
+	[ "$1" -le 4 ] || mib=$(((all_mib + 1) / 2))
+	smp_config /tmp/smp.toml "$1"
+	rm -f /tmp/smp.pipe
+	mkfifo /tmp/smp.pipe
+	begin=$(now)
+	axvmm --stats --config /tmp/smp.toml </dev/null >/tmp/smp.pipe 2>/tmp/smp.stats &
+	vmm=$!
+	(
+		sleep "$limit"
+		kill -9 $vmm
+	) &
+	killer=$!
+	while read -r line; do
+		line=${line%"$(printf '\r')"}
+		case $line in
+		'ok - '* | 'not ok - '* | 'skip - '*)
+			tap_count=$((tap_count + 1)) seen=$((seen + 1))
+			echo "${line%% - *} - $name: ${line#* - }"
+			;;
+		1..*) planned=${line#1..} ;;
+		# shellcheck disable=SC2086 # its words
+		'tick '*) smp_tick "$name" ${line#tick } ;;
+		*) echo "  | $line" ;;
+		esac
+	done </tmp/smp.pipe
+	wait $vmm
+	status=$?
+	kill $killer 2>/dev/null
+	if [ $status -ne 0 ]; then
+		not_ok "$name: power-off" "axvmm ended with status $status"
+		show /tmp/smp.stats
+	elif [ "$planned" != $seen ]; then
+		not_ok "$name: complete" "$planned results announced, $seen seen"
+	else
+		ok "$name: boots, works and powers off"
+	fi
+	echo "  | $name, start to power-off: $(($(now) - begin)) ms"
+	grep -E '^vCPU|time:' /tmp/smp.stats | sed 's/^/  | /'
+}
+
+for cpus; do smp_run "$cpus"; done
+plan
