@@ -3,7 +3,7 @@
 //! wrapped once, in a safe function where that is possible; the other files use these wrappers only. Some of them each
 //! architecture implements in its own way, in `x86/helpers.c`.
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use kernel::{bindings, prelude::*, types::Opaque};
 
@@ -44,6 +44,7 @@ mod raw {
             data: *const core::ffi::c_void,
         ) -> i32;
         pub(super) fn axvcpu_wake(wait: *mut bindings::rcuwait);
+        pub(super) fn axvcpu_yield_to(slot: *const *mut bindings::task_struct) -> i32;
         pub(super) fn axvcpu_fpu_begin();
         pub(super) fn axvcpu_fpu_end();
     }
@@ -312,4 +313,43 @@ pub(crate) unsafe fn fpu_begin() {
 pub(crate) unsafe fn fpu_end() {
     // SAFETY: The caller's promise.
     unsafe { raw::axvcpu_fpu_end() }
+}
+
+/// The thread that is at work somewhere right now, to which another may yield its CPU.
+pub(crate) struct Worker(AtomicPtr<bindings::task_struct>);
+
+impl Worker {
+    /// Nobody.
+    pub(crate) const fn new() -> Self {
+        Self(AtomicPtr::new(core::ptr::null_mut()))
+    }
+
+    /// The current thread is at work until the guard goes. One thread at a time: the caller holds the vCPU's mutex.
+    pub(crate) fn begin(&self) -> AtWork<'_> {
+        self.0.store(current!().as_ptr(), Ordering::Release);
+        AtWork(&self.0)
+    }
+
+    /// Yields the CPU to the worker, if it could run but has none. May sleep. Says whether that was so.
+    ///
+    /// # Errors
+    /// `ESRCH` if both are alone on their CPUs.
+    pub(crate) fn yield_to(&self) -> Result<bool> {
+        // SAFETY: What the pointer points to, if it is not null, is a task that had not ended its work, and so had not ended, when
+        // it was read; the helper reads it inside of an RCU section and keeps the task from being freed from then on.
+        let yielded = unsafe { raw::axvcpu_yield_to(self.0.as_ptr()) };
+        if yielded < 0 {
+            return Err(Error::from_errno(yielded));
+        }
+        Ok(yielded > 0)
+    }
+}
+
+/// Proof that the current thread is a [`Worker`].
+pub(crate) struct AtWork<'a>(&'a AtomicPtr<bindings::task_struct>);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.store(core::ptr::null_mut(), Ordering::Release);
+    }
 }

@@ -12,8 +12,11 @@
 #include <linux/mm.h>
 #include <linux/pgtable.h>
 #include <linux/preempt.h>
+#include <linux/rcupdate.h>
 #include <linux/rcuwait.h>
+#include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/task.h>
 #include <linux/smp.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
@@ -163,4 +166,25 @@ int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *d
 void axvcpu_wake(struct rcuwait *wait)
 {
 	rcuwait_wake_up(wait);
+}
+
+int axvcpu_yield_to(struct task_struct *const *slot)
+{
+	struct task_struct *task;
+	int yielded;
+
+	/*
+	 * A task in the slot is inside of RUN. It may leave that, and end, any
+	 * moment, but what is left of it stays until all RCU readers are done.
+	 */
+	rcu_read_lock();
+	task = READ_ONCE(*slot);
+	if (task)
+		get_task_struct(task);
+	rcu_read_unlock();
+	if (!task)
+		return 0;
+	yielded = yield_to(task, true);
+	put_task_struct(task);
+	return yielded;
 }

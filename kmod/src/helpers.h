@@ -9,6 +9,7 @@ struct file_operations;
 struct mm_struct;
 struct page;
 struct rcuwait;
+struct task_struct;
 struct vm_area_struct;
 
 unsigned long axvcpu_alloc_pages(unsigned int order);
@@ -31,6 +32,7 @@ int axvcpu_handle_work(void);
 void axvcpu_interrupt_and_wait(int cpu);
 int axvcpu_wait(struct rcuwait *wait, bool (*ready)(const void *), const void *data);
 void axvcpu_wake(struct rcuwait *wait);
+int axvcpu_yield_to(struct task_struct *const *slot);
 
 /* Each architecture's own. */
 void axvcpu_send_ipi(int cpu);

@@ -26,6 +26,8 @@ use crate::{
 enum Stop {
     /// Something waits between windows; then go on.
     Again,
+    /// The guest waits in a loop, it seems for another vCPU.
+    Spin,
     /// The guest did something that is not finished in the window.
     Exit(Exit),
 }
@@ -41,10 +43,12 @@ impl Vcpu {
         bump(&self.shared.stats.runs);
         self.take_requests(inner)?;
         self.shared.stats.set_state(VCpuState::Running);
+        let at_work = self.shared.worker.begin();
         let (exit, result) = match self.run_until_exit(inner) {
             Ok(exit) => (exit, Ok(0)),
             Err((exit, error)) => (exit, Err(error)),
         };
+        drop(at_work);
         if let Some(exit) = exit {
             bump(&self.shared.stats.user_exits);
             self.show_exit(inner, exit);
@@ -93,8 +97,11 @@ impl Vcpu {
                 continue;
             }
             self.update_clock(inner);
-            match self.window(inner).map_err(|error| (None, error))? {
+            let stop = self.window(inner).map_err(|error| (None, error))?;
+            self.shared.set_spins(matches!(stop, Stop::Spin));
+            match stop {
                 Stop::Again => {}
+                Stop::Spin => self.vm.yield_for(&self.shared),
                 Stop::Exit(exit @ Exit::NestedPageFault { addr, access_flags }) => {
                     let Inner { aspace: Some(aspace), spare, .. } = inner else {
                         return Err(plain(AxError::NotSetUp));
@@ -174,12 +181,14 @@ impl Vcpu {
             return Ok(Some(Stop::Again));
         }
         let exit = vcpu.run()?;
+        let kind = vcpu.arch()?.exit_kind();
         if !matches!(exit, Exit::NestedPageFault { .. }) {
-            self.shared.stats.count_exit(vcpu.arch()?.exit_kind());
+            self.shared.stats.count_exit(kind);
         }
         self.set_timer(inner);
         Ok(match exit {
             Exit::Nothing if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
+            Exit::Nothing if kind == ExitKind::Pause => Some(Stop::Spin),
             Exit::Nothing => None,
             Exit::ExternalInterrupt { .. } | Exit::PreemptionTimer => Some(Stop::Again),
             Exit::SendIPI { target_cpu, vector, .. } => {

@@ -16,7 +16,7 @@ use vcpu_core::VCpuState;
 
 use crate::{
     arch::Mailbox,
-    ffi::{self, IrqOff, WaitPoint},
+    ffi::{self, IrqOff, WaitPoint, Worker},
 };
 
 /// `cpu` of a vCPU that is in no guest.
@@ -36,6 +36,10 @@ pub(crate) struct Shared {
     aspace: AtomicUsize,
     /// Where it sleeps in `HLT`.
     wait: WaitPoint,
+    /// The thread inside of `RUN`.
+    pub(crate) worker: Worker,
+    /// Left the guest last because it spun.
+    spins: AtomicBool,
     pub(crate) stats: Stats,
 }
 
@@ -95,6 +99,22 @@ impl Stats {
     }
 }
 
+/// What a vCPU without a CPU would do with one, best first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Take events that wait for it: others may wait for its answer.
+    Events,
+    /// Go on with what it did, maybe with a lock held.
+    Work,
+    /// Go on spinning, unless its turn has come.
+    Spin,
+}
+
+impl Need {
+    /// All, best first.
+    pub(crate) const ALL: [Self; 3] = [Self::Events, Self::Work, Self::Spin];
+}
+
 /// Adds one to a counter that only the current thread writes: no locked instruction.
 #[inline]
 pub(crate) fn bump(counter: &AtomicU64) {
@@ -112,6 +132,8 @@ impl Shared {
             cpu: AtomicU32::new(OUTSIDE),
             aspace: AtomicUsize::new(0),
             wait: WaitPoint::new(),
+            worker: Worker::new(),
+            spins: AtomicBool::new(false),
             stats,
         }
     }
@@ -154,6 +176,29 @@ impl Shared {
             this.kick_pending() || this.mailbox.pending()
         }
         self.wait.wait(self, ready)
+    }
+
+    /// Remembers whether the guest spun when it left last.
+    #[inline]
+    pub(crate) fn set_spins(&self, spins: bool) {
+        if self.spins.load(Ordering::Relaxed) != spins {
+            self.spins.store(spins, Ordering::Relaxed);
+        }
+    }
+
+    /// How much it would help somebody who waits for this vCPU if it got a CPU: `None` if it has one, or has nothing to run
+    /// for. A guess, for the choice of whom to yield to.
+    pub(crate) fn need(&self) -> Option<Need> {
+        if self.cpu.load(Ordering::Relaxed) != OUTSIDE {
+            return None;
+        }
+        if self.mailbox.pending() {
+            return Some(Need::Events);
+        }
+        if self.stats.state.load(Ordering::Relaxed) == VCpuState::Blocked as u32 {
+            return None;
+        }
+        Some(if self.spins.load(Ordering::Relaxed) { Need::Spin } else { Need::Work })
     }
 
     /// Says that the vCPU runs in the address space `aspace` from now on.

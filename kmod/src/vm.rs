@@ -4,7 +4,7 @@
 //! vCPU slots are filled once and never emptied, so interrupts are routed without a lock. Creating is serialised by
 //! `creation`, which is taken inside no other lock.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use axvcpu_uapi::{ioctl, vm as abi_vm};
 use kernel::{
@@ -21,7 +21,7 @@ use crate::{
     arch::{self, VmState},
     aspace::AddressSpace,
     fd::{self, FdObject, FileOperations},
-    shared::Shared,
+    shared::{Need, Shared},
     vcpu::Vcpu,
 };
 
@@ -48,6 +48,8 @@ pub(crate) struct Vm {
     creation: Mutex<()>,
     vcpus: AtomicU32,
     address_spaces: AtomicU32,
+    /// The slot that a spinning vCPU has yielded to last.
+    boosted: AtomicUsize,
     arch: VmState,
     pub(crate) stats: Stats,
 }
@@ -79,6 +81,7 @@ impl Vm {
                 creation <- new_mutex!(()),
                 vcpus: AtomicU32::new(0),
                 address_spaces: AtomicU32::new(0),
+                boosted: AtomicUsize::new(0),
                 arch: arch::new_vm(),
                 stats: Stats::default(),
             }),
@@ -114,6 +117,36 @@ impl Vm {
     /// All vCPUs.
     pub(crate) fn vcpus(&self) -> impl Iterator<Item = &Arc<Shared>> + Clone {
         self.slots.iter().filter_map(SetOnce::as_ref)
+    }
+
+    /// `spinner` waits for another vCPU by spinning: gives this thread's CPU to one that could run but has none, first to who
+    /// has events to take, last to other spinners, and among equals to each in turn (compare `kvm_vcpu_on_spin` in Linux
+    /// `virt/kvm/kvm_main.c`). Nothing happens if all that could run do. May sleep.
+    pub(crate) fn yield_for(&self, spinner: &Shared) {
+        /// CPUs that are not worth yielding, after which to give up.
+        const TRIES: u32 = 3;
+        let last = self.boosted.load(Ordering::Relaxed);
+        let mut refused = 0;
+        for need in Need::ALL {
+            // Round the slots, from the one behind the last.
+            let slots = (0..MAX_VCPUS).map(|i| last.wrapping_add(i).wrapping_add(1) % MAX_VCPUS);
+            for (index, vcpu) in slots.filter_map(|index| Some((index, self.slots.get(index)?.as_ref()?))) {
+                if vcpu.id == spinner.id || vcpu.need() != Some(need) {
+                    continue;
+                }
+                match vcpu.worker.yield_to() {
+                    Ok(true) => {
+                        self.boosted.store(index, Ordering::Relaxed);
+                        return;
+                    }
+                    Ok(false) => {}
+                    Err(_) => refused += 1,
+                }
+                if refused >= TRIES {
+                    return;
+                }
+            }
+        }
     }
 
     fn create_vcpu(this: ArcBorrow<'_, Self>, arg: abi_vm::CreateVcpu) -> Result<isize> {
