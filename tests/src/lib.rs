@@ -9,6 +9,7 @@
 
 pub mod abuse;
 pub mod code;
+pub mod cpus;
 pub mod flaws;
 pub mod guests;
 pub mod harness;

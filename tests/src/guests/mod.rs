@@ -11,11 +11,13 @@ mod hostile;
 mod instructions;
 mod interrupts;
 mod io;
+mod ipi;
 mod memory;
 mod mmio;
 mod modes;
 mod msr;
 mod registers;
+mod smp;
 mod threads;
 
 use crate::harness::Case;
@@ -34,10 +36,12 @@ pub fn cases() -> Vec<Case> {
         events::cases(),
         interrupts::cases(),
         apic::cases(),
+        ipi::cases(),
         fpu::cases(),
         hostile::cases(),
         memory::cases(),
         threads::cases(),
+        smp::cases(),
     ]
     .into_iter()
     .flatten()
