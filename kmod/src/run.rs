@@ -85,13 +85,12 @@ impl Vcpu {
             let kicked = self.shared.take_kick();
             let arch = inner.vcpu.arch_mut().map_err(plain)?;
             // Also before a kick is answered: whoever kicks finds in the register sets what was posted before.
-            arch.prepare(&self.shared.mailbox);
+            let runnable = arch.prepare(&self.shared.mailbox);
             if kicked {
                 return Ok(Some(Exit::Interrupted));
             }
             ffi::handle_work().map_err(|error| (Some(Exit::Interrupted), error))?;
-            let arch = inner.vcpu.arch_mut().map_err(plain)?;
-            if !arch.runnable(&self.shared.mailbox) {
+            if !runnable {
                 self.set_timer(inner);
                 self.sleep(inner)?;
                 continue;
@@ -176,8 +175,7 @@ impl Vcpu {
         };
         let arch = vcpu.arch_mut()?;
         flush_if_moved(arch, aspace, seen_generation);
-        arch.prepare(&self.shared.mailbox);
-        if !arch.runnable(&self.shared.mailbox) {
+        if !arch.prepare(&self.shared.mailbox) {
             return Ok(Some(Stop::Again));
         }
         let exit = vcpu.run()?;

@@ -25,6 +25,7 @@ type Arch = X86VCpu<Host>;
 /// # Errors
 /// `EBADFD` before set-up, `EINVAL` for an unknown set or a wrong length, `EFAULT`, and the backend's.
 pub(crate) fn get(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
+    synchronize(inner, arg.set)?;
     let arch = inner.vcpu.arch().map_err(abi::errno)?;
     let addr = usize::try_from(arg.addr).map_err(|_| EFAULT)?;
     match arg.set {
@@ -53,6 +54,7 @@ pub(crate) fn get(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
 /// # Errors
 /// As [`get`]; the vCPU is then as it was.
 pub(crate) fn set(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
+    synchronize(inner, arg.set)?;
     let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
     let addr = usize::try_from(arg.addr).map_err(|_| EFAULT)?;
     match arg.set {
@@ -72,6 +74,15 @@ pub(crate) fn set(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
     }
     .map_err(abi::errno)?;
     Ok(0)
+}
+
+/// Has the backend's copy of `set` completed, if it is one that it may have left in the CPU's control block. What a vCPU that has
+/// failed had there is lost.
+fn synchronize(inner: &mut Inner, set: u32) -> Result {
+    match inner.vcpu.arch_mut() {
+        Ok(arch) if matches!(set, SET_SEGMENTS | SET_CONTROL | SET_MSRS) => arch.synchronize().map_err(abi::errno),
+        _ => Ok(()),
+    }
 }
 
 fn put<T: AbiStruct>(arg: &RegisterSet, addr: usize, value: T) -> Result {

@@ -3,7 +3,7 @@
 //! [`Exited`]. Both backends speak of exits in these terms only; what is done about them is in `exit.rs`, once.
 
 use axvcpu_uapi::vcpu::ExitKind;
-use vcpu_core::{AccessWidth, AxResult, AxVCpuExitReason as Reason};
+use vcpu_core::{AccessFlags, AccessWidth, AxResult, GuestPhysAddr};
 
 use crate::events::{Injection, Plan};
 use crate::hal::X86Hal;
@@ -60,47 +60,79 @@ pub(crate) trait Backend<H: X86Hal> {
     /// The guest's registers or events have been replaced: whatever was in the middle of being done for it is void.
     fn forget(&mut self);
 
+    /// Makes all registers readable and settable, outside of a window. Kernel context.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn synchronize(&mut self) -> AxResult;
+
     /// The last exit's instruction, as far as the CPU has told it.
     fn insn_info(&self, guest: &Guest<H>) -> InsnInfo;
 }
 
 /// How an entry ended.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Exited {
     pub(crate) exit: Exit,
     /// The event whose delivery to the guest the exit has interrupted.
     pub(crate) interrupted: Option<Injection>,
 }
 
-/// An exit, in terms of the architecture.
-#[derive(Debug)]
+/// An exit, in terms of the architecture. Small: it is passed on at every exit.
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Exit {
-    /// The backend has dealt with it. The guest goes on where it is.
-    Done(ExitKind),
-    /// There is nothing to do but to tell.
-    Report(Reason),
-    /// The guest was not entered, and its registers and events are as before.
-    NotEntered(Reason),
+    /// An instruction that is executed for the guest, and where the one behind it is.
+    Instruction(Instruction, u64),
+    /// A physical interrupt, which the host takes when it has interrupts on again.
+    Interrupt,
+    /// The guest has run as long as it may without a look at the host.
+    PreemptionTimer,
+    /// An access that the nested page table does not allow.
+    PageFault { addr: GuestPhysAddr, access: AccessFlags },
     /// The guest can take an event that it was entered for.
     Window,
     /// An exception that has been kept from the guest, and is its own.
     Exception(Injection),
     /// The guest's instruction raises this exception, whatever the CPU says.
     Raise(Injection),
-    /// An instruction that is executed for the guest, and where the one behind it is.
-    Instruction(Instruction, u64),
+    /// The backend has dealt with it. The guest goes on where it is.
+    Done(ExitKind),
+    /// A task switch: see [`Reason::TaskSwitch`](vcpu_core::AxVCpuExitReason::TaskSwitch).
+    TaskSwitch { selector: u16, source: u8 },
+    /// Three faults in a row.
+    TripleFault,
+    /// A machine check, which the host has been told of.
+    MachineCheck,
+    /// An instruction that nobody executes for guests, by the hardware's code.
+    Unsupported(u64),
+    /// Something that the controls do not ask for.
+    Unknown { code: u64, info1: u64, info2: u64 },
+    /// The guest was not entered, and its registers and events are as before.
+    NotEntered(Refusal),
+}
+
+/// Why the guest was not entered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Refusal {
+    /// For the controls, by the hardware's code.
+    Controls(u64),
+    /// For the guest's state. `field` is the first that our own check finds wrong, in the backend's numbers; 0 if it finds none.
+    State { reason: u64, qualification: u64, field: u64 },
+    /// A machine check came, which the host has been told of.
+    MachineCheck,
 }
 
 impl Exit {
     /// For the statistics. What only the outcome tells is corrected there.
+    #[inline]
     pub(crate) fn kind(&self) -> ExitKind {
         match self {
-            Self::Done(kind) => *kind,
-            Self::Report(Reason::ExternalInterrupt { .. } | Reason::PreemptionTimer) => ExitKind::HostInterrupt,
-            Self::Report(Reason::NestedPageFault { .. }) => ExitKind::PageFault,
-            Self::Report(_) | Self::NotEntered(_) | Self::Exception(_) | Self::Raise(_) => ExitKind::Other,
-            Self::Window => ExitKind::Window,
             Self::Instruction(instruction, _) => instruction.kind(),
+            Self::Interrupt | Self::PreemptionTimer => ExitKind::HostInterrupt,
+            Self::PageFault { .. } => ExitKind::PageFault,
+            Self::Window => ExitKind::Window,
+            Self::Done(kind) => *kind,
+            _ => ExitKind::Other,
         }
     }
 }

@@ -293,6 +293,12 @@ impl Events {
             || (situation.interrupts_enabled && (apic || self.waiting().is_some()))
     }
 
+    /// Whether the next entry has nothing to inject and nothing to ask for, unless the local APIC has.
+    #[inline]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.nmis == 0 && !self.window_requested && self.event.is_none() && self.waiting().is_none()
+    }
+
     /// Decides on the next entry, and takes out what it injects. `apic` is the interrupt that the local APIC would deliver,
     /// `accepts_pic` whether it lets interrupts of userspace's 8259 through.
     #[inline]

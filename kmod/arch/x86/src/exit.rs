@@ -7,7 +7,7 @@ use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason as Reason};
 
 use crate::apic::{Effect, Mode};
-use crate::backend::{Backend, ControlAccess, Exit, Exited, Instruction, Io};
+use crate::backend::{Backend, ControlAccess, Exit, Exited, Instruction, Io, Refusal};
 use crate::cpu;
 use crate::cpuid::Dynamic;
 use crate::events::{Activity, Injection, Plan};
@@ -66,17 +66,8 @@ impl<H: X86Hal> Guest<H> {
         if !self.bound {
             return Err(AxError::NotBound);
         }
-        if let Some(end) = self.take_end() {
-            self.exit_kind = ExitKind::Other;
-            return Ok(end);
-        }
-        if !self.update_activity(hw.regs()) {
-            self.exit_kind = ExitKind::Halt;
-            return Ok(Reason::Halt);
-        }
-        if self.events.window_requested() && self.window_open(hw.regs()) {
-            self.exit_kind = ExitKind::Window;
-            return Ok(Reason::InterruptWindow);
+        if let Some(reason) = self.without_entry(hw.regs()) {
+            return Ok(reason);
         }
         let result = self.turn(hw);
         if result.is_err() {
@@ -86,6 +77,25 @@ impl<H: X86Hal> Guest<H> {
         result
     }
 
+    /// What there is to report before the guest is entered.
+    #[inline]
+    fn without_entry(&mut self, regs: &impl Registers) -> Option<Reason> {
+        if self.msrs.interrupt_end.is_some() {
+            self.exit_kind = ExitKind::Other;
+            return self.take_end();
+        }
+        if self.events.activity() != Activity::Running && !self.update_activity(regs) {
+            self.exit_kind = ExitKind::Halt;
+            return Some(Reason::Halt);
+        }
+        if self.events.window_requested() && self.window_open(regs) {
+            self.exit_kind = ExitKind::Window;
+            return Some(Reason::InterruptWindow);
+        }
+        None
+    }
+
+    #[inline]
     fn turn(&mut self, hw: &mut impl Backend<H>) -> AxResult<Reason> {
         if let Some(exit) = hw.ready(self)? {
             let exited = Exited { exit, interrupted: None };
@@ -98,12 +108,14 @@ impl<H: X86Hal> Guest<H> {
 
     /// Chooses what the next entry injects and which exits it asks for.
     fn plan(&mut self, regs: &mut impl Registers) -> Plan {
+        let apic = self.apic_view();
+        if apic.vector.is_none() && self.events.is_idle() {
+            return Plan::NOTHING;
+        }
         let situation = self.situation(regs);
-        let apic = self.apic_vector();
-        let accepts_pic = self.accepts_pic_interrupt();
-        let plan = self.events.plan(situation, apic, accepts_pic);
+        let plan = self.events.plan(situation, apic.vector, apic.accepts_pic);
         if plan.acknowledge {
-            if let Some(lapic) = &mut self.lapic {
+            if let Some(lapic) = self.lapic_mut() {
                 lapic.acknowledge();
             }
         }
@@ -125,12 +137,13 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Deals with an exit of an entry that was made with `plan`.
+    #[inline]
     fn handle(&mut self, regs: &mut impl Registers, plan: &Plan, exited: Exited) -> Reason {
         let Exited { exit, interrupted } = exited;
         self.exit_kind = exit.kind();
         match exit {
             // Exceptions combine with what was being delivered; after a triple fault there is nothing to go on with.
-            Exit::Exception(_) | Exit::NotEntered(_) | Exit::Report(Reason::TripleFault) => {}
+            Exit::Exception(_) | Exit::NotEntered(_) | Exit::TripleFault => {}
             _ => {
                 if let Some(event) = interrupted {
                     self.events.requeue(event, plan.inject);
@@ -138,14 +151,12 @@ impl<H: X86Hal> Guest<H> {
             }
         }
         match exit {
-            Exit::Done(_) => Reason::Nothing,
-            Exit::Report(reason) => reason,
-            Exit::NotEntered(reason) => {
-                self.events.undo(plan.inject);
-                reason
-            }
+            Exit::Instruction(instruction, next) => self.execute(regs, instruction, next),
+            Exit::Interrupt => Reason::ExternalInterrupt { vector: 0 },
+            Exit::PreemptionTimer => Reason::PreemptionTimer,
+            Exit::PageFault { addr, access } => Reason::NestedPageFault { addr, access_flags: access },
             Exit::Window if self.events.window_requested() && self.window_open(regs) => Reason::InterruptWindow,
-            Exit::Window => Reason::Nothing,
+            Exit::Window | Exit::Done(_) => Reason::Nothing,
             Exit::Exception(exception) => {
                 if self.events.exception_exit(exception, interrupted) {
                     Reason::TripleFault
@@ -157,7 +168,24 @@ impl<H: X86Hal> Guest<H> {
                 self.events.raise(exception);
                 Reason::Nothing
             }
-            Exit::Instruction(instruction, next) => self.execute(regs, instruction, next),
+            Exit::TaskSwitch { selector, source } => Reason::TaskSwitch { selector, source },
+            Exit::TripleFault => Reason::TripleFault,
+            Exit::MachineCheck => Reason::MachineCheck,
+            Exit::Unsupported(code) => Reason::UnsupportedInstruction { code },
+            Exit::Unknown { code, info1, info2 } => Reason::Unknown { code, info1, info2 },
+            Exit::NotEntered(refusal) => self.not_entered(plan, refusal),
+        }
+    }
+
+    #[cold]
+    fn not_entered(&mut self, plan: &Plan, refusal: Refusal) -> Reason {
+        self.events.undo(plan.inject);
+        match refusal {
+            Refusal::Controls(code) => Reason::FailEntry { hardware_entry_failure_reason: code },
+            Refusal::State { reason, qualification, field } => {
+                Reason::InvalidGuestState { reason, qualification, field }
+            }
+            Refusal::MachineCheck => Reason::MachineCheck,
         }
     }
 
@@ -205,10 +233,7 @@ impl<H: X86Hal> Guest<H> {
         let dynamic = Dynamic {
             cr4: regs.cr4(),
             xcr0: self.xcr0,
-            apic_enabled: self
-                .lapic
-                .as_ref()
-                .map_or(self.apic_base() & 1 << 11 != 0, |lapic| lapic.mode() != Mode::Disabled),
+            apic_enabled: self.lapic().map_or(self.apic_base() & 1 << 11 != 0, |lapic| lapic.mode() != Mode::Disabled),
             apic_id: self.apic_id(),
         };
         let Some(table) = &self.cpuid else { return };
@@ -350,7 +375,7 @@ impl<H: X86Hal> Guest<H> {
 
     fn hlt(&mut self, regs: &mut impl Registers, next: u64) -> Reason {
         self.advance(regs, next);
-        if self.lapic.is_none() {
+        if self.lapic().is_none() {
             return Reason::Halt;
         }
         self.events.set_activity(Activity::Halted);

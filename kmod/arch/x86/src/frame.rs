@@ -13,19 +13,20 @@ pub(crate) const FRAME: usize = 4096;
 /// `1 << order` contiguous frames, zeroed when allocated, freed when dropped.
 ///
 /// # Invariants
-/// `addr` came from `H::alloc_frames(order)` and has not been freed; `start` is where the host sees it, asked for once because
-/// every access to a vCPU's state goes there; `size` is the block's size in bytes.
+/// `addr` came from `H::alloc_frames(order)` and has not been freed; `ptr` is where the host sees it; `size` is the block's size
+/// in bytes.
 pub(crate) struct Frames<H: AxVCpuHal> {
     addr: HostPhysAddr,
-    start: *mut u8,
+    /// Kept, as finding it is not free and the world switch's surroundings live in frames.
+    ptr: *mut u8,
     order: u32,
     size: usize,
     hal: PhantomData<fn() -> H>,
 }
 
-// SAFETY: The frames belong to the object, not to the thread that allocated them, and are reached through it only.
+// SAFETY: The frames are owned, and bytes; where they are seen is the same for all threads.
 unsafe impl<H: AxVCpuHal> Send for Frames<H> {}
-// SAFETY: `&Frames` lets read the bytes only; `as_ptr` is for unsafe code that argues for itself.
+// SAFETY: As above; they are changed through `&mut` only.
 unsafe impl<H: AxVCpuHal> Sync for Frames<H> {}
 
 impl<H: AxVCpuHal> Frames<H> {
@@ -37,7 +38,7 @@ impl<H: AxVCpuHal> Frames<H> {
         let size = FRAME.checked_shl(order).ok_or(AxError::NoMemory)?;
         let addr = H::alloc_frames(order).ok_or(AxError::NoMemory)?;
         // INVARIANT: allocated here.
-        Ok(Self { addr, start: H::phys_to_virt(addr), order, size, hal: PhantomData })
+        Ok(Self { addr, ptr: H::phys_to_virt(addr), order, size, hal: PhantomData })
     }
 
     /// The least order whose block holds `bytes`.
@@ -57,7 +58,7 @@ impl<H: AxVCpuHal> Frames<H> {
     /// Address for the host, valid while `self` lives.
     #[inline]
     pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.start
+        self.ptr
     }
 
     /// The frames as bytes.

@@ -8,7 +8,8 @@
 use x86::msr;
 
 use crate::apic::{self, Effect, MSR_APIC_BASE, MSR_TSC_DEADLINE};
-use crate::cpuid::Feature;
+use crate::caps::Capabilities;
+use crate::cpuid::{CpuidTable, Feature};
 use crate::fault::{GeneralProtection, GuestResult};
 use crate::hal::X86Hal;
 use crate::mtrr::{is_valid_pat, Mtrr};
@@ -154,29 +155,51 @@ fn constant(index: u32) -> Option<u64> {
     })
 }
 
-impl<H: X86Hal> Guest<H> {
-    fn has(&self, feature: Feature) -> bool {
-        self.cpuid.as_ref().is_some_and(|table| table.has(feature))
-    }
+/// Which MSRs the guest's CPUID gives it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offered {
+    /// TSC_AUX.
+    pub(crate) tsc_aux: bool,
+    tsc_adjust: bool,
+    /// Bits of SPEC_CTRL that the guest can set; without any, it does not exist.
+    spec_ctrl: u64,
+    /// PRED_CMD.
+    branch_barrier: bool,
+    /// The paravirtual clock, by its old numbers and its new ones (KVM_FEATURE_CLOCKSOURCE and CLOCKSOURCE2).
+    clocks: [bool; 2],
+}
 
-    fn has_any(&self, features: &[Feature]) -> bool {
-        features.iter().any(|&feature| self.has(feature))
-    }
-
-    /// Bits of SPEC_CTRL that the guest can set.
-    fn spec_ctrl_bits(&self) -> u64 {
-        let bit = |features: &[Feature], bit: u32| u64::from(self.has_any(features)) << bit;
-        let bits = bit(&[Feature::SPEC_CTRL, Feature::AMD_IBRS], 0)
+impl Offered {
+    /// By this table, on a CPU with `caps`.
+    pub(crate) fn new<H: X86Hal>(cpuid: &CpuidTable<H>, caps: &Capabilities) -> Self {
+        let any = |features: &[Feature]| features.iter().any(|&feature| cpuid.has(feature));
+        let bit = |features: &[Feature], bit: u32| u64::from(any(features)) << bit;
+        let spec_ctrl = bit(&[Feature::SPEC_CTRL, Feature::AMD_IBRS], 0)
             | bit(&[Feature::STIBP, Feature::AMD_STIBP], 1)
             | bit(&[Feature::SSBD, Feature::AMD_SSBD], 2)
             | bit(&[Feature::AMD_PSFD], 7);
-        bits & self.caps.spec_ctrl_bits
+        let clock = |bit: u32| cpuid.entries().any(|entry| entry.function == 0x4000_0001 && entry.eax >> bit & 1 != 0);
+        Self {
+            tsc_aux: caps.tsc_aux && any(&[Feature::RDTSCP, Feature::RDPID]),
+            // CPUID Fn0000_0007_EBX bit 1, which no table is allowed to have at present.
+            tsc_adjust: cpuid.entries().any(|entry| entry.function == 7 && entry.index == 0 && entry.ebx >> 1 & 1 != 0),
+            spec_ctrl: spec_ctrl & caps.spec_ctrl_bits,
+            branch_barrier: caps.branch_barrier && any(&[Feature::SPEC_CTRL, Feature::AMD_IBPB]),
+            clocks: [clock(0), clock(3)],
+        }
     }
 
-    fn has_tsc_aux(&self) -> bool {
-        self.caps.tsc_aux && self.has_any(&[Feature::RDTSCP, Feature::RDPID])
+    fn clock(&self, index: u32) -> bool {
+        let [old, new] = self.clocks;
+        if index < 0x100 {
+            old
+        } else {
+            new
+        }
     }
+}
 
+impl<H: X86Hal> Guest<H> {
     /// RDMSR of `index`.
     pub(crate) fn read_msr(&mut self, regs: &impl Registers, index: u32) -> Access<u64> {
         if let Some(value) = regs.direct_msr(index).or_else(|| constant(index)) {
@@ -186,21 +209,21 @@ impl<H: X86Hal> Guest<H> {
             return self.mtrr.read(index).into();
         }
         if PvClock::owns_msr(index) {
-            return if self.offers_clock(index) { self.clock.read(index).into() } else { Access::User };
+            return if self.offered.clock(index) { self.clock.read(index).into() } else { Access::User };
         }
         match index {
-            MSR_APIC_BASE if self.lapic.is_some() => Access::Done(self.apic_base()),
+            MSR_APIC_BASE if self.lapic().is_some() => Access::Done(self.apic_base()),
             _ if apic::owns_msr(index) => {
                 self.with_lapic(|lapic, clock| lapic.read_msr(index, clock)).map_or(Access::User, Access::from)
             }
             TSC => Access::Done(self.tsc()),
             PAT => Access::Done(regs.pat()),
             EFER => Access::Done(regs.efer()),
-            TSC_AUX if self.has_tsc_aux() => Access::Done(self.msrs.tsc_aux),
-            TSC_ADJUST if self.has_tsc_adjust() => Access::Done(self.msrs.tsc_adjust),
-            SPEC_CTRL if self.spec_ctrl_bits() != 0 => Access::Done(self.msrs.spec_ctrl),
+            TSC_AUX if self.offered.tsc_aux => Access::Done(self.msrs.tsc_aux),
+            TSC_ADJUST if self.offered.tsc_adjust => Access::Done(self.msrs.tsc_adjust),
+            SPEC_CTRL if self.offered.spec_ctrl != 0 => Access::Done(self.msrs.spec_ctrl),
             // Write-only.
-            PRED_CMD if self.has_branch_barrier() => Access::Fault,
+            PRED_CMD if self.offered.branch_barrier => Access::Fault,
             // No banks: nothing is ever reported.
             MCG_CAP => Access::Done(0),
             MCG_STATUS => Access::Done(self.msrs.mcg_status),
@@ -233,7 +256,7 @@ impl<H: X86Hal> Guest<H> {
         }
         if PvClock::owns_msr(index) {
             let phys_bits = self.limits.phys_bits;
-            return if self.offers_clock(index) {
+            return if self.offered.clock(index) {
                 quiet(self.clock.write(index, value, phys_bits))
             } else {
                 Access::User
@@ -241,8 +264,8 @@ impl<H: X86Hal> Guest<H> {
         }
         let only = |bits: u64| if value & !bits == 0 { Ok(()) } else { Err(GeneralProtection) };
         match index {
-            MSR_APIC_BASE if self.lapic.is_some() => {
-                self.lapic.as_mut().map_or(Access::User, |lapic| quiet(lapic.set_base(value)))
+            MSR_APIC_BASE if self.lapic().is_some() => {
+                self.lapic_mut().map_or(Access::User, |lapic| quiet(lapic.set_base(value)))
             }
             _ if apic::owns_msr(index) => self
                 .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
@@ -252,7 +275,7 @@ impl<H: X86Hal> Guest<H> {
                 self.move_tsc(regs, delta);
                 Access::Done(Written::Quiet)
             }
-            TSC_ADJUST if self.has_tsc_adjust() => {
+            TSC_ADJUST if self.offered.tsc_adjust => {
                 self.move_tsc(regs, value.wrapping_sub(self.msrs.tsc_adjust));
                 Access::Done(Written::Quiet)
             }
@@ -269,12 +292,12 @@ impl<H: X86Hal> Guest<H> {
                 }
                 regs.set_efer(value);
             })),
-            TSC_AUX if self.has_tsc_aux() => quiet(only(0xffff_ffff).map(|()| self.msrs.tsc_aux = value)),
-            SPEC_CTRL if self.spec_ctrl_bits() != 0 => quiet(only(self.spec_ctrl_bits()).map(|()| {
+            TSC_AUX if self.offered.tsc_aux => quiet(only(0xffff_ffff).map(|()| self.msrs.tsc_aux = value)),
+            SPEC_CTRL if self.offered.spec_ctrl != 0 => quiet(only(self.offered.spec_ctrl).map(|()| {
                 self.msrs.spec_ctrl = value;
                 regs.set_spec_ctrl(value);
             })),
-            PRED_CMD if self.has_branch_barrier() => Access::from(only(PRED_CMD_IBPB).map(|()| match value {
+            PRED_CMD if self.offered.branch_barrier => Access::from(only(PRED_CMD_IBPB).map(|()| match value {
                 0 => Written::Quiet,
                 _ => Written::BranchBarrier,
             })),
@@ -298,25 +321,6 @@ impl<H: X86Hal> Guest<H> {
         }
     }
 
-    /// CPUID Fn0000_0007_EBX bit 1, which no table is allowed to have at present.
-    fn has_tsc_adjust(&self) -> bool {
-        self.cpuid.as_ref().is_some_and(|table| {
-            table.entries().any(|entry| entry.function == 7 && entry.index == 0 && entry.ebx >> 1 & 1 != 0)
-        })
-    }
-
-    fn has_branch_barrier(&self) -> bool {
-        self.caps.branch_barrier && self.has_any(&[Feature::SPEC_CTRL, Feature::AMD_IBPB])
-    }
-
-    /// Whether the guest was told of this number for the paravirtual clock (KVM_FEATURE_CLOCKSOURCE and CLOCKSOURCE2).
-    fn offers_clock(&self, index: u32) -> bool {
-        let bit = if index < 0x100 { 0 } else { 3 };
-        self.cpuid.as_ref().is_some_and(|table| {
-            table.entries().any(|entry| entry.function == 0x4000_0001 && entry.eax >> bit & 1 != 0)
-        })
-    }
-
     /// Moves the guest's TSC by `delta`.
     fn move_tsc(&mut self, regs: &mut impl Registers, delta: u64) {
         self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
@@ -331,7 +335,7 @@ impl<H: X86Hal> Guest<H> {
     /// MOV to CR0: whether it is allowed; then it is done.
     pub(crate) fn write_cr0(&mut self, regs: &mut impl Registers, value: u64) -> GuestResult {
         let old = regs.cr0();
-        let (cr0, efer) = self.limits.check_cr0_write(old, value, regs.cr4(), regs.efer(), &regs.cs())?;
+        let (cr0, efer) = self.limits.check_cr0_write(old, value, regs.cr4(), regs.efer(), regs.code())?;
         if (old ^ cr0) & cr0::TRANSLATION != 0 {
             regs.flush_tlb();
         }

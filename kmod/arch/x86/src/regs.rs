@@ -45,7 +45,6 @@ pub(crate) mod cr4 {
 
 /// Bits of EFER.
 pub(crate) mod efer {
-    #[cfg(test)]
     pub(crate) const SCE: u64 = 1 << 0;
     pub(crate) const LME: u64 = 1 << 8;
     pub(crate) const LMA: u64 = 1 << 10;
@@ -156,11 +155,11 @@ impl Limits {
         new: u64,
         cr4: u64,
         efer: u64,
-        cs: &Segment,
+        code: u16,
     ) -> GuestResult<(u64, u64)> {
         let (was_paging, paging) = (old & cr0::PG != 0, new & cr0::PG != 0);
         let long_mode_next = paging && efer & efer::LME != 0;
-        let long_code = cs.attributes & segment::L != 0;
+        let long_code = code & segment::L != 0;
         let bad = new >> 32 != 0
             || new & (cr0::NW | cr0::CD) == cr0::NW
             || (paging && new & cr0::PE == 0)
@@ -209,11 +208,11 @@ impl Limits {
         Ok(general.rflags | rflags::FIXED)
     }
 
-    /// Checks control registers. `cs` is the code segment that goes with them. Does not look at `apic_base`.
+    /// Checks control registers. `code` is the attributes of CS that go with them. Does not look at `apic_base`.
     ///
     /// # Errors
     /// [`AxError::InvalidRegister`].
-    pub(crate) fn check_control(&self, c: &Control, cs: &Segment) -> AxResult {
+    pub(crate) fn check_control(&self, c: &Control, code: u16) -> AxResult {
         let paging = c.cr0 & cr0::PG != 0;
         let long_mode = c.efer & efer::LMA != 0;
         let bad = c.cr0 & !cr0::DEFINED != 0
@@ -225,7 +224,7 @@ impl Limits {
             || long_mode != (paging && c.efer & efer::LME != 0)
             || (long_mode && c.cr4 & cr4::PAE == 0)
             || (!long_mode && c.cr4 & cr4::PCIDE != 0)
-            || (long_mode && code_is_ambiguous(cs))
+            || (long_mode && code_is_ambiguous(code))
             || c.cr8 > 15
             || !(self.xcr0_valid(c.xcr0) || (self.xcr0 == 0 && c.xcr0 == xcr0::X87));
         if bad {
@@ -246,7 +245,7 @@ impl Limits {
                 .any(|base| !self.canonical(base))
             // The others have 32-bit bases in every mode.
             || [s.es.base, s.cs.base, s.ss.base, s.ds.base].into_iter().any(|base| base >> 32 != 0)
-            || (efer & efer::LMA != 0 && code_is_ambiguous(&s.cs))
+            || (efer & efer::LMA != 0 && code_is_ambiguous(s.cs.attributes))
             // A CPU always has a task register: a busy TSS, in long mode too of either kind until LTR.
             || s.tr.attributes & (segment::P | segment::S) != segment::P
             || !matches!(s.tr.attributes & segment::TYPE, 3 | 11)
@@ -259,8 +258,8 @@ impl Limits {
 }
 
 /// L and D together mean nothing, and VMRUN refuses them.
-fn code_is_ambiguous(cs: &Segment) -> bool {
-    cs.attributes & (segment::L | segment::DB) == segment::L | segment::DB
+fn code_is_ambiguous(code: u16) -> bool {
+    code & (segment::L | segment::DB) == segment::L | segment::DB
 }
 
 /// Whether the attributes are such as a descriptor can have, and fit the limit.
@@ -292,9 +291,9 @@ pub(crate) fn check_debug(debug: &Debug) -> AxResult<Debug> {
     Ok(Debug { dr: debug.dr, dr6: debug.dr6 | DR6_FIXED, dr7: debug.dr7 | DR7_FIXED })
 }
 
-/// The CPL of these segments: the DPL of SS, which the hardware keeps equal to it.
-pub(crate) fn privilege(s: &Segments) -> u8 {
-    (s.ss.attributes >> segment::DPL_SHIFT & 3) as u8
+/// The CPL that goes with these attributes of SS: their DPL, which the hardware keeps equal to it.
+pub(crate) fn privilege(stack: u16) -> u8 {
+    (stack >> segment::DPL_SHIFT & 3) as u8
 }
 
 #[cfg(test)]
@@ -350,7 +349,7 @@ mod tests {
             Control { cr8: 15, xcr0: 0x2e7, ..real_mode() },
             Control { cr3: 0xffff_ffff_f000, cr2: !0, ..real_mode() },
         ] {
-            assert_eq!(limits().check_control(&good, &CODE16), Ok(()), "{good:x?}");
+            assert_eq!(limits().check_control(&good, CODE16.attributes), Ok(()), "{good:x?}");
         }
     }
 
@@ -379,11 +378,15 @@ mod tests {
             ("XCR0 AVX-512 without AVX", Control { xcr0: 0xe3, ..real_mode() }),
             ("XCR0 AMX", Control { xcr0: 0x6_0007, ..real_mode() }),
         ] {
-            assert_eq!(limits().check_control(&bad, &CODE16), Err(AxError::InvalidRegister), "{why}");
+            assert_eq!(limits().check_control(&bad, CODE16.attributes), Err(AxError::InvalidRegister), "{why}");
         }
         let both = Segment { attributes: 0xe9b, ..CODE16 };
-        assert_eq!(limits().check_control(&long_mode(), &both), Err(AxError::InvalidRegister), "CS.L and CS.D");
-        assert_eq!(limits().check_control(&real_mode(), &both), Ok(()));
+        assert_eq!(
+            limits().check_control(&long_mode(), both.attributes),
+            Err(AxError::InvalidRegister),
+            "CS.L and CS.D"
+        );
+        assert_eq!(limits().check_control(&real_mode(), both.attributes), Ok(()));
     }
 
     #[test]
@@ -421,9 +424,9 @@ mod tests {
     #[test]
     fn privilege_is_that_of_the_stack() {
         let mut s = flat();
-        assert_eq!(privilege(&s), 0);
+        assert_eq!(privilege(s.ss.attributes), 0);
         s.ss.attributes |= 3 << segment::DPL_SHIFT;
-        assert_eq!(privilege(&s), 3);
+        assert_eq!(privilege(s.ss.attributes), 3);
     }
 
     #[test]
@@ -478,7 +481,7 @@ mod tests {
             ("no paging with PCIDs", pe | pg, pe, cr4::PAE | cr4::PCIDE, lme | lma, CODE16, GP),
         ];
         for (why, old, new, cr4, efer, cs, expected) in cases {
-            assert_eq!(l.check_cr0_write(old, new, cr4, efer, &cs), expected, "{why}");
+            assert_eq!(l.check_cr0_write(old, new, cr4, efer, cs.attributes), expected, "{why}");
         }
     }
 

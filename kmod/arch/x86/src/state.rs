@@ -8,7 +8,7 @@ use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RDX};
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason, HostPhysAddr};
 
-use crate::apic::{Clock, Config, Effect, Lapic, Mailbox};
+use crate::apic::{Clock, Config, Effect, Lapic, Mailbox, TimerUpdate};
 use crate::backend::Backend;
 use crate::caps::Capabilities;
 use crate::cpu;
@@ -18,7 +18,7 @@ use crate::events::{Activity, Events, Situation};
 use crate::exit::Pending;
 use crate::fpu::Fpu;
 use crate::hal::X86Hal;
-use crate::msr::Msrs;
+use crate::msr::{Msrs, Offered};
 use crate::mtrr::Mtrr;
 use crate::pvclock::PvClock;
 use crate::regs::{cr0, rflags, segment, xcr0, Limits, DR6_FIXED, DR7_FIXED};
@@ -61,7 +61,8 @@ pub(crate) trait Registers {
     fn segments(&self) -> Segments;
     /// Sets all segments; the CPL becomes the DPL of SS.
     fn set_segments(&mut self, segments: &Segments);
-    fn cs(&self) -> Segment;
+    /// Attributes of CS.
+    fn code(&self) -> u16;
     fn cpl(&self) -> u8;
     fn dr6(&self) -> u64;
     fn set_dr6(&mut self, value: u64);
@@ -87,7 +88,20 @@ pub(crate) trait Registers {
 
 /// Whether the vCPU executes 64-bit code.
 pub(crate) fn is_long_code(regs: &impl Registers) -> bool {
-    regs.efer() & crate::regs::efer::LMA != 0 && regs.cs().attributes & segment::L != 0
+    regs.efer() & crate::regs::efer::LMA != 0 && regs.code() & segment::L != 0
+}
+
+/// What the local APIC has for an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ApicView {
+    /// The interrupt that it would deliver.
+    pub(crate) vector: Option<u8>,
+    /// An interrupt waits for the task priority to fall.
+    pub(crate) blocked_by_priority: bool,
+    /// It lets interrupts of userspace's 8259 through.
+    pub(crate) accepts_pic: bool,
+    /// The task priority, as in CR8.
+    pub(crate) cr8: u8,
 }
 
 /// The last identity given to a vCPU. 0 is none.
@@ -136,12 +150,17 @@ pub(crate) struct Guest<H: X86Hal> {
     pub(crate) cpuid: Option<CpuidTable<H>>,
     pub(crate) limits: Limits,
     /// `None` if the local APIC is userspace's.
-    pub(crate) lapic: Option<Lapic<H>>,
+    lapic: Option<Lapic<H>>,
+    /// What entries ask of it, until something changes there.
+    apic_view: Option<ApicView>,
+    /// Others know who the local APIC is.
+    published: bool,
     /// CR8 and IA32_APIC_BASE without a local APIC here.
     cr8: u8,
     apic_base: u64,
     pub(crate) events: Events,
     pub(crate) msrs: Msrs,
+    pub(crate) offered: Offered,
     pub(crate) mtrr: Mtrr,
     pub(crate) clock: PvClock,
     pub(crate) fpu: Fpu<H>,
@@ -174,10 +193,13 @@ impl<H: X86Hal> Guest<H> {
             cpuid: None,
             limits: Limits { phys_bits: 36, cr4: 0, efer: 0, xcr0: 0 },
             lapic: None,
+            apic_view: None,
+            published: false,
             cr8: 0,
             apic_base: APIC_BASE_RESET | if vcpu_id == 0 { APIC_BASE_BSP } else { 0 },
             events: Events::new(),
             msrs: Msrs::new(),
+            offered: Offered::default(),
             mtrr: Mtrr::new(),
             clock: PvClock::new(),
             fpu: Fpu::new(&caps)?,
@@ -202,6 +224,7 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn setup(&mut self, hw: &mut impl Backend<H>, config: X86SetupConfig<H>) -> AxResult {
         let X86SetupConfig { cpuid, in_kernel_apic, tsc_origin } = config;
         self.limits = Limits::new(&cpuid, self.caps.xcr0);
+        self.offered = Offered::new(&cpuid, &self.caps);
         self.lapic = match in_kernel_apic {
             true => Some(Lapic::new(Config {
                 id: self.vcpu_id,
@@ -257,19 +280,19 @@ impl<H: X86Hal> Guest<H> {
         self.pending = Pending::None;
     }
 
-    /// Takes what was posted.
+    /// Takes what was posted. Whether there is something to run for.
     #[inline]
-    pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
-        if mailbox.pending() {
-            self.take_posted(hw, mailbox);
+    pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) -> bool {
+        if mailbox.pending() || !self.published {
+            self.take_mail(hw, mailbox);
         }
-        if let Some(lapic) = &self.lapic {
-            mailbox.publish(lapic.identity());
-        }
-        self.update_activity(hw.regs());
+        self.events.activity() == Activity::Running
+            || self.update_activity(hw.regs())
+            || self.msrs.interrupt_end.is_some()
+            || mailbox.pending()
     }
 
-    fn take_posted(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
+    fn take_mail(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
         let (init, sipi) = self.collect(mailbox);
         if init {
             self.init(hw);
@@ -291,7 +314,47 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn with_lapic<T>(&mut self, f: impl FnOnce(&mut Lapic<H>, &dyn Fn() -> Clock) -> T) -> Option<T> {
         let offset = self.tsc_offset;
         let clock = || Clock { now_ns: H::now_ns(), tsc: cpu::rdtsc().wrapping_add(offset), tsc_khz: H::tsc_khz() };
-        self.lapic.as_mut().map(|lapic| f(lapic, &clock))
+        self.lapic_mut().map(|lapic| f(lapic, &clock))
+    }
+
+    /// The local APIC, if it is here.
+    pub(crate) fn lapic(&self) -> Option<&Lapic<H>> {
+        self.lapic.as_ref()
+    }
+
+    /// The local APIC, to be changed.
+    pub(crate) fn lapic_mut(&mut self) -> Option<&mut Lapic<H>> {
+        self.apic_view = None;
+        self.published = false;
+        self.lapic.as_mut()
+    }
+
+    /// What the local APIC has for an entry.
+    #[inline]
+    pub(crate) fn apic_view(&mut self) -> ApicView {
+        match self.apic_view {
+            Some(view) => view,
+            None => self.look_at_apic(),
+        }
+    }
+
+    fn look_at_apic(&mut self) -> ApicView {
+        let vector = self.apic_vector();
+        let view = ApicView {
+            vector,
+            blocked_by_priority: vector.is_none()
+                && self.lapic().is_some_and(|lapic| lapic.highest_request().is_some()),
+            accepts_pic: self.accepts_pic_interrupt(),
+            cr8: self.cr8(),
+        };
+        self.apic_view = Some(view);
+        view
+    }
+
+    /// What the host's timer is to do for the local APIC's.
+    pub(crate) fn timer_update(&mut self) -> TimerUpdate {
+        // Not `lapic_mut`: it changes nothing of what entries ask.
+        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, Lapic::timer_update)
     }
 
     /// Moves the guest's TSC.
@@ -307,7 +370,10 @@ impl<H: X86Hal> Guest<H> {
     }
 
     pub(crate) fn set_cr8(&mut self, cr8: u8) {
-        match &mut self.lapic {
+        if cr8 == self.cr8() {
+            return;
+        }
+        match self.lapic_mut() {
             Some(lapic) => lapic.set_cr8(cr8),
             None => self.cr8 = cr8 & 0xf,
         }
@@ -319,7 +385,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// Sets IA32_APIC_BASE from userspace.
     pub(crate) fn restore_apic_base(&mut self, value: u64) -> AxResult {
-        match &mut self.lapic {
+        match self.lapic_mut() {
             Some(lapic) => lapic.restore_base(value),
             None if apic_base_valid(value) => {
                 self.apic_base = value;
@@ -334,12 +400,12 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// The interrupt that the local APIC would deliver.
-    pub(crate) fn apic_vector(&self) -> Option<u8> {
+    fn apic_vector(&self) -> Option<u8> {
         self.lapic.as_ref().and_then(Lapic::pending_vector)
     }
 
     /// Whether the CPU takes interrupts of userspace's 8259.
-    pub(crate) fn accepts_pic_interrupt(&self) -> bool {
+    fn accepts_pic_interrupt(&self) -> bool {
         self.lapic.as_ref().is_none_or(Lapic::accepts_pic_interrupt)
     }
 
@@ -385,11 +451,14 @@ impl<H: X86Hal> Guest<H> {
             None => mailbox.take(|_, _, _| {}),
         };
         self.events.post_nmis(posted.nmis);
+        self.published = true;
+        if let Some(lapic) = &self.lapic {
+            mailbox.publish(lapic.identity());
+        }
         (posted.init, posted.sipi)
     }
 
     /// Ends HLT if there is reason to, and tells whether the vCPU executes instructions.
-    #[inline]
     pub(crate) fn update_activity(&mut self, regs: &impl Registers) -> bool {
         if self.events.activity() == Activity::Halted
             && self.events.wakes(self.situation(regs), self.apic_vector().is_some())

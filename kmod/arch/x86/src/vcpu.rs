@@ -6,7 +6,7 @@ use axvcpu_uapi::vcpu::{Event, ExitKind};
 use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Segments, EVENTS_INTERRUPT_SHADOW};
 use vcpu_core::{AxArchVCpu, AxError, AxResult, AxVCpuExitReason, GuestPhysAddr, HostPhysAddr};
 
-use crate::apic::{Lapic, Mailbox, TimerUpdate};
+use crate::apic::{Mailbox, TimerUpdate};
 use crate::backend::Backend as _;
 use crate::caps::{detect, Backend, Capabilities};
 use crate::cpu;
@@ -135,11 +135,20 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
     }
 }
 
-/// What the module needs beyond the trait. Register sets are read and set while the vCPU is not bound, except for
-/// [`general`](Self::general), [`interrupt_window_open`](Self::interrupt_window_open), [`interrupts_enabled`](Self::interrupts_enabled)
+/// What the module needs beyond the trait. Register sets are read and set while the vCPU is not bound, after
+/// [`synchronize`](Self::synchronize) or an exit that says why in the run page; except for [`general`](Self::general), [`interrupt_window_open`](Self::interrupt_window_open), [`interrupts_enabled`](Self::interrupts_enabled)
 /// and [`user_mode`](Self::user_mode), which can be asked any time.
 impl<H: X86Hal> X86VCpu<H> {
     // --- Register sets ---
+
+    /// Makes [`segments`](Self::segments), [`control`](Self::control) and [`msr`](Self::msr) current, and their setters possible: a
+    /// backend may have left in the CPU's control block what nobody has asked for. Nothing if there is nothing.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`].
+    pub fn synchronize(&mut self) -> AxResult {
+        on!(&mut self.hardware, hw => hw.synchronize())
+    }
 
     /// General registers.
     pub fn general(&self) -> General {
@@ -219,7 +228,7 @@ impl<H: X86Hal> X86VCpu<H> {
         let guest = &mut *self.guest;
         on!(&mut self.hardware, hw => {
             let regs = hw.regs_mut();
-            guest.limits.check_control(control, &regs.cs())?;
+            guest.limits.check_control(control, regs.code())?;
             if virtual_8086_in_long_mode(regs.rflags(), control.efer) {
                 return Err(AxError::InvalidRegister);
             }
@@ -356,20 +365,12 @@ impl<H: X86Hal> X86VCpu<H> {
         on!(&mut self.hardware, hw => self.guest.complete(hw.regs_mut(), reply));
     }
 
-    /// Takes what was posted to the vCPU, and publishes who it is. To be called right before [`run`](AxArchVCpu::run), with
-    /// interrupts off, so that nothing posted earlier is missed.
+    /// Takes what was posted to the vCPU, and publishes who it is. Tells whether there is something to run for: false for a vCPU that
+    /// is halted or waits for a start-up IPI, with nothing to change that. To be called right before [`run`](AxArchVCpu::run),
+    /// with interrupts off, so that nothing posted earlier is missed.
     #[inline]
-    pub fn prepare(&mut self, mailbox: &Mailbox) {
-        on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox));
-    }
-
-    /// Whether there is something to run for: false for a vCPU that is halted or waits for a start-up IPI, with nothing to
-    /// change that.
-    #[inline]
-    pub fn runnable(&mut self, mailbox: &Mailbox) -> bool {
-        mailbox.pending()
-            || self.guest.msrs.interrupt_end.is_some()
-            || on!(&self.hardware, hw => self.guest.update_activity(hw.regs()))
+    pub fn prepare(&mut self, mailbox: &Mailbox) -> bool {
+        on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
     }
 
     /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on
@@ -421,7 +422,7 @@ impl<H: X86Hal> X86VCpu<H> {
     /// What the host's timer is to do for the local APIC's. Its expiry is posted to the mailbox.
     #[inline]
     pub fn timer_update(&mut self) -> TimerUpdate {
-        self.guest.lapic.as_mut().map_or(TimerUpdate::Unchanged, Lapic::timer_update)
+        self.guest.timer_update()
     }
 
     /// Whether [`clock_update`](Self::clock_update) has something: then the window is to be left, since the guest expects its

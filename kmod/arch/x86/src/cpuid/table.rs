@@ -10,6 +10,8 @@ use crate::frame::{Framed, FRAME};
 
 /// Entries in a table, at most: one frame full.
 pub const MAX_ENTRIES: usize = FRAME / size_of::<CpuidEntry>();
+/// As many leaves of a range are found without a search.
+const NEAR: usize = 36;
 
 /// CR4.OSXSAVE.
 const CR4_OSXSAVE: u64 = 1 << 18;
@@ -95,8 +97,15 @@ features! {
 
 /// A vCPU's CPUID table, in a frame of its own.
 pub struct CpuidTable<H: AxVCpuHal> {
-    slots: Framed<[CpuidEntry; MAX_ENTRIES], H>,
+    /// The first `count` are in use, in the order of leaf and sub-leaf.
+    entries: Framed<[CpuidEntry; MAX_ENTRIES], H>,
     count: usize,
+    /// The position behind the first entry of each of the leaves from 0, and of those from 0x8000_0000; 0 for none.
+    first: [[u8; NEAR]; 2],
+    /// Leaf 0.
+    basic: CpuidResult,
+    /// The last extended leaf.
+    last_extended: u32,
 }
 
 impl<H: AxVCpuHal> CpuidTable<H> {
@@ -118,7 +127,8 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         if count > MAX_ENTRIES {
             return Err(AxError::LimitReached);
         }
-        let mut table = Self { slots: Framed::zeroed()?, count: 0 };
+        let mut table =
+            Self { entries: Framed::zeroed()?, count: 0, first: [[0; NEAR]; 2], basic: ZERO, last_extended: 0 };
         for position in 0..count {
             let entry = read(position)?;
             if !is_well_formed(&entry) || table.find(entry.function, entry.index).is_some() {
@@ -126,22 +136,29 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             }
             // An entry for every index excludes all that are for one index.
             let for_all = entry.flags & CPUID_INDEX_SIGNIFICANT == 0;
-            if for_all && table.of_leaf(entry.function).next().is_some() {
+            if for_all && table.used().iter().any(|other| other.function == entry.function) {
                 return Err(AxError::InvalidInput);
             }
             if !is_allowed(&entry, host, caps) {
                 return Err(AxError::InvalidInput);
             }
-            table.push(&entry);
+            table.insert(&entry);
         }
+        table.basic = table.raw(0, 0);
+        table.last_extended = table.raw(0x8000_0000, 0).eax;
         Ok(table)
     }
 
-    fn push(&mut self, entry: &CpuidEntry) {
-        if let Some(slot) = self.slots.get_mut(self.count) {
-            *slot = *entry;
-            self.count = self.count.saturating_add(1);
+    fn insert(&mut self, entry: &CpuidEntry) {
+        let at = self.used().partition_point(|other| key(other) < key(entry));
+        self.count = self.count.saturating_add(1);
+        if let Some(tail) = self.entries.get_mut(at..self.count) {
+            tail.rotate_right(1);
+            if let Some(first) = tail.first_mut() {
+                *first = *entry;
+            }
         }
+        self.note_leaves();
     }
 
     /// Number of entries.
@@ -154,14 +171,13 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         self.count == 0
     }
 
-    #[inline]
-    fn slots(&self) -> &[CpuidEntry] {
-        self.slots.get(..self.count).unwrap_or(&[])
+    fn used(&self) -> &[CpuidEntry] {
+        self.entries.get(..self.count).unwrap_or_default()
     }
 
-    /// The entries, as loaded.
+    /// The entries, in the order of leaf and sub-leaf.
     pub fn entries(&self) -> impl Iterator<Item = CpuidEntry> + '_ {
-        self.slots().iter().copied()
+        self.used().iter().copied()
     }
 
     /// CPUID 1 EAX: family, model and stepping; 0 if there is no such leaf.
@@ -169,20 +185,43 @@ impl<H: AxVCpuHal> CpuidTable<H> {
         self.find(1, 0).map_or(0, |entry| entry.eax)
     }
 
-    /// The entries of one leaf.
-    #[inline]
-    fn of_leaf(&self, function: u32) -> impl Iterator<Item = &CpuidEntry> + '_ {
-        self.slots().iter().filter(move |entry| entry.function == function)
+    /// The entry for a leaf and sub-leaf.
+    fn find(&self, function: u32, index: u32) -> Option<&CpuidEntry> {
+        self.of_leaf(function)
+            .take_while(|entry| entry.function == function)
+            .find(|entry| entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
     }
 
-    /// The entry for a leaf and sub-leaf.
+    /// The entries from the first of a leaf on, if it has any.
     #[inline]
-    fn find(&self, function: u32, index: u32) -> Option<&CpuidEntry> {
-        self.of_leaf(function).find(|entry| entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
+    fn of_leaf(&self, function: u32) -> core::slice::Iter<'_, CpuidEntry> {
+        let [basic, extended] = &self.first;
+        let range = if function >> 31 != 0 { extended } else { basic };
+        let near = if function & 0x4000_0000 == 0 { range.get((function & 0x3fff_ffff) as usize) } else { None };
+        let start = match near {
+            Some(&position) => usize::from(position).wrapping_sub(1),
+            None => self.used().partition_point(|entry| entry.function < function),
+        };
+        self.used().get(start..).unwrap_or_default().iter()
+    }
+
+    /// Notes where the leaves begin.
+    fn note_leaves(&mut self) {
+        self.first = [[0; NEAR]; 2];
+        for (position, entry) in (1u8..).zip(self.entries.iter().take(self.count)) {
+            let [basic, extended] = &mut self.first;
+            let range = match entry.function >> 30 {
+                0 => basic,
+                2 => extended,
+                _ => continue,
+            };
+            if let Some(first @ 0) = range.get_mut((entry.function & 0x3fff_ffff) as usize) {
+                *first = position;
+            }
+        }
     }
 
     /// The entry for a leaf and sub-leaf as a result; zeros if there is none.
-    #[inline]
     fn raw(&self, function: u32, index: u32) -> CpuidResult {
         self.find(function, index).map_or(ZERO, result)
     }
@@ -278,7 +317,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             }
             // With XSAVEC, the size of the compacted format for what is enabled.
             (0xd, 1) => leaf.ebx = if leaf.eax & (1 << 1) != 0 { self.compacted_size(dynamic.xcr0) } else { 0 },
-            (0x8000_0001, _) if Vendor::of(&self.raw(0, 0)) == Vendor::Amd => {
+            (0x8000_0001, _) if Vendor::of(&self.basic) == Vendor::Amd => {
                 leaf.edx = flag(leaf.edx, 9, (leaf.edx >> 9) & 1 != 0 && dynamic.apic_enabled);
             }
             (0x8000_001e, _) if self.find(0x8000_001e, 0).is_some() => leaf.eax = dynamic.apic_id,
@@ -290,17 +329,17 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     /// The leaf that answers for `function`: itself if it is in its range, otherwise none on AMD, and on Intel the last basic
     /// leaf (SDM vol. 2A, CPUID).
     fn in_range(&self, function: u32) -> Option<u32> {
-        let leaf0 = self.raw(0, 0);
         let last = match function {
-            0..=0x3fff_ffff => leaf0.eax,
+            0..=0x3fff_ffff => self.basic.eax,
             // Hypervisors stack their ranges 0x100 apart.
             0x4000_0000..=0x4fff_ffff => self.raw(function & !0xff, 0).eax,
+            0x8000_0000..=0x8000_ffff => self.last_extended,
             _ => self.raw(function & 0xffff_0000, 0).eax,
         };
         if function <= last {
             Some(function)
-        } else if Vendor::of(&leaf0) == Vendor::Intel {
-            Some(leaf0.eax)
+        } else if Vendor::of(&self.basic) == Vendor::Intel {
+            Some(self.basic.eax)
         } else {
             None
         }
@@ -315,6 +354,11 @@ impl<H: AxVCpuHal> CpuidTable<H> {
             start.saturating_add(component.eax)
         })
     }
+}
+
+/// Orders entries by leaf and sub-leaf.
+fn key(entry: &CpuidEntry) -> u64 {
+    u64::from(entry.function) << 32 | u64::from(entry.index)
 }
 
 fn result(entry: &CpuidEntry) -> CpuidResult {

@@ -5,7 +5,7 @@
 //! runs under an ASID that anything else has used on this CPU since the last flush.
 
 /// TLB_CONTROL: nothing (APM vol. 2 table 15-9).
-const FLUSH_NOTHING: u8 = 0;
+pub(super) const FLUSH_NOTHING: u8 = 0;
 /// TLB_CONTROL: every entry of every ASID.
 const FLUSH_ALL: u8 = 1;
 /// TLB_CONTROL: every entry of this guest's ASID.

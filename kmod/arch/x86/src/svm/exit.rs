@@ -4,11 +4,11 @@
 
 use axvcpu_uapi::vcpu::ExitKind;
 use vcpu_core::npt::Npt;
-use vcpu_core::{AccessFlags, AccessWidth, AxVCpuExitReason as Reason, GuestPhysAddr};
+use vcpu_core::{AccessFlags, AccessWidth, AxError, AxResult, GuestPhysAddr};
 
-use super::vmcb::{int_control, Vmcb};
+use super::vmcb::{int_control, SegmentRegister, Vmcb};
 use super::{Iret, Svm};
-use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io};
+use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Refusal};
 use crate::cpu;
 use crate::events::{Injection, AC, DB};
 use crate::hal::X86Hal;
@@ -186,18 +186,21 @@ fn access_flags(info: u64) -> Option<AccessFlags> {
 }
 
 /// EXITINFO1 and 2 of a task switch (APM vol. 2 section 15.14.1).
-fn task_switch(info1: u64, info2: u64) -> Reason {
+fn task_switch(info1: u64, info2: u64) -> Exit {
     let source = match (info2 >> 36 & 1, info2 >> 38 & 1) {
         (1, _) => 1,
         (0, 1) => 2,
         _ => 0,
     };
-    Reason::TaskSwitch { selector: info1 as u16, source }
+    Exit::TaskSwitch { selector: info1 as u16, source }
 }
 
 impl<H: X86Hal> Svm<H> {
     /// What the exit was that the VMCB holds.
-    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>) -> Exited {
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): an entry was refused for no fault of the guest's state.
+    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>) -> AxResult<Exited> {
         let vmcb = &mut self.regs.vmcb;
         let efer = vmcb.efer() | core::mem::take(&mut self.local.hidden_efer);
         vmcb.set_efer(efer);
@@ -205,19 +208,20 @@ impl<H: X86Hal> Svm<H> {
         let (info1, info2) = (vmcb.exit_info1(), vmcb.exit_info2());
         let code = Code::decode(number);
         if code == Code::Invalid {
-            return Exited { exit: Exit::NotEntered(self.refused(guest)), interrupted: None };
+            return Ok(Exited { exit: Exit::NotEntered(self.refused(guest)?), interrupted: None });
         }
+        self.regs.unchecked = false;
         let interrupted = decode_event(vmcb.exit_int_info());
         let cr8 = (vmcb.int_control() & int_control::TPR) as u8;
         vmcb.set_event_injection(0);
         guest.set_cr8(cr8);
         let own_step = self.local.iret != Iret::No && self.follow_iret(guest, code == Code::Debug);
         let exit = match code {
-            Code::Interrupt => Exit::Report(Reason::ExternalInterrupt { vector: 0 }),
-            Code::NestedPageFault => Exit::Report(match access_flags(info1) {
-                Some(access_flags) => Reason::NestedPageFault { addr: GuestPhysAddr::new(info2), access_flags },
-                None => Reason::Unknown { code: number, info1, info2 },
-            }),
+            Code::Interrupt => Exit::Interrupt,
+            Code::NestedPageFault => match access_flags(info1) {
+                Some(access) => Exit::PageFault { addr: GuestPhysAddr::new(info2), access },
+                None => Exit::Unknown { code: number, info1, info2 },
+            },
             Code::HostEvent => Exit::Done(ExitKind::Other),
             Code::InterruptWindow => Exit::Window,
             Code::Cpuid => self.instruction(guest, Opcode::Cpuid, Instruction::Cpuid),
@@ -248,21 +252,25 @@ impl<H: X86Hal> Svm<H> {
                     // SAFETY: Kernel context with the host's IDT, since this is not a FRED host.
                     unsafe { cpu::raise_machine_check() };
                 }
-                Exit::Report(Reason::MachineCheck)
+                Exit::MachineCheck
             }
             Code::Undefined => Exit::Raise(Injection::UNDEFINED),
             Code::Rdpmc => Exit::Raise(Injection::GENERAL_PROTECTION),
-            Code::TaskSwitch => Exit::Report(task_switch(info1, info2)),
-            Code::FerrFreeze => Exit::Report(Reason::UnsupportedInstruction { code: number }),
-            Code::Shutdown => Exit::Report(Reason::TripleFault),
-            Code::Invalid | Code::Other => Exit::Report(Reason::Unknown { code: number, info1, info2 }),
+            Code::TaskSwitch => task_switch(info1, info2),
+            Code::FerrFreeze => Exit::Unsupported(number),
+            Code::Shutdown => Exit::TripleFault,
+            Code::Invalid | Code::Other => Exit::Unknown { code: number, info1, info2 },
         };
-        Exited { exit, interrupted }
+        Ok(Exited { exit, interrupted })
     }
 
     /// The hardware refused to enter. What it has left in the VMCB is not to be trusted.
     #[cold]
-    fn refused(&mut self, guest: &Guest<H>) -> Reason {
+    fn refused(&mut self, guest: &Guest<H>) -> AxResult<Refusal> {
+        if !self.regs.unchecked {
+            // The state came from the CPU itself, which now finds something else wrong, and there is no copy.
+            return Err(AxError::HardwareLost);
+        }
         let before = self.local.before;
         self.regs.vmcb.restore_hardware_state(&before);
         self.regs.vmcb.set_event_injection(0);
@@ -274,10 +282,10 @@ impl<H: X86Hal> Svm<H> {
             }
             self.local.iret = Iret::Due { rip };
         }
-        match self.fault_of_state(guest) {
-            0 => Reason::FailEntry { hardware_entry_failure_reason: u64::MAX },
-            field => Reason::InvalidGuestState { reason: u64::MAX, qualification: 0, field },
-        }
+        Ok(match self.fault_of_state(guest) {
+            0 => Refusal::Controls(u64::MAX),
+            field => Refusal::State { reason: u64::MAX, qualification: 0, field },
+        })
     }
 
     /// What VMRUN finds wrong with the state, by the list in APM vol. 2 section 15.5.1: 0 nothing, 1 EFER.SVME, 2 CR0.NW without
@@ -300,7 +308,7 @@ impl<H: X86Hal> Svm<H> {
             efer & !(limits.efer | efer::SVME) != 0,
             long && cr4 & cr4::PAE == 0,
             long && cr0 & cr0::PE == 0,
-            long && cr4 & cr4::PAE != 0 && self.regs.cs().attributes & both == both,
+            long && cr4 & cr4::PAE != 0 && self.regs.code() & both == both,
             vmcb.asid() == 0,
         ];
         faults.iter().position(|&fault| fault).map_or(0, |index| index as u64 + 1)
@@ -323,8 +331,11 @@ impl<H: X86Hal> Svm<H> {
             return Some((next, (info1 & 0xf) as u8));
         }
         let long = is_long_code(&self.regs);
-        let (linear, wrap) =
-            if long { (rip, u64::MAX) } else { (self.regs.cs().base.wrapping_add(rip & 0xffff_ffff), 0xffff_ffff) };
+        let (linear, wrap) = if long {
+            (rip, u64::MAX)
+        } else {
+            (self.regs.vmcb.segment(SegmentRegister::Cs).base.wrapping_add(rip & 0xffff_ffff), 0xffff_ffff)
+        };
         let paging =
             Paging { cr0: self.regs.cr0(), cr3: self.regs.cr3(), cr4: self.regs.cr4(), efer: self.regs.efer() };
         // SAFETY: The root is the module's nested page table of `npt_levels` levels (`set_ept_root`), interrupts are off until
@@ -484,8 +495,8 @@ mod tests {
 
     #[test]
     fn task_switch_information() {
-        assert_eq!(task_switch(0x28, 0), Reason::TaskSwitch { selector: 0x28, source: 0 });
-        assert_eq!(task_switch(0x28, 1 << 36), Reason::TaskSwitch { selector: 0x28, source: 1 });
-        assert_eq!(task_switch(0x28, 1 << 38), Reason::TaskSwitch { selector: 0x28, source: 2 });
+        assert!(matches!(task_switch(0x28, 0), Exit::TaskSwitch { selector: 0x28, source: 0 }));
+        assert!(matches!(task_switch(0x28, 1 << 36), Exit::TaskSwitch { selector: 0x28, source: 1 }));
+        assert!(matches!(task_switch(0x28, 1 << 38), Exit::TaskSwitch { selector: 0x28, source: 2 }));
     }
 }

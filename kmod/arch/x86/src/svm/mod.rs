@@ -89,8 +89,10 @@ struct Local {
     cpu: usize,
     asid: Assignment,
     host: HostState,
-    /// State before the entry, in case it is refused.
+    /// State before the entry, in case it is refused: if [`SvmRegisters::unchecked`].
     before: HardwareState,
+    /// An ASID has been chosen in this window. Nobody else takes one meanwhile.
+    has_asid: bool,
     /// Bits of EFER that the hardware was not shown at the last entry.
     hidden_efer: u64,
     iret: Iret,
@@ -156,7 +158,7 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
         if lost {
             return Err(AxError::HardwareLost);
         }
-        Ok(self.decode_exit(guest))
+        self.decode_exit(guest)
     }
 
     fn leave(&mut self, _guest: &mut Guest<H>) -> AxResult {
@@ -165,6 +167,10 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
 
     fn forget(&mut self) {
         self.local.iret = Iret::No;
+    }
+
+    fn synchronize(&mut self) -> AxResult {
+        Ok(())
     }
 
     fn insn_info(&self, guest: &Guest<H>) -> InsnInfo {
@@ -213,11 +219,7 @@ impl<H: X86Hal> Svm<H> {
 
     /// Completes the control area: what is injected, which exits come, and the ASID.
     fn prepare_entry(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
-        let blocked_by_tpr = guest
-            .lapic
-            .as_ref()
-            .is_some_and(|lapic| lapic.highest_request().is_some() && lapic.pending_vector().is_none());
-        let cr8 = guest.cr8();
+        let apic = guest.apic_view();
         if guest.events.nmi_pending() {
             self.arm_iret_step();
         }
@@ -226,7 +228,7 @@ impl<H: X86Hal> Svm<H> {
         vmcb.set_event_injection(plan.inject.map_or(0, exit::encode_event));
         // Injected software interrupts return to the next RIP where the CPU saves it, to RIP otherwise; RIP is behind already.
         vmcb.set_next_rip(vmcb.rip());
-        let mut control = int_control::MASKING | u32::from(cr8);
+        let mut control = int_control::MASKING | u32::from(apic.cr8);
         let mut intercepts = vmcb.intercept1() & !(intercept1::VINTR | intercept1::IRET) | intercept1::CR0_SELECTIVE;
         if core::mem::take(&mut self.local.pass_cr0) {
             intercepts &= !intercept1::CR0_SELECTIVE;
@@ -244,12 +246,14 @@ impl<H: X86Hal> Svm<H> {
         vmcb.set_intercept1(intercepts);
         // Also while the window's interrupt waits: it needs no look at the TPR, and QEMU's emulated CPU (10.0) aborts at
         // a write of CR8 then.
-        let follow_tpr = blocked_by_tpr || control & int_control::IRQ != 0;
+        let follow_tpr = apic.blocked_by_priority || control & int_control::IRQ != 0;
         vmcb.set_intercept_cr(CR4_WRITE | if follow_tpr { CR8_WRITE } else { 0 });
         // Nothing is cached from the VMCB: it is the CPU's own memory traffic against a list of what has changed.
         vmcb.set_clean(0);
         self.choose_asid(guest)?;
-        self.local.before = self.regs.vmcb.hardware_state();
+        if self.regs.unchecked {
+            self.local.before = self.regs.vmcb.hardware_state();
+        }
         self.hide_long_mode_enable();
         Ok(())
     }
@@ -268,9 +272,13 @@ impl<H: X86Hal> Svm<H> {
     }
 
     fn choose_asid(&mut self, guest: &mut Guest<H>) -> AxResult {
+        let flush = core::mem::take(&mut self.regs.flush);
+        if core::mem::replace(&mut self.local.has_asid, true) && !flush {
+            self.regs.vmcb.set_tlb_control(asid::FLUSH_NOTHING);
+            return Ok(());
+        }
         // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
         let svm = unsafe { H::per_cpu().as_mut() }.svm()?;
-        let flush = core::mem::take(&mut self.regs.flush);
         let local = &mut *self.local;
         let old = local.asid;
         let entry = svm.asids.enter(local.cpu, &mut local.asid, flush, guest.caps.flush_by_asid);

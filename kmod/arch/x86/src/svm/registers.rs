@@ -20,6 +20,9 @@ pub(crate) struct SvmRegisters<H: X86Hal> {
     pub(crate) frame: Framed<Frame, H>,
     /// The guest's translations are to be flushed.
     pub(crate) flush: bool,
+    /// The CPU has not seen all of this yet: something was set that VMRUN checks, or that an exit overwrites, since the last
+    /// exit.
+    pub(crate) unchecked: bool,
     /// The hardware switches SPEC_CTRL.
     virtual_spec_ctrl: bool,
 }
@@ -30,7 +33,7 @@ impl<H: X86Hal> SvmRegisters<H> {
         let frame =
             Framed::new(Frame { common: crate::switch::Frame::new(), vmcb: vmcb.phys().as_u64(), host_vmcb: 0 })?;
         vmcb.set_g_pat(PAT_RESET);
-        Ok(Self { vmcb, frame, flush: true, virtual_spec_ctrl: caps.virtual_spec_ctrl })
+        Ok(Self { vmcb, frame, flush: true, unchecked: true, virtual_spec_ctrl: caps.virtual_spec_ctrl })
     }
 }
 
@@ -76,6 +79,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_cr0(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_cr0(value);
     }
 
@@ -88,6 +92,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_cr4(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_cr4(value);
     }
 
@@ -96,6 +101,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_efer(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_efer(value | efer::SVME);
     }
 
@@ -104,10 +110,12 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_cr2(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_cr2(value);
     }
 
     fn set_cr3(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_cr3(value);
     }
 
@@ -127,6 +135,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_segments(&mut self, s: &Segments) {
+        self.unchecked = true;
         self.vmcb.set_segment(S::Es, &s.es);
         self.vmcb.set_segment(S::Cs, &s.cs);
         self.vmcb.set_segment(S::Ss, &s.ss);
@@ -137,11 +146,11 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         self.vmcb.set_segment(S::Tr, &s.tr);
         self.vmcb.set_table(T::Gdtr, &s.gdtr);
         self.vmcb.set_table(T::Idtr, &s.idtr);
-        self.vmcb.set_cpl(privilege(s));
+        self.vmcb.set_cpl(privilege(s.ss.attributes));
     }
 
-    fn cs(&self) -> Segment {
-        self.vmcb.segment(S::Cs)
+    fn code(&self) -> u16 {
+        self.vmcb.segment(S::Cs).attributes
     }
 
     fn cpl(&self) -> u8 {
@@ -153,6 +162,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_dr6(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_dr6(value);
     }
 
@@ -161,6 +171,7 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     fn set_dr7(&mut self, value: u64) {
+        self.unchecked = true;
         self.vmcb.set_dr7(value);
     }
 

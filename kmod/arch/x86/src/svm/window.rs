@@ -43,6 +43,7 @@ impl<H: X86Hal> Svm<H> {
                 return Err(error);
             }
         };
+        self.local.has_asid = false;
         let caps = &guest.caps;
         let host = &mut self.local.host;
         // SAFETY: Kernel context. MSRs that not every CPU has are only touched where CPUID has them. What is changed is put back by

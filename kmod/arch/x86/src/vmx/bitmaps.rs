@@ -9,15 +9,12 @@ use x86::msr;
 
 use crate::frame::Frames;
 
-/// MSRs that the guest reads and writes directly: the VMCS or the window switches them, and hardware checks the values.
-const DIRECT: [u32; 10] = [
+/// MSRs that the guest reads and writes directly: the VMCS or the window switches them, and hardware checks the values. Not those
+/// of SYSCALL, which guests write once: the CPU has them only while a guest can use them.
+const DIRECT: [u32; 6] = [
     msr::IA32_SYSENTER_CS,
     msr::IA32_SYSENTER_ESP,
     msr::IA32_SYSENTER_EIP,
-    msr::IA32_STAR,
-    msr::IA32_LSTAR,
-    msr::IA32_CSTAR,
-    msr::IA32_FMASK,
     msr::IA32_FS_BASE,
     msr::IA32_GS_BASE,
     msr::IA32_KERNEL_GSBASE,

@@ -3,11 +3,12 @@
 //! [`Code::decode`]; any other is reported as it is.
 
 use axvcpu_uapi::vcpu::ExitKind;
-use vcpu_core::{AccessFlags, AccessWidth, AxResult, AxVCpuExitReason as Reason, GuestPhysAddr};
+use vcpu_core::{AccessFlags, AccessWidth, GuestPhysAddr};
 
 use super::fields::Field;
 use super::instructions;
-use super::registers::{Vmcs, BLOCKING_NMI};
+use super::registers::BLOCKING_NMI;
+use super::vmcs::Vmcs;
 use super::Vmx;
 use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io};
 use crate::cpu;
@@ -227,14 +228,14 @@ fn access_flags(qualification: u64) -> AccessFlags {
 }
 
 /// Qualification of a task switch (SDM vol. 3 table 28-2).
-const fn task_switch(qualification: u64) -> Reason {
+const fn task_switch(qualification: u64) -> Exit {
     let source = match qualification >> 30 & 3 {
         1 => 1,
         2 => 2,
         // CALL, or a task gate in the IDT.
         _ => 0,
     };
-    Reason::TaskSwitch { selector: qualification as u16, source }
+    Exit::TaskSwitch { selector: qualification as u16, source }
 }
 
 /// DR6 after a #DB that reports `qualification`.
@@ -242,131 +243,111 @@ const fn after_debug_exception(dr6: u64, qualification: u64) -> u64 {
     dr6 & !DR6_BREAKPOINTS | qualification & DR6_REPORTED
 }
 
-/// What an exit tells of itself.
-struct Information {
-    reason: u32,
-    qualification: u64,
-    /// Interruption information, of an exception or NMI.
-    interruption: u32,
-    error_code: u32,
-    /// Where the next instruction is, for an instruction that exits.
-    next: u64,
-    /// Of an EPT violation.
-    address: u64,
-}
-
 impl<H: X86Hal> Vmx<H> {
     /// What the exit was that the current VMCS tells of.
-    ///
-    /// # Errors
-    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
-    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited> {
+    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) -> Exited {
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
-        let mut vmcs = unsafe { Vmcs::current() };
+        let vmcs = unsafe { Vmcs::current() };
         let reason = vmcs.read(Field::ExitReason) as u32;
-        let qualification = vmcs.read(Field::ExitQualification);
         if reason & ENTRY_FAILURE != 0 {
-            vmcs.finish()?;
-            return Ok(self.invalid_state(guest, plan, reason, qualification));
+            return self.invalid_state(guest, plan, reason, vmcs.read(Field::ExitQualification));
         }
         self.regs.frame.flags |= LAUNCHED;
-        let code = Code::decode(reason);
-        let interruptibility = self.regs.read_exit(&mut vmcs);
-        let vectoring = vmcs.read(Field::ExitVectoring) as u32;
-        let vectoring_code = vmcs.read(Field::ExitVectoringErrorCode) as u32;
-        let length = vmcs.read(Field::ExitInstructionLength) & 0xf;
-        let exception = code == Code::ExceptionOrNmi;
-        let information = Information {
-            reason,
-            qualification,
-            interruption: if exception { vmcs.read(Field::ExitInterruption) as u32 } else { 0 },
-            error_code: if exception { vmcs.read(Field::ExitInterruptionErrorCode) as u32 } else { 0 },
-            next: self.regs.rip().wrapping_add(length),
-            address: vmcs.read(Field::ExitGuestPhysicalAddress),
-        };
-        vmcs.finish()?;
-        if guest.debug.loaded() {
+        let debug = guest.debug.loaded();
+        if debug {
             // SAFETY: Kernel context; the guest's DR6 is in the CPU.
             let (dr6, _) = unsafe { cpu::debug_status_control() };
             self.regs.set_dr6(dr6);
         }
-        let interrupted = decode_event(vectoring, vectoring_code);
-        self.follow_nmi(guest, code, &information, interruptibility, interrupted);
+        let code = Code::decode(reason);
+        let interruptibility = self.regs.read_exit(&vmcs, debug);
+        let interrupted = interrupted(&vmcs);
+        if interruptibility & BLOCKING_NMI == 0 {
+            self.follow_nmi(guest, &vmcs, code, interrupted);
+        }
         if interrupted.is_some() && interrupted == plan.inject {
             self.undo_injected_length();
         }
-        Ok(Exited { exit: self.exit(guest, code, &information), interrupted })
+        Exited { exit: self.exit(guest, &vmcs, code, reason), interrupted }
     }
 
-    fn exit(&mut self, guest: &mut Guest<H>, code: Code, i: &Information) -> Exit {
-        let Information { reason, qualification, next, address, .. } = *i;
-        match code {
-            Code::Interrupt => Exit::Report(Reason::ExternalInterrupt { vector: 0 }),
-            Code::PreemptionTimer => Exit::Report(Reason::PreemptionTimer),
-            Code::NestedPageFault => Exit::Report(Reason::NestedPageFault {
-                addr: GuestPhysAddr::new(address),
-                access_flags: access_flags(qualification),
-            }),
-            Code::ExceptionOrNmi => self.exception(i),
-            Code::HostEvent => Exit::Done(ExitKind::Other),
-            Code::Window => Exit::Window,
-            Code::Cpuid => Exit::Instruction(Instruction::Cpuid, next),
-            Code::CacheFlush => Exit::Instruction(Instruction::CacheFlush, next),
-            Code::Pause => Exit::Instruction(Instruction::Pause, next),
-            Code::Rdmsr => Exit::Instruction(Instruction::Rdmsr, next),
-            Code::Wrmsr => Exit::Instruction(Instruction::Wrmsr, next),
-            Code::Io => {
-                let io = decode_io(qualification);
-                if io.string {
-                    self.local.string_next = next;
-                }
-                Exit::Instruction(Instruction::Io(io), next)
+    fn exit(&mut self, guest: &mut Guest<H>, vmcs: &Vmcs, code: Code, reason: u32) -> Exit {
+        let qualification = || vmcs.read(Field::ExitQualification);
+        let instruction = match code {
+            Code::Cpuid => Instruction::Cpuid,
+            Code::Rdmsr => Instruction::Rdmsr,
+            Code::Wrmsr => Instruction::Wrmsr,
+            Code::Io => Instruction::Io(decode_io(qualification())),
+            Code::Hlt => Instruction::Hlt,
+            Code::Pause => Instruction::Pause,
+            Code::Vmcall => Instruction::Hypercall,
+            Code::ControlRegister => Instruction::Control(decode_control(qualification())),
+            Code::Xsetbv => Instruction::Xsetbv,
+            Code::CacheFlush => Instruction::CacheFlush,
+            Code::Interrupt => return Exit::Interrupt,
+            Code::PreemptionTimer => return Exit::PreemptionTimer,
+            Code::NestedPageFault => {
+                self.local.shown = true;
+                return Exit::PageFault {
+                    addr: GuestPhysAddr::new(vmcs.read(Field::ExitGuestPhysicalAddress)),
+                    access: access_flags(qualification()),
+                };
             }
-            Code::Hlt => Exit::Instruction(Instruction::Hlt, next),
-            Code::ControlRegister => Exit::Instruction(Instruction::Control(decode_control(qualification)), next),
-            Code::Xsetbv => Exit::Instruction(Instruction::Xsetbv, next),
-            Code::Vmcall => Exit::Instruction(Instruction::Hypercall, next),
+            Code::ExceptionOrNmi => return self.exception(vmcs, reason),
+            Code::HostEvent => return Exit::Done(ExitKind::Other),
+            Code::Window => return Exit::Window,
             Code::DebugRegister => {
                 // SAFETY: Kernel context, in the inner window.
                 unsafe { guest.debug.load() };
-                Exit::Done(ExitKind::Register)
+                return Exit::Done(ExitKind::Register);
             }
-            Code::Undefined => Exit::Raise(Injection::UNDEFINED),
-            Code::Rdpmc => Exit::Raise(Injection::GENERAL_PROTECTION),
-            Code::TaskSwitch => Exit::Report(task_switch(qualification)),
-            Code::TripleFault => Exit::Report(Reason::TripleFault),
+            Code::Undefined => return Exit::Raise(Injection::UNDEFINED),
+            Code::Rdpmc => return Exit::Raise(Injection::GENERAL_PROTECTION),
+            Code::TaskSwitch => return task_switch(qualification()),
+            Code::TripleFault => return Exit::TripleFault,
             Code::InvalidState | Code::EntryMachineCheck | Code::Other => {
-                Exit::Report(Reason::Unknown { code: reason.into(), info1: qualification, info2: address })
+                return Exit::Unknown {
+                    code: reason.into(),
+                    info1: qualification(),
+                    info2: vmcs.read(Field::ExitGuestPhysicalAddress),
+                }
             }
+        };
+        let next = self.next_rip(vmcs);
+        if let Instruction::Io(Io { string: true, .. }) = instruction {
+            self.local.shown = true;
+            self.local.string_next = next;
         }
+        Exit::Instruction(instruction, next)
     }
 
-    /// Keeps track of whether NMIs are blocked: the CPU unblocks them at IRET.
-    fn follow_nmi(
-        &self,
-        guest: &mut Guest<H>,
-        code: Code,
-        i: &Information,
-        interruptibility: u32,
-        interrupted: Option<Injection>,
-    ) {
+    /// Where the instruction behind the one of the exit is.
+    fn next_rip(&self, vmcs: &Vmcs) -> u64 {
+        self.regs.rip().wrapping_add(vmcs.read(Field::ExitInstructionLength) & 0xf)
+    }
+
+    /// Keeps track of whether NMIs are blocked: the CPU has unblocked them, at IRET.
+    fn follow_nmi(&self, guest: &mut Guest<H>, vmcs: &Vmcs, code: Code, interrupted: Option<Injection>) {
+        if !guest.events.nmi_masked() {
+            return;
+        }
         // An IRET that faults has unblocked them too early, and will be executed again (SDM vol. 3 section 28.2.3).
         let iret_faulted = interrupted.is_none()
             && match code {
-                Code::NestedPageFault => i.qualification & u64::from(interruption::IRET) != 0,
-                Code::ExceptionOrNmi => i.interruption & interruption::IRET != 0,
+                Code::NestedPageFault => vmcs.read(Field::ExitQualification) & u64::from(interruption::IRET) != 0,
+                Code::ExceptionOrNmi => vmcs.read(Field::ExitInterruption) & u64::from(interruption::IRET) != 0,
                 _ => false,
             };
-        let delivered_again = interrupted == Some(Injection::Nmi);
-        if interruptibility & BLOCKING_NMI == 0 && !iret_faulted && !delivered_again {
+        if !iret_faulted && interrupted != Some(Injection::Nmi) {
             guest.events.unmask_nmi();
         }
     }
 
     /// An exception that we have asked for, or a physical NMI.
-    fn exception(&mut self, i: &Information) -> Exit {
-        let vector = i.interruption as u8;
-        match (interruption::kind(i.interruption), vector) {
+    fn exception(&mut self, vmcs: &Vmcs, reason: u32) -> Exit {
+        let information = vmcs.read(Field::ExitInterruption) as u32;
+        let qualification = vmcs.read(Field::ExitQualification);
+        match (interruption::kind(information), information as u8) {
             (interruption::NMI, _) => {
                 // SAFETY: Kernel context with the host's IDT: FRED hosts have no VMX backend.
                 unsafe { instructions::raise_nmi() };
@@ -375,26 +356,35 @@ impl<H: X86Hal> Vmx<H> {
             (interruption::EXCEPTION, MC) => {
                 // SAFETY: As above.
                 unsafe { cpu::raise_machine_check() };
-                Exit::Report(Reason::MachineCheck)
+                Exit::MachineCheck
             }
             (interruption::PRIVILEGED, _) => {
                 // INT1: a trap, but RIP is at it.
-                self.regs.set_rip(i.next);
+                self.regs.set_rip(self.next_rip(vmcs));
                 Exit::Exception(Injection::DEBUG)
             }
             (interruption::EXCEPTION, DB) => {
-                let dr6 = after_debug_exception(self.regs.dr6(), i.qualification);
+                let dr6 = after_debug_exception(self.regs.dr6(), qualification);
                 self.regs.set_dr6(dr6);
                 Exit::Exception(Injection::DEBUG)
             }
-            (interruption::EXCEPTION, AC) => Exit::Exception(Injection::Exception(AC, Some(i.error_code))),
-            _ => Exit::Report(Reason::Unknown {
-                code: i.reason.into(),
-                info1: i.qualification,
-                info2: i.interruption.into(),
-            }),
+            (interruption::EXCEPTION, AC) => {
+                let code = vmcs.read(Field::ExitInterruptionErrorCode) as u32;
+                Exit::Exception(Injection::Exception(AC, Some(code)))
+            }
+            _ => Exit::Unknown { code: reason.into(), info1: qualification, info2: information.into() },
         }
     }
+}
+
+/// The event whose delivery the exit has interrupted.
+#[inline]
+fn interrupted(vmcs: &Vmcs) -> Option<Injection> {
+    let information = vmcs.read(Field::ExitVectoring) as u32;
+    if information & interruption::VALID == 0 {
+        return None;
+    }
+    decode_event(information, vmcs.read(Field::ExitVectoringErrorCode) as u32)
 }
 
 #[cfg(test)]
@@ -509,10 +499,10 @@ mod tests {
 
     #[test]
     fn task_switch_qualifications() {
-        assert_eq!(task_switch(0x28), Reason::TaskSwitch { selector: 0x28, source: 0 });
-        assert_eq!(task_switch(0x4000_0028), Reason::TaskSwitch { selector: 0x28, source: 1 });
-        assert_eq!(task_switch(0x8000_0028), Reason::TaskSwitch { selector: 0x28, source: 2 });
-        assert_eq!(task_switch(0xc000_0028), Reason::TaskSwitch { selector: 0x28, source: 0 });
+        assert!(matches!(task_switch(0x28), Exit::TaskSwitch { selector: 0x28, source: 0 }));
+        assert!(matches!(task_switch(0x4000_0028), Exit::TaskSwitch { selector: 0x28, source: 1 }));
+        assert!(matches!(task_switch(0x8000_0028), Exit::TaskSwitch { selector: 0x28, source: 2 }));
+        assert!(matches!(task_switch(0xc000_0028), Exit::TaskSwitch { selector: 0x28, source: 0 }));
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(super) struct Failed;
 
 /// Base and limit, as SGDT stores and LGDT loads them.
 #[repr(C, packed)]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Table {
     pub(super) limit: u16,
     pub(super) base: u64,
@@ -133,29 +133,26 @@ pub(super) unsafe fn vmxoff() -> Result<(), Failed> {
     result(failed)
 }
 
-/// VMREAD of the field with this encoding.
+/// VMREAD of the field with this encoding; 0 if it fails.
 ///
 /// # Safety
 /// At CPL 0.
 #[inline]
-pub(super) unsafe fn vmread(encoding: u64) -> Result<u64, Failed> {
-    let mut value = 0u64;
-    let failed: u32;
+pub(super) unsafe fn vmread(encoding: u64) -> u64 {
+    let value: u64;
     // SAFETY: The caller's promise; a fault is caught.
     unsafe {
         asm!(
-            "mov {failed:e}, 1",
+            "xor {value:e}, {value:e}",
             "2: vmread {value}, {field}",
-            "setbe {failed:l}",
             "3:",
             fixup!(),
-            failed = out(reg) failed,
-            value = inout(reg) value,
+            value = out(reg) value,
             field = in(reg) encoding,
             options(nostack),
         )
     };
-    result(failed).map(|()| value)
+    value
 }
 
 /// VMWRITE of the field with this encoding.

@@ -15,13 +15,15 @@ mod instructions;
 mod percpu;
 mod registers;
 mod switch;
+mod transfer;
+mod vmcs;
 mod vpid;
 mod window;
 
 use vcpu_core::npt::Ept;
-use vcpu_core::{AccessFlags, AxError, AxResult, AxVCpuExitReason as Reason, AxVCpuHal, GuestPhysAddr};
+use vcpu_core::{AccessFlags, AxError, AxResult, AxVCpuHal, GuestPhysAddr};
 
-use crate::backend::{Backend, Exit, Exited};
+use crate::backend::{Backend, Exit, Exited, Refusal};
 use crate::caps;
 use crate::cpu;
 use crate::events::{Injection, Plan};
@@ -39,7 +41,8 @@ use check::GuestState;
 use fields::Field;
 use instructions::Scope;
 pub(crate) use percpu::VmxCpu;
-use registers::{Vmcs, VmxRegisters};
+use registers::{group, VmxRegisters};
+use vmcs::Vmcs;
 use vpid::Assignment;
 use window::Inner;
 
@@ -68,7 +71,13 @@ struct Local {
     /// The CPU it is bound to.
     cpu: usize,
     vpid: Assignment,
+    /// A VPID has been chosen in this window. Nobody else takes one meanwhile.
+    has_vpid: bool,
     inner: Inner,
+    /// What the VMCS has as primary controls.
+    primary: u64,
+    /// The exit's user will want to see all registers.
+    shown: bool,
     /// The length of the instruction that the last entry's event was given.
     injected_length: u8,
     /// The next RIP of the last exit, if it was INS or OUTS; otherwise 0.
@@ -123,7 +132,7 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
         self.regs.frame.result = switch::EXITED;
         // SAFETY: The inner window is open: interrupts are off, and our VMCS is current; `prepare_entry` has completed it.
         match unsafe { switch::enter(self.regs.frame.as_ptr()) } {
-            switch::EXITED => self.decode_exit(guest, plan),
+            switch::EXITED => Ok(self.decode_exit(guest, plan)),
             switch::REFUSED => self.refused(),
             _ => Err(AxError::HardwareLost),
         }
@@ -134,6 +143,10 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
     }
 
     fn forget(&mut self) {}
+
+    fn synchronize(&mut self) -> AxResult {
+        self.complete_copy()
+    }
 
     fn insn_info(&self, _guest: &Guest<H>) -> InsnInfo {
         // At EPT violations the CPU tells neither bytes nor a length that can be relied on.
@@ -172,10 +185,11 @@ impl<H: X86Hal> Vmx<H> {
         // `run` returns, and the object is gone by then.
         let memory = unsafe { NestedMemory::<H, Ept>::new(guest.root, guest.caps.npt_levels) };
         if !memory.read(base, &mut table) {
-            return Ok(Some(Exit::Report(Reason::NestedPageFault {
+            self.local.shown = true;
+            return Ok(Some(Exit::PageFault {
                 addr: GuestPhysAddr::new(base),
-                access_flags: AccessFlags::READ.union(AccessFlags::PAGE_WALK),
-            })));
+                access: AccessFlags::READ.union(AccessFlags::PAGE_WALK),
+            }));
         }
         let phys_bits = guest.limits.phys_bits;
         let beyond = |value: u64| value.checked_shr(phys_bits).unwrap_or(0) != 0;
@@ -196,10 +210,10 @@ impl<H: X86Hal> Vmx<H> {
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let mut vmcs = unsafe { Vmcs::current() };
         self.local.injected_length = 0;
-        let mut information = 0;
+        // Each exit leaves the field invalid, as it was when the VMCS was made.
         if let Some(event) = plan.inject {
             let event = exit::encode_event(event, self.regs.cr0() & cr0::PE != 0);
-            information = event.info;
+            vmcs.write(Field::ControlEntryInterruption, event.info.into());
             vmcs.write(Field::ControlEntryErrorCode, event.error_code.into());
             if event.software {
                 // RIP is behind the instruction already.
@@ -210,7 +224,6 @@ impl<H: X86Hal> Vmx<H> {
                 vmcs.write(Field::ControlEntryInstructionLength, self.local.injected_length.into());
             }
         }
-        vmcs.write(Field::ControlEntryInterruption, information.into());
         let mut controls = self.caps.primary;
         if plan.interrupt_window {
             controls |= primary::INTERRUPT_WINDOW;
@@ -223,17 +236,23 @@ impl<H: X86Hal> Vmx<H> {
             // SAFETY: Kernel context, in the inner window, which has DR6 for the guest.
             unsafe { cpu::set_dr6(self.regs.dr6()) };
         }
-        vmcs.write(Field::ControlPrimary, controls.into());
+        vmcs.update(Field::ControlPrimary, &mut self.local.primary, controls.into());
         let nmi_blocked = guest.events.nmi_masked() && plan.inject != Some(Injection::Nmi);
         self.regs.write_back(&mut vmcs, nmi_blocked);
+        if self.regs.state.dirty & group::SYSCALL != 0 {
+            self.load_syscall();
+        }
         self.choose_vpid(guest, &mut vmcs)?;
         vmcs.finish()
     }
 
     fn choose_vpid(&mut self, guest: &mut Guest<H>, vmcs: &mut Vmcs) -> AxResult {
+        let flush = core::mem::take(&mut self.regs.state.flush);
+        if core::mem::replace(&mut self.local.has_vpid, true) && !flush {
+            return Ok(());
+        }
         // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
         let per_cpu = unsafe { H::per_cpu().as_mut() }.vmx()?;
-        let flush = core::mem::take(&mut self.regs.state.flush);
         let local = &mut *self.local;
         let entry = per_cpu.vpids.enter(local.cpu, &mut local.vpid);
         if !entry.fresh && !flush {
@@ -269,8 +288,9 @@ impl<H: X86Hal> Vmx<H> {
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let mut vmcs = unsafe { Vmcs::current() };
         let error = vmcs.read(Field::ExitInstructionError);
+        vmcs.write(Field::ControlEntryInterruption, 0);
         vmcs.finish()?;
-        let exit = Exit::NotEntered(Reason::FailEntry { hardware_entry_failure_reason: error });
+        let exit = Exit::NotEntered(Refusal::Controls(error));
         Ok(Exited { exit, interrupted: None })
     }
 
@@ -281,7 +301,7 @@ impl<H: X86Hal> Vmx<H> {
         let interruptibility = self.regs.interruptibility(guest.events.nmi_masked());
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let mut vmcs = unsafe { Vmcs::current() };
-        self.regs.read_window(&mut vmcs);
+        vmcs.write(Field::ControlEntryInterruption, 0);
         let pdptes = self.regs.uses_pdptes().then(|| {
             [Field::GuestPdpte0, Field::GuestPdpte1, Field::GuestPdpte2, Field::GuestPdpte3]
                 .map(|field| vmcs.read(field))
@@ -307,13 +327,13 @@ impl<H: X86Hal> Vmx<H> {
         };
         let field = state.first_fault(cr0_fixed, cr4_fixed).map_or(0, Field::encoding);
         self.undo_injected_length();
-        let reason = if exit::Code::decode(reason) == exit::Code::EntryMachineCheck {
+        let refusal = if exit::Code::decode(reason) == exit::Code::EntryMachineCheck {
             // SAFETY: Kernel context with the host's IDT: FRED hosts have no VMX backend.
             unsafe { cpu::raise_machine_check() };
-            Reason::MachineCheck
+            Refusal::MachineCheck
         } else {
-            Reason::InvalidGuestState { reason: reason.into(), qualification, field }
+            Refusal::State { reason: reason.into(), qualification, field }
         };
-        Exited { exit: Exit::NotEntered(reason), interrupted: None }
+        Exited { exit: Exit::NotEntered(refusal), interrupted: None }
     }
 }

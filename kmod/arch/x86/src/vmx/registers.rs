@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! A vCPU's registers as VMX keeps them: a copy in memory, of which entries write to the VMCS what has changed, and to which
-//! exits and the end of a window bring back what the guest can have changed.
+//! A vCPU's registers as VMX keeps them: in the VMCS, with a copy in memory. Of each group of registers the newest value is in the
+//! VMCS alone ([`State::stale`]: a guest has run since), in the copy alone ([`State::dirty`]: it has been set since), or in both.
 //!
-//! The VMCS can be reached in a window only, and only with interrupts off, the copy any time.
+//! The VMCS can be reached in a window only, and only with interrupts off, the copy any time. Before register sets are read or
+//! set outside of a window, [`Backend::synchronize`](crate::backend::Backend::synchronize) completes the copy.
 
 use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RSP};
 use vcpu_core::AxResult;
 use x86::msr;
 
-use super::capabilities::{entry, Fixed, VmxCapabilities};
-use super::fields::{self, Field, SegmentFields};
-use super::instructions;
+use super::capabilities::{Fixed, VmxCapabilities};
+use super::fields::{self, Field};
 use super::switch::Frame;
+use super::transfer::read_segments;
+use super::vmcs::{attributes, Vmcs};
 use crate::cpu;
 use crate::frame::Framed;
 use crate::hal::X86Hal;
 use crate::msr::PAT_RESET;
-use crate::regs::{cr0, cr4, efer, rflags, segment, DR6_FIXED, DR7_FIXED};
+use crate::regs::{cr0, cr4, efer, privilege, rflags, segment, DR6_FIXED, DR7_FIXED};
 use crate::state::Registers;
 
 /// CR4.VMXE: fixed to one, hidden from the guest.
@@ -24,7 +26,7 @@ pub(super) const CR4_VMXE: u64 = 1 << 13;
 /// CR4.MCE is the host's, always: without it a machine check in the guest shuts the CPU down.
 pub(super) const CR4_MCE: u64 = 1 << 6;
 /// Bits of CR0 that the guest changes without an exit. The CPU ignores NW and CD at entries.
-const CR0_GUEST: u64 = cr0::MP | cr0::EM | cr0::TS;
+pub(super) const CR0_GUEST: u64 = cr0::MP | cr0::EM | cr0::TS;
 
 /// Interruptibility (SDM vol. 3 section 25.4.2): blocking by STI, by MOV SS.
 pub(super) const BLOCKING_SHADOW: u32 = 3;
@@ -32,90 +34,35 @@ pub(super) const BLOCKING_SHADOW: u32 = 3;
 const BLOCKING_STI: u32 = 1;
 /// Blocking of virtual NMIs.
 pub(super) const BLOCKING_NMI: u32 = 1 << 3;
-/// Pending debug exceptions: single step.
-const PENDING_BS: u64 = 1 << 14;
 
-/// Access rights: the segment is unusable (SDM vol. 3 section 25.4.1).
-const UNUSABLE: u32 = 1 << 16;
 /// Type bit 0 of code and data segments, which usable ones have set.
 const ACCESSED: u16 = 1;
 
-/// A busy 32-bit or 64-bit TSS.
-const BUSY_TSS: u16 = 11;
-
-/// Groups of registers that the next entry writes.
-mod dirty {
-    pub(super) const RIP: u32 = 1 << 0;
-    pub(super) const RSP: u32 = 1 << 1;
-    pub(super) const RFLAGS: u32 = 1 << 2;
-    pub(super) const CONTROL: u32 = 1 << 3;
-    pub(super) const CR3: u32 = 1 << 4;
-    pub(super) const SHADOW: u32 = 1 << 5;
-    pub(super) const SEGMENTS: u32 = 1 << 6;
-    pub(super) const DR7: u32 = 1 << 7;
-    pub(super) const SYSENTER: u32 = 1 << 8;
-    pub(super) const PAT: u32 = 1 << 9;
-    pub(super) const TSC: u32 = 1 << 10;
-    pub(super) const ALL: u32 = (1 << 11) - 1;
-}
-
-/// Access to the current VMCS. A failure is kept until [`finish`](Self::finish); reads give 0 then.
-pub(super) struct Vmcs {
-    failed: bool,
-}
-
-impl Vmcs {
-    /// # Safety
-    /// At CPL 0, interrupts are off as long as the object exists, and the current VMCS is the vCPU's that the caller works on.
-    #[inline]
-    pub(super) unsafe fn current() -> Self {
-        Self { failed: false }
-    }
-
-    #[inline]
-    pub(super) fn read(&mut self, field: Field) -> u64 {
-        // SAFETY: By the promise of `current`.
-        unsafe { instructions::vmread(field.encoding()) }.unwrap_or_else(|_| {
-            self.failed = true;
-            0
-        })
-    }
-
-    #[inline]
-    pub(super) fn write(&mut self, field: Field, value: u64) {
-        // SAFETY: By the promise of `current`.
-        if unsafe { instructions::vmwrite(field.encoding(), value) }.is_err() {
-            self.failed = true;
-        }
-    }
-
-    /// Whether everything has worked.
-    ///
-    /// # Errors
-    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
-    pub(super) fn finish(self) -> AxResult {
-        if self.failed {
-            return Err(vcpu_core::AxError::HardwareLost);
-        }
-        Ok(())
-    }
-}
-
-/// Attributes in the format of the ABI as access rights.
-pub(super) const fn rights(attributes: u16) -> u32 {
-    let a = attributes as u32;
-    let unusable = if attributes & segment::P == 0 { UNUSABLE } else { 0 };
-    a & 0xff | (a & 0xf00) << 4 | unusable
-}
-
-/// Access rights as attributes in the format of the ABI, where P tells whether a segment can be used.
-pub(super) const fn attributes(rights: u32) -> u16 {
-    let a = (rights & 0xff | rights >> 4 & 0xf00) as u16;
-    if rights & UNUSABLE != 0 {
-        a & !segment::P
-    } else {
-        a
-    }
+/// Groups of registers.
+pub(super) mod group {
+    pub(in super::super) const RIP: u32 = 1 << 0;
+    pub(in super::super) const RSP: u32 = 1 << 1;
+    pub(in super::super) const RFLAGS: u32 = 1 << 2;
+    /// The bits of CR0 that the guest changes without an exit.
+    pub(in super::super) const CR0: u32 = 1 << 3;
+    /// CR0, CR4 and EFER.
+    pub(in super::super) const CONTROL: u32 = 1 << 4;
+    pub(in super::super) const CR3: u32 = 1 << 5;
+    pub(in super::super) const SHADOW: u32 = 1 << 6;
+    /// The attributes of CS and SS.
+    pub(in super::super) const RIGHTS: u32 = 1 << 7;
+    pub(in super::super) const SEGMENTS: u32 = 1 << 8;
+    pub(in super::super) const DR7: u32 = 1 << 9;
+    pub(in super::super) const SYSENTER: u32 = 1 << 10;
+    pub(in super::super) const PAT: u32 = 1 << 11;
+    pub(in super::super) const TSC: u32 = 1 << 12;
+    /// [`SYSCALL_MSRS`](super::SYSCALL_MSRS), in the CPU rather than in the VMCS.
+    pub(in super::super) const SYSCALL: u32 = 1 << 13;
+    pub(in super::super) const ALL: u32 = (1 << 14) - 1;
+    /// What the guest may have changed that an exit leaves in the VMCS. DR7 too, if the guest has debug registers.
+    pub(in super::super) const GUEST: u32 = RSP | CR0 | CR3 | RIGHTS | SEGMENTS | SYSENTER;
+    /// Of these, what may be asked for after any window without warning.
+    pub(in super::super) const ALWAYS: u32 = RSP | RIGHTS;
 }
 
 /// Sets the accessed bit of a code or data segment that can be used: the hardware wants it, and a descriptor that is loaded
@@ -133,23 +80,31 @@ const NO_TABLE: DescriptorTable = DescriptorTable { base: 0, limit: 0, reserved:
 
 /// The copy.
 pub(super) struct State {
-    rip: u64,
-    rflags: u64,
-    cr0: u64,
+    pub(super) rip: u64,
+    pub(super) rflags: u64,
+    pub(super) cr0: u64,
     pub(super) cr2: u64,
-    cr3: u64,
-    cr4: u64,
-    efer: u64,
-    interruptibility: u32,
-    segments: Segments,
+    pub(super) cr3: u64,
+    pub(super) cr4: u64,
+    pub(super) efer: u64,
+    /// Blocking by STI or MOV SS.
+    pub(super) interruptibility: u32,
+    pub(super) segments: Segments,
     dr6: u64,
-    dr7: u64,
-    pat: u64,
-    sysenter: [u64; 3],
-    /// STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, which the window switches.
-    pub(super) syscall: [u64; 5],
-    tsc_offset: u64,
-    dirty: u32,
+    pub(super) dr7: u64,
+    pub(super) pat: u64,
+    pub(super) sysenter: [u64; 3],
+    /// [`SYSCALL_MSRS`], which the window switches if the guest can use them.
+    pub(super) syscall: [u64; 4],
+    /// Which the window switches.
+    pub(super) kernel_gs_base: u64,
+    pub(super) tsc_offset: u64,
+    /// Groups whose newest value is in the copy alone: the next entry writes them.
+    pub(super) dirty: u32,
+    /// Groups whose newest value is in the VMCS alone. None is dirty too.
+    pub(super) stale: u32,
+    /// The interruptibility state that the VMCS holds.
+    pub(super) hardware_interruptibility: u64,
     /// The VMCS's page-directory-pointer-table entries are not those of CR3.
     pub(super) pdptes_stale: bool,
     /// The guest's translations are to be flushed.
@@ -163,12 +118,11 @@ pub(crate) struct VmxRegisters<H: X86Hal> {
     pub(super) frame: Framed<Frame, H>,
     pub(super) state: Framed<State, H>,
     fixed: (Fixed, Fixed),
-    entry_controls: u32,
+    pub(super) entry_controls: u32,
 }
 
 /// MSRs in [`State::syscall`], in its order.
-pub(super) const SYSCALL_MSRS: [u32; 5] =
-    [msr::IA32_STAR, msr::IA32_LSTAR, msr::IA32_CSTAR, msr::IA32_FMASK, msr::IA32_KERNEL_GSBASE];
+pub(super) const SYSCALL_MSRS: [u32; 4] = [msr::IA32_STAR, msr::IA32_LSTAR, msr::IA32_CSTAR, msr::IA32_FMASK];
 
 impl<H: X86Hal> VmxRegisters<H> {
     pub(super) fn new(caps: &VmxCapabilities) -> AxResult<Self> {
@@ -197,9 +151,12 @@ impl<H: X86Hal> VmxRegisters<H> {
             dr7: DR7_FIXED,
             pat: PAT_RESET,
             sysenter: [0; 3],
-            syscall: [0; 5],
+            syscall: [0; 4],
+            kernel_gs_base: 0,
             tsc_offset: 0,
-            dirty: dirty::ALL,
+            dirty: group::ALL,
+            stale: 0,
+            hardware_interruptibility: u64::MAX,
             pdptes_stale: false,
             flush: true,
             live: false,
@@ -230,162 +187,28 @@ impl<H: X86Hal> VmxRegisters<H> {
         (cr0, cr4)
     }
 
-    /// What the entry finds of the interruptibility state: `nmi` blocks virtual NMIs.
-    pub(super) fn interruptibility(&self, nmi: bool) -> u32 {
-        self.state.interruptibility & BLOCKING_SHADOW | if nmi { BLOCKING_NMI } else { 0 }
+    /// The current VMCS, if it has the newest value of something in `group`.
+    #[inline]
+    fn newest(&self, group: u32) -> Option<Vmcs> {
+        // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
+        (self.state.stale & group != 0 && self.state.live).then(|| unsafe { Vmcs::current() })
     }
 
-    /// Writes what has changed to the VMCS.
-    pub(super) fn write_back(&mut self, vmcs: &mut Vmcs, nmi_blocked: bool) {
-        let (hardware_cr0, hardware_cr4) = self.hardware_controls();
-        let interruptibility = self.interruptibility(nmi_blocked);
-        let rsp = self.frame.gpr.get(RSP).copied().unwrap_or(0);
-        let entry_controls = self.entry_controls;
-        let state = &mut *self.state;
-        let changed = core::mem::take(&mut state.dirty);
-        let is = |group| changed & group != 0;
-        if is(dirty::RIP) {
-            vmcs.write(Field::GuestRip, state.rip);
-        }
-        if is(dirty::RSP) {
-            vmcs.write(Field::GuestRsp, rsp);
-        }
-        if is(dirty::RFLAGS) {
-            vmcs.write(Field::GuestRflags, state.rflags);
-        }
-        if is(dirty::CONTROL) {
-            vmcs.write(Field::GuestCr0, hardware_cr0);
-            vmcs.write(Field::ControlCr0Shadow, state.cr0);
-            vmcs.write(Field::ControlCr0Mask, !CR0_GUEST);
-            vmcs.write(Field::GuestCr4, hardware_cr4);
-            vmcs.write(Field::ControlCr4Shadow, state.cr4);
-            vmcs.write(Field::ControlCr4Mask, !0);
-            vmcs.write(Field::GuestEfer, state.efer);
-            let long = state.efer & efer::LMA != 0;
-            vmcs.write(Field::ControlEntry, (entry_controls | if long { entry::IA32E } else { 0 }).into());
-        }
-        if is(dirty::CR3) {
-            vmcs.write(Field::GuestCr3, state.cr3);
-        }
-        if is(dirty::SEGMENTS) {
-            let s = &state.segments;
-            for (to, segment) in segment_fields(s) {
-                vmcs.write(to.selector, segment.selector.into());
-                vmcs.write(to.limit, segment.limit.into());
-                vmcs.write(to.rights, rights(segment.attributes).into());
-                vmcs.write(to.base, segment.base);
-            }
-            vmcs.write(Field::GuestGdtrBase, s.gdtr.base);
-            vmcs.write(Field::GuestGdtrLimit, s.gdtr.limit.into());
-            vmcs.write(Field::GuestIdtrBase, s.idtr.base);
-            vmcs.write(Field::GuestIdtrLimit, s.idtr.limit.into());
-        }
-        if is(dirty::CONTROL | dirty::SEGMENTS) && state.efer & efer::LMA != 0 {
-            // Userspace may have given a 16-bit one, which a CPU in long mode can have in TR only by an entry.
-            let tr = vmcs.read(fields::TR.rights);
-            vmcs.write(fields::TR.rights, tr & !u64::from(segment::TYPE) | u64::from(BUSY_TSS));
-        }
-        if is(dirty::DR7) {
-            vmcs.write(Field::GuestDr7, state.dr7);
-        }
-        if is(dirty::SYSENTER) {
-            let [cs, esp, eip] = state.sysenter;
-            vmcs.write(Field::GuestSysenterCs, cs);
-            vmcs.write(Field::GuestSysenterEsp, esp);
-            vmcs.write(Field::GuestSysenterEip, eip);
-        }
-        if is(dirty::PAT) {
-            vmcs.write(Field::GuestPat, state.pat);
-        }
-        if is(dirty::TSC) {
-            vmcs.write(Field::ControlTscOffset, state.tsc_offset);
-        }
-        vmcs.write(Field::GuestInterruptibility, interruptibility.into());
-        if interruptibility & BLOCKING_SHADOW != 0 || is(dirty::SHADOW) {
-            // In a shadow the trap of a single step waits (SDM vol. 3 section 27.3.1.5); elsewhere it has been delivered.
-            let step = state.rflags & rflags::TF != 0 && interruptibility & BLOCKING_SHADOW != 0;
-            let pending = vmcs.read(Field::GuestPendingDebug) & !PENDING_BS;
-            vmcs.write(Field::GuestPendingDebug, pending | if step { PENDING_BS } else { 0 });
-        }
+    /// All of `group` has been set.
+    #[inline]
+    fn set(&mut self, group: u32) {
+        self.state.dirty |= group;
+        self.state.stale &= !group;
     }
-
-    /// Reads what any exit may have changed and what dealing with it needs. Gives the interruptibility state.
-    pub(super) fn read_exit(&mut self, vmcs: &mut Vmcs) -> u32 {
-        let rsp = vmcs.read(Field::GuestRsp);
-        if let Some(slot) = self.frame.gpr.get_mut(RSP) {
-            *slot = rsp;
-        }
-        let state = &mut *self.state;
-        state.rip = vmcs.read(Field::GuestRip);
-        state.rflags = vmcs.read(Field::GuestRflags);
-        state.cr0 = state.cr0 & !CR0_GUEST | vmcs.read(Field::GuestCr0) & CR0_GUEST;
-        state.cr3 = vmcs.read(Field::GuestCr3);
-        let interruptibility = vmcs.read(Field::GuestInterruptibility) as u32;
-        state.interruptibility = interruptibility & BLOCKING_SHADOW;
-        state.segments.cs.attributes = attributes(vmcs.read(fields::CS.rights) as u32);
-        state.segments.ss.attributes = attributes(vmcs.read(fields::SS.rights) as u32);
-        interruptibility
-    }
-
-    /// Reads what the guest may have changed since the window was opened, at its end. Nothing that waits to be written is
-    /// overwritten.
-    pub(super) fn read_window(&mut self, vmcs: &mut Vmcs) {
-        let state = &mut *self.state;
-        let changed = state.dirty;
-        if changed & dirty::SEGMENTS == 0 {
-            let s = &mut state.segments;
-            for (from, segment) in segment_fields_mut(s) {
-                segment.selector = vmcs.read(from.selector) as u16;
-                segment.limit = vmcs.read(from.limit) as u32;
-                segment.attributes = attributes(vmcs.read(from.rights) as u32);
-                segment.base = vmcs.read(from.base);
-            }
-            s.gdtr.base = vmcs.read(Field::GuestGdtrBase);
-            s.gdtr.limit = vmcs.read(Field::GuestGdtrLimit) as u16;
-            s.idtr.base = vmcs.read(Field::GuestIdtrBase);
-            s.idtr.limit = vmcs.read(Field::GuestIdtrLimit) as u16;
-        }
-        if changed & dirty::DR7 == 0 {
-            state.dr7 = vmcs.read(Field::GuestDr7);
-        }
-        if changed & dirty::SYSENTER == 0 {
-            state.sysenter = [
-                vmcs.read(Field::GuestSysenterCs),
-                vmcs.read(Field::GuestSysenterEsp),
-                vmcs.read(Field::GuestSysenterEip),
-            ];
-        }
-    }
-}
-
-fn segment_fields(s: &Segments) -> [(SegmentFields, &Segment); 8] {
-    [
-        (fields::ES, &s.es),
-        (fields::CS, &s.cs),
-        (fields::SS, &s.ss),
-        (fields::DS, &s.ds),
-        (fields::FS, &s.fs),
-        (fields::GS, &s.gs),
-        (fields::LDTR, &s.ldtr),
-        (fields::TR, &s.tr),
-    ]
-}
-
-fn segment_fields_mut(s: &mut Segments) -> [(SegmentFields, &mut Segment); 8] {
-    [
-        (fields::ES, &mut s.es),
-        (fields::CS, &mut s.cs),
-        (fields::SS, &mut s.ss),
-        (fields::DS, &mut s.ds),
-        (fields::FS, &mut s.fs),
-        (fields::GS, &mut s.gs),
-        (fields::LDTR, &mut s.ldtr),
-        (fields::TR, &mut s.tr),
-    ]
 }
 
 impl<H: X86Hal> Registers for VmxRegisters<H> {
     fn gpr(&self, register: usize) -> u64 {
+        if register == RSP {
+            if let Some(vmcs) = self.newest(group::RSP) {
+                return vmcs.read(Field::GuestRsp);
+            }
+        }
         self.frame.gpr.get(register).copied().unwrap_or(0)
     }
 
@@ -394,7 +217,7 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
             *slot = value;
         }
         if register == RSP {
-            self.state.dirty |= dirty::RSP;
+            self.set(group::RSP);
         }
     }
 
@@ -404,7 +227,7 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_rip(&mut self, value: u64) {
         self.state.rip = value;
-        self.state.dirty |= dirty::RIP;
+        self.state.dirty |= group::RIP;
     }
 
     fn rflags(&self) -> u64 {
@@ -412,22 +235,27 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
     }
 
     fn set_rflags(&mut self, value: u64) {
-        self.state.rflags = value;
-        self.state.dirty |= dirty::RFLAGS;
+        if self.state.rflags != value {
+            self.state.rflags = value;
+            self.state.dirty |= group::RFLAGS;
+        }
     }
 
     fn cr0(&self) -> u64 {
-        self.state.cr0
+        match self.newest(group::CR0) {
+            Some(vmcs) => self.state.cr0 & !CR0_GUEST | vmcs.read(Field::GuestCr0) & CR0_GUEST,
+            None => self.state.cr0,
+        }
     }
 
     fn set_cr0(&mut self, value: u64) {
         self.state.cr0 = value;
-        self.state.dirty |= dirty::CONTROL;
+        self.set(group::CONTROL | group::CR0);
         self.paging_changed();
     }
 
     fn cr3(&self) -> u64 {
-        self.state.cr3
+        self.newest(group::CR3).map_or(self.state.cr3, |vmcs| vmcs.read(Field::GuestCr3))
     }
 
     fn cr4(&self) -> u64 {
@@ -436,8 +264,8 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_cr4(&mut self, value: u64) {
         self.state.cr4 = value;
-        self.state.dirty |= dirty::CONTROL;
-        self.paging_changed();
+        // CR0 goes with it to the VMCS.
+        self.set_cr0(self.cr0());
     }
 
     fn efer(&self) -> u64 {
@@ -446,8 +274,8 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_efer(&mut self, value: u64) {
         self.state.efer = value;
-        self.state.dirty |= dirty::CONTROL;
-        self.paging_changed();
+        // CR0 goes with it to the VMCS.
+        self.set_cr0(self.cr0());
     }
 
     fn cr2(&self) -> u64 {
@@ -464,12 +292,12 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_cr3(&mut self, value: u64) {
         self.state.cr3 = value;
-        self.state.dirty |= dirty::CR3;
+        self.set(group::CR3);
         self.paging_changed();
     }
 
     fn segments(&self) -> Segments {
-        self.state.segments
+        self.newest(group::SEGMENTS).map_or(self.state.segments, |vmcs| read_segments(&vmcs))
     }
 
     fn set_segments(&mut self, segments: &Segments) {
@@ -479,15 +307,17 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
         for segment in [&mut s.es, &mut s.cs, &mut s.ss, &mut s.ds, &mut s.fs, &mut s.gs] {
             segment.attributes = accessed(segment.attributes);
         }
-        state.dirty |= dirty::SEGMENTS;
+        self.set(group::SEGMENTS | group::RIGHTS);
     }
 
-    fn cs(&self) -> Segment {
-        self.state.segments.cs
+    fn code(&self) -> u16 {
+        let copy = self.state.segments.cs.attributes;
+        self.newest(group::RIGHTS).map_or(copy, |vmcs| attributes(vmcs.read(fields::CS.rights) as u32))
     }
 
     fn cpl(&self) -> u8 {
-        crate::regs::privilege(&self.state.segments)
+        let copy = self.state.segments.ss.attributes;
+        privilege(self.newest(group::RIGHTS).map_or(copy, |vmcs| attributes(vmcs.read(fields::SS.rights) as u32)))
     }
 
     fn dr6(&self) -> u64 {
@@ -499,16 +329,12 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
     }
 
     fn dr7(&self) -> u64 {
-        if self.state.live && self.state.dirty & dirty::DR7 == 0 {
-            // SAFETY: Kernel context, in the inner window, in which our VMCS is current. If VMX is off, so does the next entry find.
-            return unsafe { instructions::vmread(Field::GuestDr7.encoding()) }.unwrap_or(self.state.dr7);
-        }
-        self.state.dr7
+        self.newest(group::DR7).map_or(self.state.dr7, |vmcs| vmcs.read(Field::GuestDr7))
     }
 
     fn set_dr7(&mut self, value: u64) {
         self.state.dr7 = value;
-        self.state.dirty |= dirty::DR7;
+        self.set(group::DR7);
     }
 
     fn shadow(&self) -> bool {
@@ -518,7 +344,7 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
     fn set_shadow(&mut self, shadow: bool) {
         if self.shadow() != shadow {
             self.state.interruptibility = if shadow { BLOCKING_STI } else { 0 };
-            self.state.dirty |= dirty::SHADOW;
+            self.state.dirty |= group::SHADOW;
         }
     }
 
@@ -528,14 +354,14 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
 
     fn set_pat(&mut self, value: u64) {
         self.state.pat = value;
-        self.state.dirty |= dirty::PAT;
+        self.state.dirty |= group::PAT;
         // Cached translations carry the old memory types.
         self.state.flush = true;
     }
 
     fn set_tsc_offset(&mut self, value: u64) {
         self.state.tsc_offset = value;
-        self.state.dirty |= dirty::TSC;
+        self.state.dirty |= group::TSC;
     }
 
     fn direct_msr(&self, index: u32) -> Option<u64> {
@@ -547,6 +373,7 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
             msr::IA32_SYSENTER_EIP => eip,
             msr::IA32_FS_BASE => state.segments.fs.base,
             msr::IA32_GS_BASE => state.segments.gs.base,
+            msr::IA32_KERNEL_GSBASE => state.kernel_gs_base,
             _ => {
                 let place = SYSCALL_MSRS.iter().position(|&msr| msr == index)?;
                 state.syscall.get(place).copied()?
@@ -554,26 +381,27 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
         })
     }
 
-    /// The guest itself writes these without an exit, so this is userspace, outside of a window.
+    /// The guest itself writes these without an exit, but for [`SYSCALL_MSRS`], so this is userspace, outside of a window.
     fn set_direct_msr(&mut self, index: u32, value: u64) -> bool {
         let state = &mut *self.state;
         let [cs, esp, eip] = &mut state.sysenter;
         let (slot, group) = match index {
-            msr::IA32_SYSENTER_CS => (cs, dirty::SYSENTER),
-            msr::IA32_SYSENTER_ESP => (esp, dirty::SYSENTER),
-            msr::IA32_SYSENTER_EIP => (eip, dirty::SYSENTER),
-            msr::IA32_FS_BASE => (&mut state.segments.fs.base, dirty::SEGMENTS),
-            msr::IA32_GS_BASE => (&mut state.segments.gs.base, dirty::SEGMENTS),
+            msr::IA32_SYSENTER_CS => (cs, group::SYSENTER),
+            msr::IA32_SYSENTER_ESP => (esp, group::SYSENTER),
+            msr::IA32_SYSENTER_EIP => (eip, group::SYSENTER),
+            msr::IA32_FS_BASE => (&mut state.segments.fs.base, group::SEGMENTS),
+            msr::IA32_GS_BASE => (&mut state.segments.gs.base, group::SEGMENTS),
+            msr::IA32_KERNEL_GSBASE => (&mut state.kernel_gs_base, 0),
             _ => {
                 let place = SYSCALL_MSRS.iter().position(|&msr| msr == index);
                 match place.and_then(|place| state.syscall.get_mut(place)) {
-                    Some(slot) => (slot, 0),
+                    Some(slot) => (slot, group::SYSCALL),
                     None => return false,
                 }
             }
         };
         *slot = value;
-        state.dirty |= group;
+        self.set(group);
         true
     }
 
@@ -596,18 +424,6 @@ mod tests {
         let mut regs = VmxRegisters::new(&VmxCapabilities::new(&msrs).unwrap()).unwrap();
         regs.set_cr0(cr0::ET);
         regs
-    }
-
-    #[test]
-    fn rights_and_attributes_are_the_same_thing() {
-        for (attributes_, rights_) in [(0xa9b, 0xa09b), (0xc93, 0xc093), (0x093, 0x93), (0x08b, 0x8b), (0xfff, 0xf0ff)]
-        {
-            assert_eq!(rights(attributes_), rights_);
-            assert_eq!(attributes(rights_), attributes_);
-        }
-        assert_eq!(rights(0xa1b) & UNUSABLE, UNUSABLE, "not present is unusable");
-        assert_eq!(attributes(0x1_0093), 0x13, "unusable is not present, with the DPL kept");
-        assert_eq!(attributes(0x1_00f3) >> 5 & 3, 3);
     }
 
     #[test]
@@ -646,7 +462,7 @@ mod tests {
     #[test]
     fn direct_msrs_are_kept() {
         let mut regs = registers();
-        for index in SYSCALL_MSRS.into_iter().chain([0x174, 0x175, 0x176, 0xc000_0100, 0xc000_0101]) {
+        for index in SYSCALL_MSRS.into_iter().chain([0x174, 0x175, 0x176, 0xc000_0100, 0xc000_0101, 0xc000_0102]) {
             assert!(regs.set_direct_msr(index, u64::from(index)));
             assert_eq!(regs.direct_msr(index), Some(index.into()));
         }

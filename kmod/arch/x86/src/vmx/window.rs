@@ -19,22 +19,43 @@ use x86::msr;
 use super::capabilities::{ept_pointer, Fixed};
 use super::fields::Field;
 use super::instructions::{self, Selectors, Table};
-use super::registers::{Vmcs, CR4_VMXE, SYSCALL_MSRS};
+use super::registers::{group, CR4_VMXE, SYSCALL_MSRS};
+use super::vmcs::Vmcs;
 use super::{Vmx, EXCEPTIONS, PAUSE_GAP, PAUSE_WINDOW, TURN_MS};
 use crate::cpu;
 use crate::cpuid::Feature;
 use crate::hal::X86Hal;
 use crate::msr::TSC_AUX;
-use crate::regs::DR7_ENABLES;
-use crate::state::{Guest, Registers};
+use crate::regs::{efer, DR7_ENABLES};
+use crate::state::Guest;
 use crate::switch::LAUNCHED;
 
 const DEBUGCTL: u32 = 0x1d9;
 /// VMPTRST: no VMCS is current.
 const NONE: u64 = u64::MAX;
 
+/// The fields of the host's state that can differ from one window to the next, or from one CPU to another.
+const HOST_FIELDS: [Field; 16] = [
+    Field::HostCr3,
+    Field::HostCr0,
+    Field::HostCr4,
+    Field::HostFsBase,
+    Field::HostEfer,
+    Field::HostGsBase,
+    Field::HostTrBase,
+    Field::HostGdtrBase,
+    Field::HostIdtrBase,
+    Field::HostSysenterCs,
+    Field::HostSysenterEsp,
+    Field::HostSysenterEip,
+    Field::HostPat,
+    Field::HostCsSelector,
+    Field::HostSsSelector,
+    Field::HostTrSelector,
+];
+
 /// The host's state during the inner window.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Inner {
     cr4: u64,
     /// The VMCS that was current, if VMX was on.
@@ -43,24 +64,48 @@ pub(super) struct Inner {
     idtr: Table,
     selectors: Selectors,
     fs_base: u64,
-    syscall: [u64; 5],
+    kernel_gs_base: u64,
+    /// [`SYSCALL_MSRS`], once the guest's are in the CPU.
+    syscall: Option<[u64; 4]>,
     tsc_aux: u64,
     debugctl: u64,
     cr2: u64,
+    /// What the VMCS has in [`HOST_FIELDS`].
+    fields: [u64; HOST_FIELDS.len()],
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            cr4: 0,
+            previous: None,
+            gdtr: Table::default(),
+            idtr: Table::default(),
+            selectors: Selectors::default(),
+            fs_base: 0,
+            kernel_gs_base: 0,
+            syscall: None,
+            tsc_aux: 0,
+            debugctl: 0,
+            cr2: 0,
+            // Not a value of any of them.
+            fields: [u64::MAX; HOST_FIELDS.len()],
+        }
+    }
 }
 
 impl<H: X86Hal> Vmx<H> {
-    /// Opens the inner window. Interrupts are off, and stay off until `close_inner`.
+    /// Makes VMX usable and our VMCS current. Interrupts are off, and stay off until [`close_vmx`](Self::close_vmx).
     ///
     /// # Errors
     /// [`AxError::HardwareLost`], with everything as it was.
-    pub(super) fn open_inner(&mut self, guest: &mut Guest<H>) -> AxResult {
-        // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
+    fn open_vmx(&mut self) -> AxResult {
+        // SAFETY: Interrupts are off, so the record is this CPU's and nobody else uses it meanwhile.
         let region = unsafe { H::per_cpu().as_mut() }.vmx()?.region();
         let own = self.vmcs.phys().as_u64();
         let inner = &mut self.local.inner;
         // SAFETY: Kernel context with interrupts off. CR4 gets VMXE only, which VMX asks for; the region begins with the
-        // revision and is this CPU's own. A VMCS that is current and not ours is put back in `close_inner`.
+        // revision and is this CPU's own. A VMCS that is current and not ours is put back in `close_vmx`.
         unsafe {
             inner.cr4 = cpu::cr4();
             inner.previous = if inner.cr4 & CR4_VMXE != 0 {
@@ -80,65 +125,76 @@ impl<H: X86Hal> Vmx<H> {
                 return Err(AxError::HardwareLost);
             }
         }
-        let saved = self.save_host(guest);
-        if saved.is_err() {
-            self.close_vmx();
-        }
-        saved?;
-        self.load_guest(guest);
-        // VMCLEAR has reset it.
-        self.regs.frame.flags &= !LAUNCHED;
         self.regs.state.live = true;
         Ok(())
     }
 
-    /// Saves the host's state, and writes it and, the first time, the controls to the VMCS.
+    /// Opens the inner window. Interrupts are off, and stay off until `close_inner`.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`], with everything as it was.
+    pub(super) fn open_inner(&mut self, guest: &mut Guest<H>) -> AxResult {
+        self.open_vmx()?;
+        if let Err(error) = self.save_host(guest) {
+            self.close_vmx();
+            return Err(error);
+        }
+        self.load_guest(guest);
+        // VMCLEAR has reset it.
+        self.regs.frame.flags &= !LAUNCHED;
+        self.local.has_vpid = false;
+        Ok(())
+    }
+
+    /// Saves the host's state, and writes to the VMCS what of it is new and, the first time, the controls.
     fn save_host(&mut self, guest: &mut Guest<H>) -> AxResult {
-        // SAFETY: Interrupts are off in the inner window, and `open_inner` has made our VMCS current.
+        // SAFETY: Interrupts are off in the inner window, and `open_vmx` has made our VMCS current.
         let mut vmcs = unsafe { Vmcs::current() };
         if !self.local.initialised {
             self.write_controls(guest, &mut vmcs);
         }
-        let caps = &guest.caps;
+        let switches_tsc_aux = guest.offered.tsc_aux;
         let inner = &mut self.local.inner;
-        // SAFETY: Kernel context; all of these MSRs exist on a CPU with VMX, but for TSC_AUX.
-        unsafe {
+        // SAFETY: Kernel context with interrupts off, so the record is this CPU's and nobody else uses it meanwhile; all of these
+        // MSRs exist on a CPU with VMX, TSC_AUX if the guest has it. The tables and selectors are the host's.
+        let (fields, constants) = unsafe {
             (inner.gdtr, inner.idtr) = instructions::descriptor_tables();
             inner.selectors = instructions::selectors();
             inner.fs_base = cpu::rdmsr(msr::IA32_FS_BASE);
-            for (slot, index) in inner.syscall.iter_mut().zip(SYSCALL_MSRS) {
-                *slot = cpu::rdmsr(index);
-            }
-            if caps.tsc_aux {
+            inner.kernel_gs_base = cpu::rdmsr(msr::IA32_KERNEL_GSBASE);
+            inner.syscall = None;
+            if switches_tsc_aux {
                 inner.tsc_aux = cpu::rdmsr(TSC_AUX);
             }
             inner.debugctl = cpu::rdmsr(DEBUGCTL);
             inner.cr2 = cpu::cr2();
-            let (cr0, cr3) = instructions::cr0_cr3();
-            vmcs.write(Field::HostCr0, cr0);
-            vmcs.write(Field::HostCr3, cr3);
-            vmcs.write(Field::HostCr4, inner.cr4 | CR4_VMXE);
-            vmcs.write(Field::HostGsBase, cpu::rdmsr(msr::IA32_GS_BASE));
-            vmcs.write(Field::HostSysenterCs, cpu::rdmsr(msr::IA32_SYSENTER_CS));
-            vmcs.write(Field::HostSysenterEsp, cpu::rdmsr(msr::IA32_SYSENTER_ESP));
-            vmcs.write(Field::HostSysenterEip, cpu::rdmsr(msr::IA32_SYSENTER_EIP));
-            vmcs.write(Field::HostPat, cpu::rdmsr(msr::IA32_PAT));
-            vmcs.write(Field::HostEfer, cpu::rdmsr(msr::IA32_EFER));
+            let constants = H::per_cpu().as_mut().vmx()?.constants(&inner.gdtr, inner.selectors.tr);
+            (instructions::cr0_cr3(), constants)
+        };
+        let (cr0, cr3) = fields;
+        let selectors = &inner.selectors;
+        let values = [
+            cr3,
+            cr0,
+            inner.cr4 | CR4_VMXE,
+            inner.fs_base,
+            // SAFETY: Kernel context. Not one of the constants: another hypervisor may have left its guest's NXE or SCE.
+            unsafe { cpu::rdmsr(msr::IA32_EFER) },
+            constants.gs_base,
+            constants.tss,
+            inner.gdtr.base,
+            inner.idtr.base,
+            constants.sysenter_cs,
+            constants.sysenter_esp,
+            constants.sysenter_eip,
+            constants.pat,
+            selectors.cs.into(),
+            selectors.ss.into(),
+            selectors.tr.into(),
+        ];
+        for ((field, last), value) in HOST_FIELDS.into_iter().zip(&mut inner.fields).zip(values) {
+            vmcs.update(field, last, value);
         }
-        vmcs.write(Field::HostFsBase, inner.fs_base);
-        let selectors = inner.selectors;
-        vmcs.write(Field::HostCsSelector, selectors.cs.into());
-        vmcs.write(Field::HostSsSelector, selectors.ss.into());
-        vmcs.write(Field::HostTrSelector, selectors.tr.into());
-        // The user's, which may be such as the CPU refuses here: `close_inner` loads them.
-        for field in [Field::HostDsSelector, Field::HostEsSelector, Field::HostFsSelector, Field::HostGsSelector] {
-            vmcs.write(field, 0);
-        }
-        vmcs.write(Field::HostGdtrBase, inner.gdtr.base);
-        vmcs.write(Field::HostIdtrBase, inner.idtr.base);
-        // SAFETY: The host's GDT has a 16-byte descriptor of the TSS that TR refers to.
-        let tss = unsafe { tss_base(&inner.gdtr, selectors.tr) };
-        vmcs.write(Field::HostTrBase, tss);
         vmcs.finish()?;
         self.local.initialised = true;
         Ok(())
@@ -146,20 +202,38 @@ impl<H: X86Hal> Vmx<H> {
 
     /// Loads the guest's state that the VMCS does not switch.
     fn load_guest(&mut self, guest: &mut Guest<H>) {
-        let state = &self.regs.state;
+        let state = &mut self.regs.state;
+        // The system call MSRs are the host's still: see `load_syscall`.
+        state.dirty |= group::SYSCALL;
         // SAFETY: Kernel context; the guest's values have been checked when they were set, or come from the CPU itself.
         // Breakpoints are disabled as long as those of host and guest are mixed.
         unsafe {
             guest.debug.open();
-            for (&value, index) in state.syscall.iter().zip(SYSCALL_MSRS) {
-                cpu::wrmsr(index, value);
-            }
-            if guest.caps.tsc_aux {
+            cpu::wrmsr(msr::IA32_KERNEL_GSBASE, state.kernel_gs_base);
+            if guest.offered.tsc_aux {
                 cpu::wrmsr(TSC_AUX, guest.msrs.tsc_aux);
             }
             cpu::set_cr2(state.cr2);
-            if self.regs.dr7() & DR7_ENABLES != 0 {
+            if state.dr7 & DR7_ENABLES != 0 {
                 guest.debug.load();
+            }
+        }
+    }
+
+    /// Loads the MSRs of SYSCALL, if the guest has switched SYSCALL on. Otherwise it cannot see what is in them: accesses exit.
+    pub(super) fn load_syscall(&mut self) {
+        let state = &mut self.regs.state;
+        if state.efer & efer::SCE == 0 {
+            return;
+        }
+        state.dirty &= !group::SYSCALL;
+        let inner = &mut self.local.inner;
+        // SAFETY: Kernel context, in the inner window, at whose end the host's values are put back; the guest's have been checked
+        // when they were set.
+        unsafe {
+            inner.syscall.get_or_insert_with(|| SYSCALL_MSRS.map(|index| cpu::rdmsr(index)));
+            for (index, value) in SYSCALL_MSRS.into_iter().zip(state.syscall) {
+                cpu::wrmsr(index, value);
             }
         }
     }
@@ -170,27 +244,32 @@ impl<H: X86Hal> Vmx<H> {
             return Ok(());
         }
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
-        let mut vmcs = unsafe { Vmcs::current() };
-        self.regs.read_window(&mut vmcs);
-        let read = vmcs.finish();
-        self.regs.state.live = false;
+        let vmcs = unsafe { Vmcs::current() };
+        let shown = core::mem::take(&mut self.local.shown);
+        let debug = if guest.debug.loaded() { group::DR7 } else { 0 };
+        self.regs.read_back(&vmcs, if shown { group::ALL } else { group::ALWAYS | debug });
         self.close_vmx();
         let inner = &mut self.local.inner;
         let state = &mut *self.regs.state;
         // SAFETY: Kernel context, on the CPU and in the window of `open_inner`, whose values these are.
-        let loaded = unsafe {
+        unsafe {
             state.cr2 = cpu::cr2();
-            for ((slot, index), &host) in state.syscall.iter_mut().zip(SYSCALL_MSRS).zip(&inner.syscall) {
-                *slot = cpu::rdmsr(index);
-                if *slot != host {
-                    cpu::wrmsr(index, host);
+            cpu::set_cr2(inner.cr2);
+            state.kernel_gs_base = cpu::rdmsr(msr::IA32_KERNEL_GSBASE);
+            if state.kernel_gs_base != inner.kernel_gs_base {
+                cpu::wrmsr(msr::IA32_KERNEL_GSBASE, inner.kernel_gs_base);
+            }
+            if let Some(host) = inner.syscall.take() {
+                for ((index, host), guest) in SYSCALL_MSRS.into_iter().zip(host).zip(state.syscall) {
+                    if guest != host {
+                        cpu::wrmsr(index, host);
+                    }
                 }
             }
-            if guest.caps.tsc_aux {
+            if guest.offered.tsc_aux && guest.msrs.tsc_aux != inner.tsc_aux {
                 cpu::wrmsr(TSC_AUX, inner.tsc_aux);
             }
             guest.debug.close();
-            cpu::set_cr2(inner.cr2);
             // An exit clears it.
             if inner.debugctl != 0 {
                 cpu::wrmsr(DEBUGCTL, inner.debugctl);
@@ -208,20 +287,38 @@ impl<H: X86Hal> Vmx<H> {
                 cpu::wrmsr(msr::IA32_FS_BASE, inner.fs_base);
             }
             if selectors.gs != 0 {
-                let [_, _, _, _, kernel_gs_base] = inner.syscall;
                 instructions::load_gs_selector(selectors.gs);
-                cpu::wrmsr(msr::IA32_KERNEL_GSBASE, kernel_gs_base);
+                cpu::wrmsr(msr::IA32_KERNEL_GSBASE, inner.kernel_gs_base);
             }
             loaded
-        };
-        read.and(loaded)
+        }
     }
 
-    /// Gives our VMCS up, and VMX back as `open_inner` found it. What fails here has been switched off by somebody else.
+    /// Completes the copy of the registers, outside of a window. Kernel context.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`].
+    pub(super) fn complete_copy(&mut self) -> AxResult {
+        if self.regs.state.stale == 0 {
+            return Ok(());
+        }
+        // SAFETY: Kernel context; what `open_vmx` does is undone before interrupts go on, and no guest is entered between.
+        unsafe {
+            cpu::with_interrupts_off(|| {
+                self.open_vmx()?;
+                self.regs.read_back(&Vmcs::current(), group::ALL);
+                self.close_vmx();
+                Ok(())
+            })
+        }
+    }
+
+    /// Gives our VMCS up, and VMX back as `open_vmx` found it. What fails here has been switched off by somebody else.
     fn close_vmx(&mut self) {
+        self.regs.state.live = false;
         let own = self.vmcs.phys().as_u64();
         let inner = &self.local.inner;
-        // SAFETY: Kernel context with interrupts off since `open_inner`; the VMCS is ours, the previous one was current before,
+        // SAFETY: Kernel context with interrupts off since `open_vmx`; the VMCS is ours, the previous one was current before,
         // and VMX is switched off only if we have switched it on.
         unsafe {
             // Cleared, the VMCS is in memory, to be used on any CPU.
@@ -273,6 +370,11 @@ impl<H: X86Hal> Vmx<H> {
             Field::GuestDebugctl,
             Field::GuestActivity,
             Field::GuestPendingDebug,
+            // The user's, which may be such as the CPU refuses here: `close_inner` loads them.
+            Field::HostDsSelector,
+            Field::HostEsSelector,
+            Field::HostFsSelector,
+            Field::HostGsSelector,
         ] {
             vmcs.write(field, 0);
         }
@@ -282,31 +384,5 @@ impl<H: X86Hal> Vmx<H> {
     /// What VMX fixes of CR0 and CR4.
     pub(super) fn fixed(&self) -> (Fixed, Fixed) {
         (self.caps.cr0, self.caps.cr4)
-    }
-}
-
-/// Base of the TSS that `selector` refers to in `gdt`.
-///
-/// # Safety
-/// `gdt` is the host's, and has a 16-byte descriptor there.
-unsafe fn tss_base(gdt: &Table, selector: u16) -> u64 {
-    let at = gdt.base as *const u8;
-    // SAFETY: The caller's promise.
-    let [low, high] = unsafe { at.add(usize::from(selector & !7)).cast::<[u64; 2]>().read_unaligned() };
-    base_of_descriptor(low, high)
-}
-
-/// The base in the two halves of a system descriptor of 64-bit mode (SDM vol. 3 figure 8-4).
-const fn base_of_descriptor(low: u64, high: u64) -> u64 {
-    low >> 16 & 0xff_ffff | low >> 56 << 24 | high << 32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bases_are_put_together_from_four_pieces() {
-        assert_eq!(base_of_descriptor(0x7800_8b45_6000_0067, 0xffff_fe12), 0xffff_fe12_7845_6000);
     }
 }
