@@ -152,13 +152,13 @@ impl Ram {
     /// # Errors
     /// [`client::Error::Map`].
     pub fn map(&self, space: &AddressSpace) -> client::Result<Vec<Slot<RamRegion>>> {
-        self.regions
-            .iter()
-            .map(|region| {
-                let at = GuestPhysAddr::new(region.start_addr().0);
-                space.map_all(at, Arc::new(RamRegion(Arc::clone(region))), Permissions::RWX)
-            })
-            .collect()
+        self.backings().map(|(at, region)| space.map_all(at, Arc::new(region), Permissions::RWX)).collect()
+    }
+
+    /// The regions for mapping them, with the address of each.
+    pub fn backings(&self) -> impl Iterator<Item = (GuestPhysAddr, RamRegion)> + '_ {
+        let at = |region: &GuestRegionMmap| GuestPhysAddr::new(region.start_addr().0);
+        self.regions.iter().map(move |region| (at(region), RamRegion(Arc::clone(region))))
     }
 }
 

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use axvcpu_uapi::vcpu::{ExitKind, VcpuStats};
 use axvcpu_uapi::vm::VmStats;
 
+use crate::hypervisor::Stats;
+
 /// Declares the kinds once, for the enum, its list and its names.
 macro_rules! user_exits {
     ($($(#[$meta:meta])* $name:ident = $text:literal;)+) => {
@@ -72,20 +74,31 @@ impl Counters {
 
 /// The report of one vCPU.
 #[must_use]
-pub fn vcpu_report(id: u32, kernel: Option<&VcpuStats>, user: &Counters) -> String {
+pub fn vcpu_report(id: u32, kernel: Option<&Stats<VcpuStats>>, user: &Counters) -> String {
     let mut text = String::new();
-    if let Some(stats) = kernel {
-        let _ = writeln!(
-            text,
-            "vCPU {id}: {} runs, {} windows, {} entries, {} injections, {} TLB flushes, {} migrations",
-            stats.runs, stats.windows, stats.entries, stats.injections, stats.tlb_flushes, stats.migrations
-        );
-        let _ =
-            writeln!(text, "  time: {} ms on a CPU, {} ms halted", stats.run_ns / 1_000_000, stats.halt_ns / 1_000_000);
-        let exits = ExitKind::ALL.iter().zip(stats.exits).map(|(kind, count)| (kind.name(), count));
-        table(&mut text, "exits", exits.collect());
-    } else {
-        let _ = writeln!(text, "vCPU {id}");
+    match kernel {
+        Some(Stats::Axvcpu(stats)) => {
+            let _ = writeln!(
+                text,
+                "vCPU {id}: {} runs, {} windows, {} entries, {} injections, {} TLB flushes, {} migrations",
+                stats.runs, stats.windows, stats.entries, stats.injections, stats.tlb_flushes, stats.migrations
+            );
+            let _ = writeln!(
+                text,
+                "  time: {} ms on a CPU, {} ms halted",
+                stats.run_ns / 1_000_000,
+                stats.halt_ns / 1_000_000
+            );
+            let exits = ExitKind::ALL.iter().zip(stats.exits).map(|(kind, count)| (kind.name(), count));
+            table(&mut text, "exits", exits.collect());
+        }
+        Some(Stats::Kvm(counters)) => {
+            let _ = writeln!(text, "vCPU {id}");
+            named(&mut text, "  KVM's counters", "    ", counters);
+        }
+        None => {
+            let _ = writeln!(text, "vCPU {id}");
+        }
     }
     table(&mut text, "exits to axvmm", UserExit::ALL.iter().map(|kind| (kind.name(), user.get(*kind))).collect());
     text
@@ -101,16 +114,28 @@ fn table(text: &mut String, title: &str, mut rows: Vec<(&str, u64)>) {
     }
 }
 
+/// A heading, and counters under their hypervisor's names in its own order, without those that are zero.
+fn named(text: &mut String, title: &str, indent: &str, counters: &[(String, u64)]) {
+    let _ = writeln!(text, "{title}:");
+    for (name, count) in counters.iter().filter(|(_, count)| *count > 0) {
+        let _ = writeln!(text, "{indent}{name:<28}{count:>16}");
+    }
+}
+
 /// The report of the VM.
 #[must_use]
-pub fn vm_report(stats: Option<&VmStats>, unclaimed_ports: u64, unclaimed_mmio: u64) -> String {
+pub fn vm_report(stats: Option<&Stats<VmStats>>, unclaimed_ports: u64, unclaimed_mmio: u64) -> String {
     let mut text = String::new();
-    if let Some(stats) = stats {
-        let _ = writeln!(
-            text,
-            "memory: {} pages of 4 KiB and {} of 2 MiB mapped, {} table pages, {} faults, {} invalidations, {} shoot-downs",
-            stats.pages_4k, stats.pages_2m, stats.table_pages, stats.faults, stats.invalidations, stats.shootdowns
-        );
+    match stats {
+        Some(Stats::Axvcpu(stats)) => {
+            let _ = writeln!(
+                text,
+                "memory: {} pages of 4 KiB and {} of 2 MiB mapped, {} table pages, {} faults, {} invalidations, {} shoot-downs",
+                stats.pages_4k, stats.pages_2m, stats.table_pages, stats.faults, stats.invalidations, stats.shootdowns
+            );
+        }
+        Some(Stats::Kvm(counters)) => named(&mut text, "KVM's counters of the VM", "  ", counters),
+        None => {}
     }
     let _ = writeln!(text, "accesses that no device answered: {unclaimed_ports} to ports, {unclaimed_mmio} to memory");
     text
@@ -133,8 +158,18 @@ mod tests {
         );
         let mut kernel = VcpuStats { entries: 9, ..VcpuStats::default() };
         kernel.exits[ExitKind::Cpuid as usize] = 5;
+        let kernel = Stats::Axvcpu(kernel);
         let report = vcpu_report(1, Some(&kernel), &counters);
         assert!(report.starts_with("vCPU 1: 0 runs, 0 windows, 9 entries") && report.contains("cpuid"), "{report}");
+    }
+
+    #[test]
+    fn counters_of_kvm_keep_their_names() {
+        let kvm = vec![("exits".to_owned(), 12), ("nmi_injections".to_owned(), 0)];
+        let report = vcpu_report(2, Some(&Stats::Kvm(kvm.clone())), &Counters::default());
+        assert!(report.starts_with("vCPU 2\n  KVM's counters:\n    exits "), "{report}");
+        assert!(!report.contains("nmi"), "{report}");
+        assert!(vm_report(Some(&Stats::Kvm(kvm)), 0, 0).starts_with("KVM's counters of the VM:\n  exits "));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use axvcpu_uapi::vcpu::{Event, VcpuStats, EVENT_EXTERNAL_INTERRUPT};
 use axvcpu_uapi::vm::VmStats;
 use axvcpu_uapi::x86::{CpuidEntry, General};
 
-use super::{Kick, Limits, Registers, Result, Vcpu};
+use super::{Kick, Limits, Registers, Result, Stats, Vcpu};
 use crate::device::ioapic::Message;
 use crate::device::irq::MessageSink;
 use crate::error::Error;
@@ -104,8 +104,8 @@ impl super::Vm for Vm {
         Box::new(self.vm.clone())
     }
 
-    fn stats(&self) -> Option<VmStats> {
-        self.vm.stats().ok()
+    fn stats(&self) -> Option<Stats<VmStats>> {
+        self.vm.stats().ok().map(Stats::Axvcpu)
     }
 }
 
@@ -200,8 +200,8 @@ impl Vcpu for client::Vcpu {
         }
     }
 
-    fn stats(&self) -> Option<VcpuStats> {
-        client::Vcpu::stats(self).ok()
+    fn stats(&self) -> Option<Stats<VcpuStats>> {
+        client::Vcpu::stats(self).ok().map(Stats::Axvcpu)
     }
 }
 

@@ -61,6 +61,15 @@ impl Error {
     }
 }
 
+/// What a hypervisor has counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stats<T> {
+    /// The module axvcpu, in the form of its ABI.
+    Axvcpu(T),
+    /// KVM, by its own names.
+    Kvm(Vec<(String, u64)>),
+}
+
 /// What a hypervisor can do at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -109,7 +118,7 @@ pub trait Vm: Sized {
     fn messages(&self) -> Box<dyn MessageSink>;
 
     /// Counters since it was created, as far as the hypervisor keeps them.
-    fn stats(&self) -> Option<VmStats>;
+    fn stats(&self) -> Option<Stats<VmStats>>;
 }
 
 /// Reads and writes one of a vCPU's register sets, while it does not run.
@@ -199,7 +208,7 @@ pub trait Vcpu:
     fn apic_access(&mut self, offset: u32, write: Option<u32>) -> Result<Option<u32>>;
 
     /// Counters since it was created, as far as the hypervisor keeps them.
-    fn stats(&self) -> Option<VcpuStats>;
+    fn stats(&self) -> Option<Stats<VcpuStats>>;
 }
 
 /// Makes a vCPU's [`run`](Vcpu::run) return, from any thread. It may outlive the vCPU.

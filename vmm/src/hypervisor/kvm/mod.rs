@@ -11,17 +11,19 @@
 //! | `kick.rs` | how a vCPU is made to return |
 //! | `registers.rs` | register sets in KVM's form and in ours |
 //! | `run_page.rs` | the page that KVM and a vCPU's thread share |
+//! | `stats.rs` | KVM's counters |
 //! | `transfer.rs` | accesses that come several at once |
 //! | `vcpu.rs` | running, exits, events |
 //! | this file | the VM: capabilities, memory, interrupt messages |
 
 use std::ffi::CString;
+use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{Apic, Errno};
+use axvcpu_uapi::client::{Apic, Backing, Errno};
 use axvcpu_uapi::vm::VmStats;
 use axvcpu_uapi::x86::CpuidEntry;
 use kvm_bindings::{
@@ -31,12 +33,12 @@ use kvm_bindings::{
     KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{GuestMemory, GuestMemoryRegion};
 
-use super::{Limits, Result};
+use super::{Limits, Result, Stats};
 use crate::cpuid::paging_features;
 use crate::device::ioapic::{Message, PINS};
 use crate::device::irq::MessageSink;
+use crate::device::lock;
 use crate::layout;
 use crate::memory::Ram;
 
@@ -44,6 +46,7 @@ mod error;
 mod kick;
 mod registers;
 mod run_page;
+mod stats;
 mod transfer;
 mod vcpu;
 
@@ -85,12 +88,18 @@ pub fn open(device: &Path) -> std::result::Result<Kvm, Error> {
 }
 
 /// What vCPUs and message sinks need of their VM. vCPUs keep it, and with it the guest's memory.
-#[derive(Debug)]
 struct Shared {
     vm: VmFd,
-    /// The memory behind the slots: dropped after the VM, and after the vCPUs, which hold it through this.
-    ram: OnceLock<Ram>,
+    /// The memory behind the slots: dropped after the VM, and after the vCPUs, which hold it through this. Nothing else is
+    /// locked under it.
+    memory: Mutex<Vec<Arc<dyn Backing>>>,
     apic: Apic,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("vm", &self.vm).field("apic", &self.apic).finish_non_exhaustive()
+    }
 }
 
 /// A VM of KVM.
@@ -117,20 +126,9 @@ impl super::Vm for Vm {
     }
 
     fn map(&mut self, ram: &Ram) -> Result<()> {
-        let name = "KVM_SET_USER_MEMORY_REGION";
-        // Kept from here on, whatever becomes of the calls: KVM may know some of it already.
-        self.shared.ram.set(ram.clone()).map_err(|_| Error::Ioctl { name, errno: Errno::EEXIST })?;
-        for (slot, region) in (0..).zip(ram.as_vm_memory().iter()) {
-            let memory = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the range is that of a mapping which holds nothing but guest memory, and which `shared` keeps until
-            // the VM and all its vCPUs are gone.
-            unsafe { self.shared.vm.set_user_memory_region(memory) }.map_err(refused(name))?;
+        for (at, region) in ram.backings() {
+            let size = region.size();
+            self.map_part(at, Arc::new(region), 0, size)?;
         }
         Ok(())
     }
@@ -143,8 +141,8 @@ impl super::Vm for Vm {
         Box::new(Messages(Arc::clone(&self.shared)))
     }
 
-    fn stats(&self) -> Option<VmStats> {
-        None
+    fn stats(&self) -> Option<Stats<VmStats>> {
+        stats::read(&self.shared.vm).map(Stats::Kvm)
     }
 }
 
@@ -168,7 +166,40 @@ impl Vm {
             )?;
         }
         enable(&vm, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN.into())?;
-        Ok(Self { kvm, shared: Arc::new(Shared { vm, ram: OnceLock::new(), apic }) })
+        Ok(Self { kvm, shared: Arc::new(Shared { vm, memory: Mutex::default(), apic }) })
+    }
+
+    /// Maps `size` bytes of `memory` from `offset` on at guest physical address `at`, all multiples of 4096, to be read,
+    /// written and executed. The memory is kept until the VM and its vCPUs are gone.
+    ///
+    /// # Errors
+    /// [`Error::Ioctl`]: `EINVAL` for numbers that are not such multiples or a part that is not in the memory, `EEXIST`
+    /// where there is memory already.
+    pub fn map_part(
+        &self,
+        at: GuestPhysAddr,
+        memory: Arc<dyn Backing>,
+        offset: usize,
+        size: usize,
+    ) -> std::result::Result<(), Error> {
+        let name = "KVM_SET_USER_MEMORY_REGION";
+        let invalid = Error::Ioctl { name, errno: Errno::EINVAL };
+        if offset.checked_add(size).is_none_or(|end| end > memory.size()) {
+            return Err(invalid);
+        }
+        let mut slots = lock(&self.shared.memory);
+        let region = kvm_userspace_memory_region {
+            slot: u32::try_from(slots.len()).map_err(|_| invalid)?,
+            flags: 0,
+            guest_phys_addr: at.as_u64(),
+            memory_size: size as u64,
+            userspace_addr: memory.start().as_ptr() as u64 + offset as u64,
+        };
+        // SAFETY: the range is inside of memory that, as its `Backing` promises, a guest may write at any time, and that
+        // `slots` keeps until the VM and all its vCPUs are gone.
+        unsafe { self.shared.vm.set_user_memory_region(region) }.map_err(refused(name))?;
+        slots.push(memory);
+        Ok(())
     }
 
     fn supported(&self) -> std::result::Result<Vec<CpuidEntry>, Error> {

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Register sets: from KVM's form to that of the axvcpu ABI and back.
 
+use std::os::raw::c_char;
+
+use axvcpu_uapi::client::Errno;
 use axvcpu_uapi::vcpu::{Event, EVENT_EXCEPTION, EVENT_HAS_ADDRESS, EVENT_HAS_ERROR_CODE, EVENT_SOFTWARE_INTERRUPT};
-use axvcpu_uapi::x86::{self, Control, CpuidEntry, Debug, DescriptorTable, Events, General, Segment, Segments};
+use axvcpu_uapi::x86::{
+    self, Control, CpuidEntry, Debug, DescriptorTable, Events, General, LocalApic, Msr, Segment, Segments,
+};
 use kvm_bindings::{
-    kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
-    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_STI,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, Msrs, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_STI,
 };
 
 use super::error::{refused, Error};
@@ -192,6 +197,19 @@ pub(super) fn fault_address(event: &Event) -> Option<u64> {
     (event.flags & EVENT_HAS_ADDRESS != 0).then_some(event.address)
 }
 
+/// Reads or writes all of a list of registers: KVM stops at the first that it refuses, and says how many it has done.
+fn all_msrs(
+    entries: &[kvm_msr_entry],
+    name: &'static str,
+    transfer: impl FnOnce(&mut Msrs) -> std::result::Result<usize, kvm_ioctls::Error>,
+) -> std::result::Result<Msrs, Error> {
+    let mut msrs = Msrs::from_entries(entries).map_err(|_| Error::Ioctl { name, errno: Errno::E2BIG })?;
+    if transfer(&mut msrs).map_err(refused(name))? != entries.len() {
+        return Err(Error::Ioctl { name, errno: Errno::EINVAL });
+    }
+    Ok(msrs)
+}
+
 impl Vcpu {
     fn sregs(&self) -> std::result::Result<kvm_sregs, Error> {
         self.fd.get_sregs().map_err(refused("KVM_GET_SREGS"))
@@ -208,6 +226,47 @@ impl Vcpu {
 
     pub(super) fn set_events(&self, events: &kvm_vcpu_events) -> std::result::Result<(), Error> {
         self.fd.set_vcpu_events(events).map_err(refused("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// KVM has the local APIC's page as bytes, of which each register is the first four at its place.
+    pub(super) fn local_apic(&self) -> std::result::Result<LocalApic, Error> {
+        let page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?.regs;
+        let mut set = LocalApic::default();
+        for (register, bytes) in set.regs.iter_mut().zip(page.chunks_exact(16)) {
+            *register = u32::from_le_bytes([bytes[0] as u8, bytes[1] as u8, bytes[2] as u8, bytes[3] as u8]);
+        }
+        Ok(set)
+    }
+
+    pub(super) fn set_local_apic(&self, set: &LocalApic) -> std::result::Result<(), Error> {
+        let mut page = kvm_lapic_state::default();
+        for (register, bytes) in set.regs.iter().zip(page.regs.chunks_exact_mut(16)) {
+            for (to, from) in bytes.iter_mut().zip(register.to_le_bytes()) {
+                *to = from as c_char;
+            }
+        }
+        self.fd.set_lapic(&page).map_err(refused("KVM_SET_LAPIC"))
+    }
+
+    /// Reads model-specific registers.
+    ///
+    /// # Errors
+    /// [`Error::Ioctl`]: `EINVAL` if KVM does not know one of them.
+    pub fn msrs(&self, indices: &[u32]) -> std::result::Result<Vec<Msr>, Error> {
+        let entries: Vec<_> = indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs = all_msrs(&entries, "KVM_GET_MSRS", |msrs| self.fd.get_msrs(msrs))?;
+        let from = |entry: &kvm_msr_entry| Msr { index: entry.index, reserved: 0, value: entry.data };
+        Ok(msrs.as_mut_slice().iter().map(from).collect())
+    }
+
+    /// Writes model-specific registers, in order. Those before one that is refused have been written.
+    ///
+    /// # Errors
+    /// [`Error::Ioctl`]: `EINVAL` if KVM does not know one of them, or it does not take the value.
+    pub fn set_msrs(&mut self, msrs: &[Msr]) -> std::result::Result<(), Error> {
+        let to = |msr: &Msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() };
+        let entries: Vec<_> = msrs.iter().map(to).collect();
+        all_msrs(&entries, "KVM_SET_MSRS", |msrs| self.fd.set_msrs(msrs)).map(drop)
     }
 
     fn xcrs(&self) -> std::result::Result<kvm_xcrs, Error> {
@@ -257,6 +316,15 @@ impl Registers<Debug> for Vcpu {
     fn set(&mut self, set: &Debug) -> Result<()> {
         let registers = kvm_debugregs { db: set.dr, dr6: set.dr6, dr7: set.dr7, ..kvm_debugregs::default() };
         Ok(self.fd.set_debug_regs(&registers).map_err(refused("KVM_SET_DEBUGREGS"))?)
+    }
+}
+
+impl Registers<LocalApic> for Vcpu {
+    fn get(&self) -> Result<LocalApic> {
+        Ok(self.local_apic()?)
+    }
+    fn set(&mut self, set: &LocalApic) -> Result<()> {
+        Ok(self.set_local_apic(set)?)
     }
 }
 

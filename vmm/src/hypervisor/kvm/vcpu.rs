@@ -9,20 +9,21 @@ use axvcpu_uapi::client::{Apic, Errno, Exit, Snapshot};
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::run::STATE_INTERRUPT_WINDOW_OPEN;
 use axvcpu_uapi::vcpu::{Event, VcpuStats, EVENT_EXTERNAL_INTERRUPT, EVENT_NMI};
-use axvcpu_uapi::x86::{CpuidEntry, General};
-use kvm_bindings::{kvm_interrupt, kvm_msr_entry, kvm_sregs, kvm_xsave, CpuId, Msrs};
+use axvcpu_uapi::x86::{CpuidEntry, General, Msr};
+use kvm_bindings::{kvm_interrupt, kvm_sregs, kvm_xsave, CpuId};
 use kvm_ioctls::VcpuFd;
 
 use super::error::{refused, Error};
 use super::kick::{Kicker, Thread};
 use super::registers::{self, fault_address, to_cpuid};
 use super::run_page::RunPage;
+use super::stats;
 use super::transfer::Transfer;
 use super::Shared;
-use crate::hypervisor::{self, Kick, Registers, Result};
+use crate::hypervisor::{self, Kick, Registers, Result, Stats};
 
 /// `IA32_MTRR_DEF_TYPE`, and what firmware leaves there for a guest that has none: enabled (bit 11), everything write-back.
-const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
+const MTRR_DEF_TYPE: Msr = Msr { index: 0x2ff, reserved: 0, value: 1 << 11 | 6 };
 
 mod ioctl {
     //! What kvm-ioctls does not wrap.
@@ -67,24 +68,14 @@ impl Vcpu {
         fd.set_cpuid2(&CpuId::from_entries(&entries).map_err(too_many)?).map_err(refused("KVM_SET_CPUID2"))?;
         // SAFETY: `fd` stays open until the end of the function.
         let page = RunPage::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }, shared.vm.run_size())?;
-        let vcpu = Self { fd, page, question: Question::None, thread: Thread::default(), shared: Arc::clone(shared) };
-        vcpu.set_msr(MTRR_DEF_TYPE)?;
+        let mut vcpu =
+            Self { fd, page, question: Question::None, thread: Thread::default(), shared: Arc::clone(shared) };
+        vcpu.set_msrs(&[MTRR_DEF_TYPE])?;
         if id == 0 {
             vcpu.set_entry(entry.as_u64())?;
+            vcpu.enable_apic()?;
         }
         Ok(vcpu)
-    }
-
-    fn set_msr(&self, (index, data): (u32, u64)) -> std::result::Result<(), Error> {
-        let name = "KVM_SET_MSRS";
-        let entries = [kvm_msr_entry { index, data, ..kvm_msr_entry::default() }];
-        let msrs = Msrs::from_entries(&entries).map_err(|_| Error::Ioctl { name, errno: Errno::E2BIG })?;
-        match self.fd.set_msrs(&msrs) {
-            Ok(1) => Ok(()),
-            // The number of registers that were written.
-            Ok(_) => Err(Error::Ioctl { name, errno: Errno::EINVAL }),
-            Err(error) => Err(refused(name)(error)),
-        }
     }
 
     /// Starts in real mode with a code segment based at the address's upper bits.
@@ -97,6 +88,16 @@ impl Vcpu {
         let mut regs = self.fd.get_regs().map_err(refused("KVM_GET_REGS"))?;
         regs.rip = entry & 0xffff;
         self.fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))
+    }
+
+    /// The boot processor's APIC is enabled, as firmware leaves it: the spurious-interrupt vector register.
+    fn enable_apic(&mut self) -> std::result::Result<(), Error> {
+        if self.shared.apic == Apic::None {
+            return Ok(());
+        }
+        let mut apic = self.local_apic()?;
+        apic.regs[0xf] = 0x1ff;
+        self.set_local_apic(&apic)
     }
 
     fn exit(&self, reason: AxVCpuExitReason) -> Exit {
@@ -276,7 +277,7 @@ impl hypervisor::Vcpu for Vcpu {
         Ok(None)
     }
 
-    fn stats(&self) -> Option<VcpuStats> {
-        None
+    fn stats(&self) -> Option<Stats<VcpuStats>> {
+        stats::read(&self.fd).map(Stats::Kvm)
     }
 }
