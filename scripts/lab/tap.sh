@@ -27,12 +27,15 @@ now() { awk '{ printf "%d\n", $1 * 1000 }' /proc/uptime; }
 
 # What the host leaves out of its boot for the emulator's sake (scripts/lib/bochs.sh).
 left_out=$(tr ' ' '\n' </proc/cmdline | grep -E '^(cryptomgr.notests|initcall_blacklist)=' | tr '\n' ' ')
+# What carries the guests: axvcpu or kvm.
+hypervisor=${HYPERVISOR:-axvcpu}
 
 # guest_config FILE MEMORY [ROUNDS]: the lab's guest with that much memory, which works
 # for that many rounds, reports and powers off.
 guest_config() {
 	sed -e "s/^cmdline = \"/&lab=${3:+work:}${3:-report} $left_out/" \
-		-e "s/^memory = .*/memory = \"$2\"/" /lab/vm.toml >"$1"
+		-e "s/^memory = .*/memory = \"$2\"/" \
+		-e "s/^\[base\]/&\nhypervisor = \"$hypervisor\"/" /lab/vm.toml >"$1"
 }
 
 # worked OUTPUT ROUNDS: whether the guest with that output got all its work right.

@@ -107,6 +107,26 @@ else
 	not_ok "no permission" "status $status"
 	show out
 fi
+refuses "no /dev/kvm" 60 '/dev/kvm.*not loaded' --hypervisor kvm --config good.toml
+refuses "a /dev/kvm that is something else" 70 'not KVM' --hypervisor kvm --device /dev/null --config good.toml
+mknod /tmp/kvm c 10 232
+chmod 600 /tmp/kvm
+su user -c 'axvmm --hypervisor kvm --device /tmp/kvm --config /tmp/good.toml' >out 2>&1 </dev/null
+status=$?
+if [ $status -eq 62 ] && grep -q usermod out; then
+	ok "no permission for KVM"
+else
+	not_ok "no permission for KVM" "status $status"
+	show out
+fi
+axvmm doctor --hypervisor kvm >out 2>&1
+status=$?
+if [ $status -eq 60 ] && grep -q 'modprobe kvm' out; then
+	ok "the doctor says how to load KVM"
+else
+	not_ok "the doctor says how to load KVM" "status $status"
+	show out
+fi
 rmmod axvcpu
 refuses "no /dev/axvcpu" 60 '/dev/axvcpu' --config good.toml
 mknod /dev/axvcpu c 1 3

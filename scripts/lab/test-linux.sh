@@ -2,7 +2,8 @@
 # shellcheck shell=dash
 #
 # On the lab host: an unmodified Linux guest boots to userspace and powers off,
-# whatever happens around it, and leaves nothing behind.
+# whatever happens around it, and leaves nothing behind. With HYPERVISOR=kvm it is
+# KVM that carries the guests, since axvmm is tested as well.
 #
 # test-linux.sh [SIZES [KILLS]]: the guest's memory in MiB, each size that is tried; and
 # how many guests are killed.
@@ -13,6 +14,16 @@
 limit=120 # seconds for one boot; some ten times what it takes
 
 sizes=${1:-128 512 1024 1536} kills=${2:-20}
+
+if [ "$hypervisor" = kvm ]; then
+	vendor=$(sed -n 's/^kvm_\(amd\|intel\) .*/\1/p' /proc/modules)
+	module_out() { rmmod "kvm_$vendor" && rmmod kvm; }
+	module_in() { modprobe "kvm-$vendor"; }
+else
+	module_out() { rmmod axvcpu; }
+	module_in() { insmod /lab/axvcpu.ko; }
+fi
+
 guest_config /tmp/vm.toml 256M
 
 # The first boot also says how long one takes.
@@ -72,7 +83,7 @@ done
 
 # Free memory and kernel objects, in KiB, with the module out and caches empty.
 settle() {
-	rmmod axvcpu || return 1
+	module_out || return 1
 	sync
 	echo 3 >/proc/sys/vm/drop_caches
 	sleep 1
@@ -86,7 +97,7 @@ settle() {
 # kill -9 anywhere in a boot, again and again.
 settle
 free_before=$free_kib slab_before=$slab_kib
-insmod /lab/axvcpu.ko
+module_in
 killed=0
 for _ in $(seq "$kills"); do
 	axvmm --config /tmp/vm.toml >/tmp/kill.out 2>&1 </dev/null &
@@ -115,7 +126,7 @@ if settle; then
 	else
 		not_ok "kernel objects return" "$slab_before KiB before, $slab_kib KiB after"
 	fi
-	insmod /lab/axvcpu.ko
+	module_in
 	guest_run "boots after all that" /tmp/vm.toml $limit
 else
 	not_ok "the module unloads after that" "rmmod failed"

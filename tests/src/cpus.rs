@@ -7,9 +7,9 @@
 
 use crate::ensure_eq;
 use crate::harness::{self, CaseResult, Stop};
+use crate::hypervisor::Vcpu;
 use crate::machine::{Machine, Mode, CODE, HIGH};
-use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{Apic, Vcpu};
+use axvcpu_uapi::client::Apic;
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::x86::{Control, Events, General, LocalApic, Segments, ACTIVITY_RUNNING, EVENTS_NMI_PENDING, RSP};
 use std::thread;
@@ -55,11 +55,7 @@ impl Cpus {
         let (control, segments) = (machine.vcpu.get::<Control>()?, machine.vcpu.get::<Segments>()?);
         let mut vcpus = Vec::new();
         for id in others {
-            let mut vcpu = machine.vm.create_vcpu(*id)?;
-            harness::watch(vcpu.kicker());
-            vcpu.set_entry(GuestPhysAddr::new(0))?;
-            vcpu.set_ept_root(&machine.space)?;
-            vcpu.setup(Apic::InKernel, &cpuid)?;
+            let mut vcpu = machine.create_vcpu(*id, Apic::InKernel, &cpuid)?;
             let apic_base = vcpu.get::<Control>()?.apic_base;
             vcpu.set(&Control { apic_base, ..control })?;
             vcpu.set(&segments)?;

@@ -5,14 +5,14 @@
 //! over and over, and the case fails; one that does not come back even so ends the program, since nothing can be said
 //! about the cases after it.
 
-use axvcpu_uapi::client::{self, Kicker};
+use axvcpu_uapi::client;
 use std::fmt::Display;
 use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time a case gets unless it says otherwise. Cases take milliseconds; this is for a slow, busy emulator.
@@ -71,15 +71,40 @@ pub struct Case {
     pub name: &'static str,
     /// Time it gets.
     pub limit: Duration,
+    /// Why it is for axvcpu alone, if it is.
+    pub only: Option<Only>,
     /// The proof.
     pub run: fn() -> CaseResult,
 }
 
-/// Builds a table: `table! { "group/what" => function, ... }`, with `in SECONDS` after the function for a time limit of
-/// its own.
+/// Why a case does not run on KVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Only {
+    /// It is about axvcpu's own interface.
+    Abi,
+    /// The guest sees something else there; docs/differences.md says what and why.
+    Differs,
+}
+
+impl Only {
+    /// In words, for the line of a case that is skipped.
+    const fn reason(self) -> &'static str {
+        match self {
+            Self::Abi => "it is about axvcpu's own interface",
+            Self::Differs => "KVM differs here: docs/differences.md",
+        }
+    }
+}
+
+/// Builds a table: `table! { "group/what" => function; ... }`. After the function `[abi]` marks a case that is about
+/// axvcpu's own interface, and `[differs]` one whose guest sees something else on KVM: neither runs there. `in SECONDS`
+/// gives a case a time limit of its own.
 #[macro_export]
 macro_rules! table {
-    ($($name:literal => $run:path $(, in $seconds:literal)?;)*) => {
+    (@only) => { None };
+    (@only abi) => { Some($crate::harness::Only::Abi) };
+    (@only differs) => { Some($crate::harness::Only::Differs) };
+    ($($name:literal => $run:path $([$only:tt])? $(, in $seconds:literal)?;)*) => {
         vec![$($crate::harness::Case {
             name: $name,
             limit: {
@@ -90,6 +115,7 @@ macro_rules! table {
                 )?
                 limit
             },
+            only: $crate::table!(@only $($only)?),
             run: $run,
         },)*]
     };
@@ -119,10 +145,43 @@ macro_rules! ensure_eq {
     }};
 }
 
+/// What carries the machines of the cases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hypervisor {
+    /// The module.
+    #[default]
+    Axvcpu,
+    /// KVM, for comparison.
+    Kvm,
+}
+
+static CHOSEN: OnceLock<Hypervisor> = OnceLock::new();
+
+fn choose_hypervisor(hypervisor: Hypervisor) {
+    let _ = CHOSEN.set(hypervisor);
+}
+
+/// What the command line chose.
+pub fn hypervisor() -> Hypervisor {
+    *CHOSEN.get_or_init(Hypervisor::default)
+}
+
+/// Makes a vCPU return.
+pub trait Kick: Send {
+    /// Kicks. One that cannot be kicked cannot be saved; the grace period ends the wait.
+    fn kick(&self);
+}
+
+impl Kick for client::Kicker {
+    fn kick(&self) {
+        let _ = client::Kicker::kick(self);
+    }
+}
+
 /// The vCPUs of the running case, and whether its time is up.
 #[derive(Default)]
 struct Watch {
-    kickers: Mutex<Vec<Kicker>>,
+    kickers: Mutex<Vec<Box<dyn Kick>>>,
     expired: AtomicBool,
 }
 
@@ -133,9 +192,9 @@ fn current() -> Option<Arc<Watch>> {
 }
 
 /// Puts a vCPU under the watch of the running case.
-pub fn watch(kicker: Kicker) {
+pub fn watch(kicker: impl Kick + 'static) {
     if let Some(watch) = current() {
-        watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).push(kicker);
+        watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(kicker));
     }
 }
 
@@ -187,8 +246,7 @@ fn run_case(case: &Case) -> Option<CaseResult> {
             Err(RecvTimeoutError::Timeout) => {
                 watch.expired.store(true, Ordering::Relaxed);
                 for kicker in watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                    // A vCPU that cannot be kicked cannot be saved; the grace period ends the wait.
-                    let _ = kicker.kick();
+                    kicker.kick();
                 }
             }
         }
@@ -209,11 +267,20 @@ fn run_case(case: &Case) -> Option<CaseResult> {
 pub fn main(cases: &[Case]) -> ExitCode {
     let mut list = false;
     let mut patterns = Vec::new();
-    for argument in std::env::args().skip(1) {
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--list" => list = true,
+            "--hypervisor" => match arguments.next().as_deref() {
+                Some("axvcpu") => choose_hypervisor(Hypervisor::Axvcpu),
+                Some("kvm") => choose_hypervisor(Hypervisor::Kvm),
+                other => {
+                    eprintln!("--hypervisor takes axvcpu or kvm, not {}", other.unwrap_or("nothing"));
+                    return ExitCode::from(2);
+                }
+            },
             option if option.starts_with('-') => {
-                eprintln!("unknown option {option}; usage: [--list] [PATTERN]...");
+                eprintln!("unknown option {option}; usage: [--hypervisor axvcpu|kvm] [--list] [PATTERN]...");
                 return ExitCode::from(2);
             }
             _ => patterns.push(argument),
@@ -231,7 +298,12 @@ pub fn main(cases: &[Case]) -> ExitCode {
     for case in chosen {
         count += 1;
         let mut hung = false;
-        match run_case(case) {
+        let skipped = case.only.filter(|_| hypervisor() == Hypervisor::Kvm);
+        let result = match skipped {
+            Some(only) => Some(Err(Stop::Skip(only.reason().into()))),
+            None => run_case(case),
+        };
+        match result {
             Some(Ok(())) => println!("ok - {}", case.name),
             Some(Err(Stop::Skip(why))) => println!("skip - {}: {}", case.name, line(&why)),
             Some(Err(Stop::Fail(why))) => {
@@ -272,7 +344,7 @@ mod tests {
     /// Cases share the watch, so one test runs them all.
     #[test]
     fn results_panics_and_overruns_are_told_apart() {
-        let run = |run| run_case(&Case { name: "x", limit: Duration::from_millis(50), run });
+        let run = |run| run_case(&Case { name: "x", limit: Duration::from_millis(50), only: None, run });
         assert!(matches!(run(|| Ok(())), Some(Ok(()))));
         assert!(matches!(run(|| Err(Stop::Skip("s".into()))), Some(Err(Stop::Skip(_)))));
         assert!(matches!(run(|| panic!("boom")), Some(Err(Stop::Fail(why))) if why.contains("boom")));

@@ -2,10 +2,10 @@
 //! Tests that need the real thing: `axvcpu.ko` loaded, a CPU with a virtualization extension, and `/dev/axvcpu`.
 //!
 //! Three programs share this crate. `axvcpu-guests` runs a table of small assembled guests, one behaviour each, on
-//! whatever backend the module chose ([`guests`]). `axvcpu-abuse` calls every ioctl in every wrong way that its author
-//! could think of and compares the errno with axvcpu(4) ([`abuse`]). `axvcpu-load` runs in a Linux guest and keeps its
-//! CPUs busy with each other ([`load`]). All print one line for each case ([`harness`]) and need nothing but themselves,
-//! so they can be linked statically and dropped into an initramfs.
+//! whatever backend the module chose, or on KVM ([`guests`], [`hypervisor`]). `axvcpu-abuse` calls every ioctl in every
+//! wrong way that its author could think of and compares the errno with axvcpu(4) ([`abuse`]). `axvcpu-load` runs in a
+//! Linux guest and keeps its CPUs busy with each other ([`load`]). All print one line for each case ([`harness`]) and
+//! need nothing but themselves, so they can be linked statically and dropped into an initramfs.
 
 pub mod abuse;
 pub mod code;
@@ -13,6 +13,7 @@ pub mod cpus;
 pub mod flaws;
 pub mod guests;
 pub mod harness;
+pub mod hypervisor;
 pub mod load;
 pub mod machine;
 pub mod peer;

@@ -16,13 +16,15 @@
 //! The first GiB of long mode includes addresses beyond the RAM, which are not memory either.
 
 use crate::flaws;
-use crate::harness::{self, CaseResult, Stop};
+use crate::harness::{self, CaseResult, Hypervisor, Stop};
+use crate::hypervisor::{self, Messages, OnlyAxvcpu, System, Vcpu};
 use crate::{ensure, ensure_eq};
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
+use axvcpu_uapi::client::{self, AddressSpace, Apic, Exit, Memory, Permissions, Slot, Vm};
 use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason};
 use axvcpu_uapi::vcpu::Event;
 use axvcpu_uapi::x86::{Control, CpuidEntry, DescriptorTable, General, Segment, Segments, RSP};
+use axvmm::hypervisor::{kvm, Vm as _};
 use std::sync::Arc;
 
 /// Size of the RAM, in bytes.
@@ -114,12 +116,15 @@ pub struct Machine {
     /// The device.
     pub system: System,
     /// The virtual machine.
-    pub vm: Vm,
+    pub vm: OnlyAxvcpu<Vm>,
     /// Its address space.
-    pub space: AddressSpace,
+    pub space: OnlyAxvcpu<AddressSpace>,
+    kvm: Option<kvm::Vm>,
+    /// Delivers messages to its local APICs.
+    pub messages: Messages,
     /// The RAM, at guest physical address 0 but for the hole.
     pub ram: Arc<Memory>,
-    /// The RAM's mappings, below and above the hole.
+    /// The RAM's mappings, below and above the hole; none on KVM, which keeps them itself.
     pub slots: Vec<Slot<Memory>>,
     /// The vCPU.
     pub vcpu: Vcpu,
@@ -131,7 +136,18 @@ pub struct Machine {
 /// # Errors
 /// A failure, or the reason to skip.
 pub fn open() -> Result<System, Stop> {
-    let system = System::open()?;
+    match harness::hypervisor() {
+        Hypervisor::Axvcpu => open_axvcpu().map(System::Axvcpu),
+        Hypervisor::Kvm => Ok(System::Kvm),
+    }
+}
+
+/// Opens the module's device, likewise.
+///
+/// # Errors
+/// A failure, or the reason to skip.
+pub fn open_axvcpu() -> Result<client::System, Stop> {
+    let system = client::System::open()?;
     let info = system.info()?;
     ensure_eq!(info.arch, axvcpu_uapi::system::ARCH_X86_64, "architecture");
     if info.backend == axvcpu_uapi::system::BACKEND_NONE {
@@ -174,23 +190,56 @@ impl Machine {
     /// # Errors
     /// What a handle reports.
     pub fn build(system: System, mode: Mode, code: &[u8], apic: Apic, cpuid: &[CpuidEntry]) -> Result<Self, Stop> {
-        let vm = system.create_vm()?;
-        let space = vm.create_address_space()?;
         let ram = Arc::new(Memory::anonymous(RAM_SIZE)?);
+        let parts = [(0, HOLE as usize), (HOLE_END as usize, RAM_SIZE)];
         let mut slots = Vec::new();
-        for (start, end) in [(0, HOLE as usize), (HOLE_END as usize, RAM_SIZE)] {
-            let at = GuestPhysAddr::new(start as u64);
-            slots.push(space.map(at, Arc::clone(&ram), start, end - start, Permissions::RWX)?);
-        }
-        let mut vcpu = vm.create_vcpu(0)?;
+        let (vm, space, kvm, messages, vcpu) = match &system {
+            System::Axvcpu(system) => {
+                let vm = system.create_vm()?;
+                let space = vm.create_address_space()?;
+                for (start, end) in parts {
+                    let at = GuestPhysAddr::new(start as u64);
+                    slots.push(space.map(at, Arc::clone(&ram), start, end - start, Permissions::RWX)?);
+                }
+                let mut vcpu = vm.create_vcpu(0)?;
+                vcpu.set_entry(GuestPhysAddr::new(CODE))?;
+                vcpu.set_ept_root(&space)?;
+                vcpu.setup(apic, cpuid)?;
+                let messages = Messages::of_axvcpu(&vm);
+                (Some(vm), Some(space), None, messages, Vcpu::Axvcpu(vcpu))
+            }
+            System::Kvm => {
+                let (vm, vcpu) = hypervisor::kvm_machine(apic, &ram, parts, GuestPhysAddr::new(CODE), cpuid)?;
+                let messages = Messages::of_kvm(&vm);
+                (None, None, Some(vm), messages, vcpu)
+            }
+        };
         harness::watch(vcpu.kicker());
-        vcpu.set_entry(GuestPhysAddr::new(CODE))?;
-        vcpu.set_ept_root(&space)?;
-        vcpu.setup(apic, cpuid)?;
-        let mut machine = Self { system, vm, space, ram, slots, vcpu, mode };
+        let (vm, space) = (OnlyAxvcpu(vm), OnlyAxvcpu(space));
+        let mut machine = Self { system, vm, space, kvm, messages, ram, slots, vcpu, mode };
         machine.write(CODE, code)?;
         machine.enter()?;
         Ok(machine)
+    }
+
+    /// Creates another vCPU on the same memory, which would start at address 0 in real mode.
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn create_vcpu(&mut self, id: u32, apic: Apic, cpuid: &[CpuidEntry]) -> Result<Vcpu, Stop> {
+        let entry = GuestPhysAddr::new(0);
+        let vcpu = match &mut self.kvm {
+            Some(vm) => vm.create_vcpu(id, entry, cpuid)?.into(),
+            None => {
+                let mut vcpu = self.vm.create_vcpu(id)?;
+                vcpu.set_entry(entry)?;
+                vcpu.set_ept_root(&self.space)?;
+                vcpu.setup(apic, cpuid)?;
+                Vcpu::Axvcpu(vcpu)
+            }
+        };
+        harness::watch(vcpu.kicker());
+        Ok(vcpu)
     }
 
     /// Brings tables and registers into the state that the mode starts with.

@@ -136,7 +136,8 @@ impl Facts {
             (Node::Missing, false) => findings.push(bad(
                 ExitCode::NoDevice,
                 format!("{device} is missing: the module axvcpu is not loaded"),
-                "Load it: insmod axvcpu.ko (the README says how to build it).",
+                "Load it: insmod axvcpu.ko (the README says how to build it).\n         \
+                 Or do without it: axvmm doctor --hypervisor kvm says whether KVM can carry VMs.",
             )),
             (Node::Missing, true) => findings.push(bad(
                 ExitCode::NoDevice,

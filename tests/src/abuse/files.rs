@@ -152,7 +152,7 @@ fn bare(memory: &Memory) -> Result<[Option<OwnedFd>; 4], Stop> {
 }
 
 fn vms() -> Result<u32, Stop> {
-    Ok(crate::machine::open()?.info()?.vms)
+    Ok(crate::machine::open_axvcpu()?.info()?.vms)
 }
 
 fn closed_idle() -> CaseResult {

@@ -3,7 +3,7 @@
 
 use super::Objects;
 use crate::harness::{Case, CaseResult};
-use crate::machine::open;
+use crate::machine::open_axvcpu;
 use crate::{ensure_eq, raw, table};
 use axvcpu_uapi::aspace::{MapRegion, ProtectRange, Range, MEM_READ};
 use axvcpu_uapi::client::{Backing, Errno, Error, Memory};
@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn address_spaces() -> CaseResult {
-    let system = open()?;
+    let system = open_axvcpu()?;
     let vm = system.create_vm()?;
     let max = system.info()?.max_address_spaces;
     for round in 0..2 {
@@ -42,7 +42,7 @@ fn address_spaces() -> CaseResult {
 
 /// As many vCPUs as INFO says. A number is used once in the life of a VM.
 fn vcpus() -> CaseResult {
-    let system = open()?;
+    let system = open_axvcpu()?;
     let vm = system.create_vm()?;
     let max = system.info()?.max_vcpus;
     let mut vcpus = Vec::new();
@@ -90,7 +90,7 @@ fn regions() -> CaseResult {
 }
 
 fn vms() -> CaseResult {
-    let system = open()?;
+    let system = open_axvcpu()?;
     let before = system.info()?.vms;
     let mut vms = Vec::new();
     for _ in 0..100 {

@@ -13,7 +13,7 @@ mod ranges;
 pub use processes::help;
 
 use crate::harness::{Case, Stop};
-use crate::machine::{open, spin};
+use crate::machine::{open_axvcpu, spin};
 use crate::raw;
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{AddressSpace, Apic, Memory, Permissions, Slot, System, Vcpu, Vm};
@@ -89,7 +89,7 @@ struct Objects {
 
 impl Objects {
     fn new() -> Result<Self, Stop> {
-        let system = open()?;
+        let system = open_axvcpu()?;
         let vm = system.create_vm()?;
         let space = vm.create_address_space()?;
         let vcpu = vm.create_vcpu(0)?;

@@ -105,7 +105,7 @@ pub fn help(what: &str) -> CaseResult {
 
 /// Descriptors that a process has passed on before it died are of no use, and harmless.
 fn dead() -> CaseResult {
-    let before = crate::machine::open()?.info()?.vms;
+    let before = crate::machine::open_axvcpu()?.info()?.vms;
     let (mut child, socket) = helper("pass")?;
     let mut space = nix::cmsg_space!([std::os::fd::RawFd; 2]);
     let mut byte = [0];
@@ -126,19 +126,19 @@ fn dead() -> CaseResult {
     let result = raw::plain(fds[1].as_fd(), ioctl::CREATE_VCPU, argument);
     ensure_eq!(result, Err(Errno::EXDEV), "CREATE_VCPU in the dead process's VM");
     drop(fds);
-    harness::wait_until("the VM to go", || Ok(crate::machine::open()?.info()?.vms == before))
+    harness::wait_until("the VM to go", || Ok(crate::machine::open_axvcpu()?.info()?.vms == before))
 }
 
 /// SIGKILL at various moments of a run takes the VM with the process.
 fn killed() -> CaseResult {
-    let before = crate::machine::open()?.info()?.vms;
+    let before = crate::machine::open_axvcpu()?.info()?.vms;
     for pause in [0, 1, 3, 10, 30, 50] {
         let (mut child, mut socket) = helper("spin")?;
         socket.read_exact(&mut [0])?;
         std::thread::sleep(Duration::from_millis(pause));
         child.kill()?;
         child.wait()?;
-        harness::wait_until("the VM to go", || Ok(crate::machine::open()?.info()?.vms == before))?;
+        harness::wait_until("the VM to go", || Ok(crate::machine::open_axvcpu()?.info()?.vms == before))?;
         // Nobody is at the other end.
         ensure!(socket.write_all(b"x").is_err(), "the helper still lives");
     }

@@ -3,30 +3,31 @@
 
 use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
+use crate::hypervisor::Set;
 use crate::machine::{
     Machine, Mode, CODE, CR0_CD, CR0_ET, CR0_MP, CR0_NE, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT,
     CR4_OSXSAVE, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, STACK, TABLES,
 };
 use crate::{code, ensure_eq, table};
-use axvcpu_uapi::client::{Errno, RegisterSet};
+use axvcpu_uapi::client::Errno;
 use axvcpu_uapi::x86::{Control, Debug, Events, General, Msr, Segments};
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "validity/general-from-the-host" => general;
-        "validity/control-from-the-host" => control;
-        "validity/debug-from-the-host" => debug;
-        "validity/segments-from-the-host" => segments;
-        "validity/msrs-from-the-host-all-or-none" => msrs;
-        "validity/xsave-from-the-host" => xsave;
-        "validity/events-from-the-host" => events;
+        "validity/general-from-the-host" => general [abi];
+        "validity/control-from-the-host" => control [abi];
+        "validity/debug-from-the-host" => debug [abi];
+        "validity/segments-from-the-host" => segments [abi];
+        "validity/msrs-from-the-host-all-or-none" => msrs [abi];
+        "validity/xsave-from-the-host" => xsave [abi];
+        "validity/events-from-the-host" => events [abi];
         "validity/cr0-from-the-guest" => guest_cr0;
         "validity/cr0-upper-half-from-the-guest" => guest_cr0_high;
         "validity/cr3-from-the-guest" => guest_cr3;
         "validity/cr4-from-the-guest" => guest_cr4;
         "validity/cr8-from-the-guest" => guest_cr8;
         "validity/efer-from-the-guest" => guest_efer;
-        "validity/xcr0-from-the-guest" => guest_xcr0;
+        "validity/xcr0-from-the-guest" => guest_xcr0 [differs];
         "validity/debug-from-the-guest" => guest_debug;
     }
 }
@@ -39,7 +40,7 @@ fn machine() -> Result<Machine, Stop> {
 type Bad<S> = (&'static str, fn(&mut S));
 
 /// Writes a set changed by each of `changes`, all of which must be refused without effect.
-fn refused<S: RegisterSet + PartialEq + std::fmt::Debug>(m: &mut Machine, changes: &[Bad<S>]) -> CaseResult {
+fn refused<S: Set + PartialEq + std::fmt::Debug>(m: &mut Machine, changes: &[Bad<S>]) -> CaseResult {
     let before: S = m.vcpu.get()?;
     for (what, change) in changes {
         let mut set = before;
@@ -288,7 +289,7 @@ fn guest_xcr0() -> CaseResult {
         "mov cr4, rax",
         "hlt",
     );
-    let supported = machine()?.system.info()?.xcr0_supported;
+    let supported = machine()?.system.xcr0_supported()?;
     if supported == 0 {
         return Err(Stop::Skip("this CPU has no XSAVE".into()));
     }

@@ -22,14 +22,14 @@ pub(super) fn cases() -> Vec<Case> {
         "events/exception-without-error-code" => no_error_code;
         "events/exception-with-error-code" => error_code;
         "events/page-fault-sets-cr2" => page_fault;
-        "events/software-interrupt" => software;
+        "events/software-interrupt" => software [differs];
         "events/nmi-and-its-mask" => nmi;
         "events/nmi-ignores-the-interrupt-flag" => nmi_if;
-        "events/bad-ones-are-refused" => refused;
+        "events/bad-ones-are-refused" => refused [abi];
         "events/the-guests-own-exceptions-stay-inside" => own;
-        "events/delivery-into-a-discarded-page" => discarded;
-        "events/delivery-into-a-page-that-is-not-memory" => not_memory;
-        "events/interrupt-delivery-into-a-page-that-is-not-memory" => interrupt_not_memory;
+        "events/delivery-into-a-discarded-page" => discarded [differs];
+        "events/delivery-into-a-page-that-is-not-memory" => not_memory [abi];
+        "events/interrupt-delivery-into-a-page-that-is-not-memory" => interrupt_not_memory [abi];
         "events/fault-during-delivery-is-a-double-fault" => double_fault;
         "events/delivery-without-a-handler-is-a-triple-fault" => no_handler;
     }

@@ -3,9 +3,9 @@
 //! survive the guest.
 
 use crate::harness::{Case, CaseResult, Stop};
+use crate::hypervisor::Vcpu;
 use crate::machine::{Machine, Mode, CR4_OSXSAVE, DATA};
 use crate::{code, ensure, ensure_eq, table};
-use axvcpu_uapi::client::Vcpu;
 use axvcpu_uapi::x86::Control;
 use std::arch::asm;
 use std::os::fd::{AsFd, AsRawFd};
@@ -17,8 +17,8 @@ pub(super) fn cases() -> Vec<Case> {
         "fpu/sse-over-exits-with-host-use-between" => sse;
         "fpu/avx-over-exits-with-host-use-between" => avx;
         "fpu/x87-over-exits" => x87;
-        "fpu/over-preemption" => preemption;
-        "fpu/host-registers-survive-the-guest" => host;
+        "fpu/over-preemption" => preemption [abi];
+        "fpu/host-registers-survive-the-guest" => host [abi];
         "fpu/two-guests-keep-apart" => two;
     }
 }
@@ -109,7 +109,7 @@ fn avx() -> CaseResult {
         "hlt",
     );
     let mut m = Machine::new(Mode::Long, code)?;
-    if m.system.info()?.xcr0_supported & 4 == 0 {
+    if m.system.xcr0_supported()? & 4 == 0 {
         return Err(Stop::Skip("this CPU has no AVX".into()));
     }
     let mut control: Control = m.vcpu.get()?;

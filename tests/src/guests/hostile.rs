@@ -18,11 +18,11 @@ use std::time::Duration;
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "hostile/real-mode" => real, in 60;
-        "hostile/protected-mode" => protected, in 60;
-        "hostile/long-mode" => long, in 60;
-        "hostile/with-an-interrupt-controller" => apic, in 60;
-        "hostile/with-random-state" => state, in 60;
+        "hostile/real-mode" => real [abi], in 60;
+        "hostile/protected-mode" => protected [abi], in 60;
+        "hostile/long-mode" => long [abi], in 60;
+        "hostile/with-an-interrupt-controller" => apic [abi], in 60;
+        "hostile/with-random-state" => state [abi], in 60;
     }
 }
 

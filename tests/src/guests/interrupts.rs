@@ -21,9 +21,9 @@ pub(super) fn cases() -> Vec<Case> {
         "interrupts/window-is-reported" => window_state;
         "interrupts/window-exit-after-sti" => window_exit;
         "interrupts/window-exit-after-popf-has-no-shadow" => window_popf;
-        "interrupts/shadow-of-sti-at-an-exit" => shadow_sti;
-        "interrupts/shadow-of-mov-ss-at-an-exit" => shadow_mov_ss;
-        "interrupts/shadow-set-by-the-program" => shadow_set;
+        "interrupts/shadow-of-sti-at-an-exit" => shadow_sti [abi];
+        "interrupts/shadow-of-mov-ss-at-an-exit" => shadow_mov_ss [abi];
+        "interrupts/shadow-set-by-the-program" => shadow_set [abi];
         "interrupts/halt-wakes-with-an-interrupt" => halt;
         "interrupts/one-after-the-other" => sequence;
     }

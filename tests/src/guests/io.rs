@@ -14,11 +14,11 @@ pub(super) fn cases() -> Vec<Case> {
         "io/in-of-1-2-and-4-bytes" => in_widths;
         "io/in-clears-the-upper-half-in-long-mode" => in_long;
         "io/every-port-exits" => ports;
-        "io/reply-wins-over-a-changed-register" => reply_order;
-        "io/outs-repeated-across-pages" => outs;
-        "io/ins-repeated-across-pages" => ins;
-        "io/outs-once-each-width" => outs_once;
-        "io/ins-backwards-with-prefixes" => ins_backwards;
+        "io/reply-wins-over-a-changed-register" => reply_order [abi];
+        "io/outs-repeated-across-pages" => outs [abi];
+        "io/ins-repeated-across-pages" => ins [abi];
+        "io/outs-once-each-width" => outs_once [abi];
+        "io/ins-backwards-with-prefixes" => ins_backwards [abi];
     }
 }
 

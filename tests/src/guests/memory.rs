@@ -19,20 +19,20 @@ use std::time::Duration;
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "memory/slot-removed-while-running" => removed;
-        "memory/slot-added-while-running" => added;
+        "memory/slot-removed-while-running" => removed [abi];
+        "memory/slot-added-while-running" => added [abi];
         "memory/discarded-while-running" => discarded;
-        "memory/discarded-many-times-while-running" => discard_storm;
-        "memory/read-only-slot" => read_only;
-        "memory/no-execute-slot" => no_execute;
-        "memory/protected-while-running" => protected;
-        "memory/part-of-a-slot-removed" => part;
-        "memory/shared-file-in-two-places" => shared;
+        "memory/discarded-many-times-while-running" => discard_storm [abi];
+        "memory/read-only-slot" => read_only [abi];
+        "memory/no-execute-slot" => no_execute [abi];
+        "memory/protected-while-running" => protected [abi];
+        "memory/part-of-a-slot-removed" => part [abi];
+        "memory/shared-file-in-two-places" => shared [abi];
         "memory/private-copy-after-fork" => fork;
-        "memory/host-protection-is-obeyed" => host_protection;
-        "memory/every-page-once" => every_page;
-        "memory/large-pages" => large_pages;
-        "memory/slot-outlives-its-handles" => lifetimes;
+        "memory/host-protection-is-obeyed" => host_protection [abi];
+        "memory/every-page-once" => every_page [abi];
+        "memory/large-pages" => large_pages [abi];
+        "memory/slot-outlives-its-handles" => lifetimes [abi];
     }
 }
 
@@ -402,7 +402,7 @@ fn lifetimes() -> CaseResult {
     let m = Machine::new(Mode::Long, code)?;
     let Machine { vm, space, ram, slots, mut vcpu, .. } = m;
     drop((vm, space));
-    let run = |vcpu: &mut axvcpu_uapi::client::Vcpu| -> Result<_, Stop> {
+    let run = |vcpu: &mut crate::hypervisor::Vcpu| -> Result<_, Stop> {
         harness::check_time()?;
         Ok(vcpu.run()?.reason)
     };

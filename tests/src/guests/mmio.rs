@@ -12,18 +12,18 @@ use axvcpu_uapi::x86::{RAX, RDI, RSI};
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "mmio/reads-of-1-2-4-and-8-bytes" => reads;
-        "mmio/writes-of-1-2-4-and-8-bytes" => writes;
-        "mmio/from-real-mode" => real;
-        "mmio/from-protected-mode" => protected;
-        "mmio/read-across-pages" => read_across;
-        "mmio/write-from-memory-across-the-end" => write_across;
-        "mmio/read-modify-write" => modify;
-        "mmio/string-move-between-memory-and-device" => string_move;
-        "mmio/instruction-fetch" => fetch;
-        "mmio/page-table-that-is-not-memory" => page_table;
-        "mmio/beyond-the-ram" => beyond;
-        "mmio/repeats-until-it-is-handled" => repeats;
+        "mmio/reads-of-1-2-4-and-8-bytes" => reads [abi];
+        "mmio/writes-of-1-2-4-and-8-bytes" => writes [abi];
+        "mmio/from-real-mode" => real [abi];
+        "mmio/from-protected-mode" => protected [abi];
+        "mmio/read-across-pages" => read_across [abi];
+        "mmio/write-from-memory-across-the-end" => write_across [abi];
+        "mmio/read-modify-write" => modify [abi];
+        "mmio/string-move-between-memory-and-device" => string_move [abi];
+        "mmio/instruction-fetch" => fetch [abi];
+        "mmio/page-table-that-is-not-memory" => page_table [abi];
+        "mmio/beyond-the-ram" => beyond [abi];
+        "mmio/repeats-until-it-is-handled" => repeats [abi];
     }
 }
 

@@ -50,6 +50,16 @@ pub fn cases() -> Vec<Case> {
 
 #[cfg(test)]
 mod tests {
+    use crate::harness::Only;
+
+    #[test]
+    fn every_difference_is_explained() {
+        let document = include_str!("../../../docs/differences.md");
+        for case in super::cases().iter().filter(|case| case.only == Some(Only::Differs)) {
+            assert!(document.contains(&format!("`{}`", case.name)), "docs/differences.md lacks {}", case.name);
+        }
+    }
+
     #[test]
     fn names_are_unique_and_many() {
         let mut names: Vec<_> = super::cases().iter().map(|case| case.name).collect();

@@ -14,7 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
         "mode/protected-entry" => protected_entry;
         "mode/long-entry" => long_entry;
         "mode/compatibility-code-in-long-mode" => compatibility;
-        "mode/user-mode-is-reported" => user_mode;
+        "mode/user-mode-is-reported" => user_mode [abi];
         "mode/real-to-long-by-the-guest" => real_to_long;
     }
 }

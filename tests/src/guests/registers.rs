@@ -17,17 +17,17 @@ pub(super) fn cases() -> Vec<Case> {
     table! {
         "registers/general-into-the-guest" => general_in;
         "registers/general-out-of-the-guest" => general_out;
-        "registers/general-through-the-run-page" => run_page;
-        "registers/set-gpr" => set_gpr;
+        "registers/general-through-the-run-page" => run_page [abi];
+        "registers/set-gpr" => set_gpr [abi];
         "registers/segments" => segments;
         "registers/segments-out-of-the-guest" => segments_out;
-        "registers/control" => control;
+        "registers/control" => control [differs];
         "registers/debug" => debug;
         "registers/debug-exceptions-in-the-guest" => breakpoint;
-        "registers/msrs" => msrs;
+        "registers/msrs" => msrs [differs];
         "registers/xsave" => xsave;
-        "registers/events" => events;
-        "registers/local-apic" => local_apic;
+        "registers/events" => events [abi];
+        "registers/local-apic" => local_apic [abi];
     }
 }
 
