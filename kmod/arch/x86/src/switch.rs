@@ -237,14 +237,14 @@ macro_rules! end {
     };
 }
 
-// How a function returns. In the kernel by the thunk that its mitigations patch, which objtool insists on.
-#[cfg(axvcpu_kernel)]
+// How a function returns. In a kernel built so, by the thunk that its mitigations patch, which objtool insists on.
+#[cfg(all(axvcpu_kernel, CONFIG_MITIGATION_RETHUNK))]
 macro_rules! function_return {
     () => {
         "jmp __x86_return_thunk"
     };
 }
-#[cfg(not(axvcpu_kernel))]
+#[cfg(not(all(axvcpu_kernel, CONFIG_MITIGATION_RETHUNK)))]
 macro_rules! function_return {
     () => {
         "ret\nint3"
