@@ -49,11 +49,12 @@ reported() {
 	grep -q '^Linux guest ' "$1" && grep -q 'model name' "$1" && grep -q '^Mem:' "$1"
 }
 
-# wait_limited PID SECONDS: its status, or 124 after killing it.
+# wait_limited PID SECONDS: its status, or 124 after killing it. (On a slow host the
+# seconds are longer.)
 wait_limited() {
 	waited=0
 	while kill -0 "$1" 2>/dev/null; do
-		if [ "$waited" -ge $(($2 * 10)) ]; then
+		if [ "$waited" -ge $(($2 * 10 * AXVCPU_PATIENCE)) ]; then
 			kill -9 "$1"
 			wait "$1" 2>/dev/null
 			return 124

@@ -23,6 +23,7 @@ host_terminal=  # not empty: the session gets this terminal
 host_check=     # not empty: remove the module at the end
 host_icount=    # not empty: QEMU's time-stamp counter counts instructions
 host_limit=0    # seconds until the watchdog ends the host, 0 for none
+host_patience=1 # by so much longer everything may take, the tests' own limits too
 declare -A host_files=() # path in the host -> file here
 
 # What host_boot found out.
@@ -31,7 +32,7 @@ host_trouble=   # why there is no status, or why the run is not clean
 host_log=       # the kernel's messages
 
 # Lines in the kernel's messages that no run may leave.
-host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN|KASAN|refcount_t:|unable to handle|Bad page|unchecked MSR access|suspected memory leak'
+host_bad_lines='BUG:|WARNING:|Oops:|\<Call Trace|general protection|kernel panic - |lockdep is turned off|possible .*deadlock|rcu.*(stall|self-detected)|blocked for more than|soft lockup|hard lockup|Bad FPU state|scheduling while atomic|sleeping function called|corruption|UBSAN:|refcount_t:|unable to handle|Bad page|unchecked MSR access|suspected memory leak'
 
 # host_use LAB: takes a lab by the name that users know it by.
 host_labs=(qemu bochs bochs-vmx bochs-svm)
@@ -69,8 +70,8 @@ host_overlay() {
 	done
 	printf '%s\n' "$session" >"$tree/lab/session"
 	{
-		printf 'LAB=%q ARCH=%q SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
-			"$host_lab" "$axv_arch" "${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
+		printf 'LAB=%q PATIENCE=%q ARCH=%q SHARE=%q KVM=%q CHECK=%q TERMINAL=%q\n' \
+			"$host_lab" "$host_patience" "$axv_arch" "${host_share:+yes}" "${host_kvm:+yes}" "${host_check:+yes}" "${host_terminal:+yes}"
 		if [[ -n $host_terminal ]]; then
 			printf 'TERM=%q ROWS=%q COLUMNS=%q\n' "${TERM:-vt100}" \
 				"$(stty size | cut -d' ' -f1)" "$(stty size | cut -d' ' -f2)"
@@ -85,7 +86,7 @@ host_overlay() {
 # Returns 0 whatever the session did: callers look at host_status and
 # host_trouble.
 host_boot() {
-	local session=$1 run status=0
+	local session=$1 run status=0 host_limit=$((host_limit * host_patience))
 	: "${host_kernel:=$axv_kernel}"
 	mkdir -p "$axv_cache/runs"
 	run=$(mktemp -d "$axv_cache/runs/XXXXXX")

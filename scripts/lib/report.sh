@@ -56,13 +56,12 @@ check() {
 # `ok - NAME`, `not ok - NAME: WHY`, `skip - NAME: WHY` and at the end `1..N`,
 # and reports them; then whether the host stayed clean and the module unloaded.
 #
-# lab_prefix goes before each name, and lab_patience multiplies host_limit.
-lab_prefix='' lab_patience=1
+# lab_prefix goes before each name.
+lab_prefix=''
 lab_tap() {
 	local part=$lab_prefix$1 line results=0 plan='' failed=
 	local out=$axv_logs/${part// /-}.out
 	host_check=yes
-	host_limit=$((host_limit * lab_patience))
 	host_boot "$2" >"$out"
 	while IFS= read -r line; do
 		line=${line%$'\r'}

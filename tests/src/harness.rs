@@ -15,6 +15,9 @@ use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+/// The environment variable that multiplies all time limits, for a host that is slower than others.
+const PATIENCE: &str = "AXVCPU_PATIENCE";
+
 /// Time a case gets unless it says otherwise. Cases take milliseconds; this is for a slow, busy emulator.
 pub const TIME_LIMIT: Duration = Duration::from_secs(20);
 
@@ -221,8 +224,9 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool, Stop>)
     Ok(())
 }
 
-/// Runs one case under the watchdog. `None` if it never came back.
-fn run_case(case: &Case) -> Option<CaseResult> {
+/// Runs one case under the watchdog, with its limit multiplied. `None` if it never came back.
+fn run_case(case: &Case, patience: u32) -> Option<CaseResult> {
+    let limit = case.limit * patience;
     let watch = Arc::new(Watch::default());
     *WATCH.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&watch));
     let (sender, receiver) = channel();
@@ -238,11 +242,11 @@ fn run_case(case: &Case) -> Option<CaseResult> {
     let started = Instant::now();
     let result = loop {
         let elapsed = started.elapsed();
-        let patience = if elapsed < case.limit { case.limit - elapsed } else { Duration::from_millis(20) };
-        match receiver.recv_timeout(patience) {
+        let wait = if elapsed < limit { limit - elapsed } else { Duration::from_millis(20) };
+        match receiver.recv_timeout(wait) {
             Ok(result) => break Some(result),
             Err(RecvTimeoutError::Disconnected) => break Some(Err(Stop::Fail("ended without a result".into()))),
-            Err(RecvTimeoutError::Timeout) if elapsed > case.limit + GRACE => break None,
+            Err(RecvTimeoutError::Timeout) if elapsed > limit + GRACE * patience => break None,
             Err(RecvTimeoutError::Timeout) => {
                 watch.expired.store(true, Ordering::Relaxed);
                 for kicker in watch.kickers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
@@ -292,6 +296,7 @@ pub fn main(cases: &[Case]) -> ExitCode {
         chosen.for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;
     }
+    let patience = std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let (mut count, mut failed) = (0, 0);
     // The message of a panic goes into the case's line.
     std::panic::set_hook(Box::new(|_| {}));
@@ -301,7 +306,7 @@ pub fn main(cases: &[Case]) -> ExitCode {
         let skipped = case.only.filter(|_| hypervisor() == Hypervisor::Kvm);
         let result = match skipped {
             Some(only) => Some(Err(Stop::Skip(only.reason().into()))),
-            None => run_case(case),
+            None => run_case(case, patience),
         };
         match result {
             Some(Ok(())) => println!("ok - {}", case.name),
@@ -344,7 +349,8 @@ mod tests {
     /// Cases share the watch, so one test runs them all.
     #[test]
     fn results_panics_and_overruns_are_told_apart() {
-        let run = |run| run_case(&Case { name: "x", limit: Duration::from_millis(50), only: None, run });
+        let case = |run| Case { name: "x", limit: Duration::from_millis(25), only: None, run };
+        let run = |run| run_case(&case(run), 2);
         assert!(matches!(run(|| Ok(())), Some(Ok(()))));
         assert!(matches!(run(|| Err(Stop::Skip("s".into()))), Some(Err(Stop::Skip(_)))));
         assert!(matches!(run(|| panic!("boom")), Some(Err(Stop::Fail(why))) if why.contains("boom")));
