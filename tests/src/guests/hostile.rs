@@ -30,6 +30,9 @@ pub(super) fn cases() -> Vec<Case> {
 const GUESTS: usize = 60;
 /// Exits per guest, at most.
 const EXITS: usize = 400;
+/// Time between kicks. A guest that loops is left alone after four: millions of instructions on a CPU, and an emulator
+/// has to execute them all.
+const KICKS: Duration = Duration::from_millis(1);
 
 /// Instructions that reach for the machine.
 const REACHING: &[&[u8]] = &[
@@ -189,7 +192,7 @@ fn one(random: &mut Random, mode: Mode, apic: Apic, scramble: bool) -> CaseResul
     thread::scope(|scope| -> CaseResult {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                thread::sleep(Duration::from_millis(4));
+                thread::sleep(KICKS);
                 let _ = kicker.kick();
             }
         });
