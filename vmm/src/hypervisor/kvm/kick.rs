@@ -10,9 +10,13 @@ use nix::libc;
 
 use super::run_page::ImmediateExit;
 
-/// The thread that a vCPU runs on; 0 before it first runs.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Thread(Arc<AtomicI32>);
+/// The handle; the vCPU has one itself.
+#[derive(Clone, Debug)]
+pub(super) struct Kicker {
+    flag: ImmediateExit,
+    /// The thread that the vCPU runs on; 0 before it first runs.
+    thread: Arc<AtomicI32>,
+}
 
 /// The signal: a real-time one, which nobody gives a meaning of its own.
 fn signal() -> libc::c_int {
@@ -21,7 +25,17 @@ fn signal() -> libc::c_int {
 
 extern "C" fn handler(_signal: libc::c_int) {}
 
-impl Thread {
+impl Kicker {
+    /// For a vCPU that has not run yet.
+    pub(super) fn new(flag: ImmediateExit) -> Self {
+        Self { flag, thread: Arc::default() }
+    }
+
+    /// The run that the kicks so far were to end has ended.
+    pub(super) fn taken(&self) {
+        self.flag.clear();
+    }
+
     /// Tells kickers that it is the calling thread that runs the vCPU, and lets the signal through to it. To be called
     /// before each run: it costs next to nothing while the thread stays the same.
     pub(super) fn adopt(&self) {
@@ -34,10 +48,10 @@ impl Thread {
             }
             id.get()
         });
-        if self.0.load(Ordering::Relaxed) != id {
+        if self.thread.load(Ordering::Relaxed) != id {
             // Before KVM looks at the byte: a kicker sets the byte first and then looks for the thread, so one of the two
             // sees the other.
-            self.0.store(id, Ordering::SeqCst);
+            self.thread.store(id, Ordering::SeqCst);
         }
     }
 }
@@ -66,17 +80,10 @@ fn prepare_thread() -> i32 {
     nix::unistd::gettid().as_raw()
 }
 
-/// The handle.
-#[derive(Clone, Debug)]
-pub(super) struct Kicker {
-    pub(super) flag: ImmediateExit,
-    pub(super) thread: Thread,
-}
-
 impl crate::hypervisor::Kick for Kicker {
     fn kick(&self) {
         self.flag.set();
-        let thread = self.thread.0.load(Ordering::SeqCst);
+        let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
             // SAFETY: tgkill takes three numbers. The thread may have ended and its number may belong to another thread
             // of this process by now; the handler does no harm to that one.
@@ -88,24 +95,23 @@ impl crate::hypervisor::Kick for Kicker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hypervisor::Kick as _;
     use std::sync::mpsc::channel;
 
     #[test]
     fn a_kicked_thread_leaves_a_blocking_call() {
-        let thread = Thread::default();
+        let kicker = Kicker::new(ImmediateExit::nowhere());
         let (sender, receiver) = channel();
-        let adopted = thread.clone();
+        let own = kicker.clone();
         let waiter = std::thread::spawn(move || {
-            adopted.adopt();
+            own.adopt();
             sender.send(()).unwrap();
             // A call that SA_RESTART does not resume, as KVM_RUN (signal(7)).
             nix::poll::poll(&mut [], nix::poll::PollTimeout::NONE)
         });
         receiver.recv().unwrap();
-        let id = thread.0.load(Ordering::SeqCst);
         while !waiter.is_finished() {
-            // SAFETY: as in `kick`.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, signal()) };
+            kicker.kick();
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         assert_eq!(waiter.join().unwrap(), Err(nix::errno::Errno::EINTR));

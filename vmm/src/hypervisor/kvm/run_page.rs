@@ -207,6 +207,14 @@ impl ImmediateExit {
 }
 
 #[cfg(test)]
+impl ImmediateExit {
+    /// Of a page without a KVM behind it.
+    pub(super) fn nowhere() -> Self {
+        tests::page().immediate_exit()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use nix::sys::memfd::{memfd_create, MFdFlags};
@@ -215,7 +223,7 @@ mod tests {
     const SIZE: usize = 3 * 4096;
 
     /// A run page without a KVM behind it.
-    fn page() -> RunPage {
+    pub(super) fn page() -> RunPage {
         let file = memfd_create(c"run-page", MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&file, SIZE as i64).unwrap();
         RunPage::map(file.as_fd(), SIZE).unwrap()

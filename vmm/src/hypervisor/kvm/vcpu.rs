@@ -14,7 +14,7 @@ use kvm_bindings::{kvm_interrupt, kvm_sregs, kvm_xsave, CpuId};
 use kvm_ioctls::VcpuFd;
 
 use super::error::{refused, Error};
-use super::kick::{Kicker, Thread};
+use super::kick::Kicker;
 use super::registers::{self, fault_address, to_cpuid};
 use super::run_page::RunPage;
 use super::stats;
@@ -50,7 +50,7 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     page: RunPage,
     question: Question,
-    thread: Thread,
+    kicker: Kicker,
     shared: Arc<Shared>,
 }
 
@@ -68,8 +68,8 @@ impl Vcpu {
         fd.set_cpuid2(&CpuId::from_entries(&entries).map_err(too_many)?).map_err(refused("KVM_SET_CPUID2"))?;
         // SAFETY: `fd` stays open until the end of the function.
         let page = RunPage::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }, shared.vm.run_size())?;
-        let mut vcpu =
-            Self { fd, page, question: Question::None, thread: Thread::default(), shared: Arc::clone(shared) };
+        let kicker = Kicker::new(page.immediate_exit());
+        let mut vcpu = Self { fd, page, question: Question::None, kicker, shared: Arc::clone(shared) };
         vcpu.set_msrs(&[MTRR_DEF_TYPE])?;
         if id == 0 {
             vcpu.set_entry(entry.as_u64())?;
@@ -165,12 +165,12 @@ impl hypervisor::Vcpu for Vcpu {
             }
         }
         self.question = Question::None;
-        self.thread.adopt();
+        self.kicker.adopt();
         let result = self.fd.run().map(drop);
         let reason = match result.map_err(|error| Errno::from_raw(error.errno())) {
             Ok(()) => self.reason(),
             Err(Errno::EINTR) => {
-                self.page.immediate_exit().clear();
+                self.kicker.taken();
                 AxVCpuExitReason::Interrupted
             }
             // It waits for INIT and SIPI, and one of the two came.
@@ -181,7 +181,7 @@ impl hypervisor::Vcpu for Vcpu {
     }
 
     fn kicker(&self) -> Box<dyn Kick> {
-        Box::new(Kicker { flag: self.page.immediate_exit(), thread: self.thread.clone() })
+        Box::new(self.kicker.clone())
     }
 
     fn reply(&mut self, value: u64) {
