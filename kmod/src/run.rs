@@ -180,14 +180,21 @@ impl Vcpu {
         }
         let exit = vcpu.run()?;
         let kind = vcpu.arch()?.exit_kind();
+        if matches!(exit, Exit::Nothing) {
+            // First, as it is what most exits come to.
+            self.shared.stats.count_exit(kind);
+            self.set_timer(inner);
+            return Ok(match kind {
+                _ if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
+                ExitKind::Pause => Some(Stop::Spin),
+                _ => None,
+            });
+        }
         if !matches!(exit, Exit::NestedPageFault { .. }) {
             self.shared.stats.count_exit(kind);
         }
         self.set_timer(inner);
         Ok(match exit {
-            Exit::Nothing if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
-            Exit::Nothing if kind == ExitKind::Pause => Some(Stop::Spin),
-            Exit::Nothing => None,
             Exit::ExternalInterrupt { .. } | Exit::PreemptionTimer => Some(Stop::Again),
             Exit::SendIPI { target_cpu, vector, .. } => {
                 self.send_ipi(inner, target_cpu, vector);

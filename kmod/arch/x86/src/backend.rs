@@ -45,11 +45,11 @@ pub(crate) trait Backend<H: X86Hal> {
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
     fn ready(&mut self, guest: &mut Guest<H>) -> AxResult<Option<Exit>>;
 
-    /// One entry, with the events of `plan`, and its exit.
+    /// One entry, with the events of `plan`. How it ended is put into `guest.exited`.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited>;
+    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult;
 
     /// Ends what [`ready`](Self::ready) has begun on this CPU. Nothing if there is nothing to end.
     ///
@@ -76,6 +76,11 @@ pub(crate) struct Exited {
     pub(crate) exit: Exit,
     /// The event whose delivery to the guest the exit has interrupted.
     pub(crate) interrupted: Option<Injection>,
+}
+
+impl Exited {
+    /// Nothing has happened yet.
+    pub(crate) const NEVER: Self = Self { exit: Exit::Done(ExitKind::Other), interrupted: None };
 }
 
 /// An exit, in terms of the architecture. Small: it is passed on at every exit.

@@ -98,12 +98,12 @@ impl<H: X86Hal> Guest<H> {
     #[inline]
     fn turn(&mut self, hw: &mut impl Backend<H>) -> AxResult<Reason> {
         if let Some(exit) = hw.ready(self)? {
-            let exited = Exited { exit, interrupted: None };
-            return Ok(self.handle(hw.regs_mut(), &Plan::NOTHING, exited));
+            self.exited = Exited { exit, interrupted: None };
+            return Ok(self.handle(hw.regs_mut(), &Plan::NOTHING));
         }
         let plan = self.plan(hw.regs_mut());
-        let exited = hw.enter(self, &plan)?;
-        Ok(self.handle(hw.regs_mut(), &plan, exited))
+        hw.enter(self, &plan)?;
+        Ok(self.handle(hw.regs_mut(), &plan))
     }
 
     /// Chooses what the next entry injects and which exits it asks for.
@@ -138,8 +138,18 @@ impl<H: X86Hal> Guest<H> {
 
     /// Deals with an exit of an entry that was made with `plan`.
     #[inline]
-    fn handle(&mut self, regs: &mut impl Registers, plan: &Plan, exited: Exited) -> Reason {
-        let Exited { exit, interrupted } = exited;
+    fn handle(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
+        if let Exited { exit: Exit::Instruction(instruction, next), interrupted: None } = self.exited {
+            self.exit_kind = instruction.kind();
+            return self.execute(regs, instruction, next);
+        }
+        self.handle_event(regs, plan)
+    }
+
+    /// An exit that is not just an instruction.
+    #[inline(never)]
+    fn handle_event(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
+        let Exited { exit, interrupted } = self.exited;
         self.exit_kind = exit.kind();
         match exit {
             // Exceptions combine with what was being delivered; after a triple fault there is nothing to go on with.
@@ -192,6 +202,7 @@ impl<H: X86Hal> Guest<H> {
     // --- Instructions ---
 
     /// Executes an instruction for the guest.
+    #[inline(never)]
     fn execute(&mut self, regs: &mut impl Registers, instruction: Instruction, next: u64) -> Reason {
         match instruction {
             Instruction::Cpuid => {

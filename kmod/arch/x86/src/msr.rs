@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! The MSRs that the kernel handles, as stock Linux on an AMD CPU needs them. Default deny: what is not listed here exits to
-//! userspace, which answers or refuses.
+//! The MSRs that the kernel handles, as operating systems need them on AMD's and on Intel's CPUs: one list for both, whatever the
+//! vendor. Default deny: what is not listed here exits to userspace, which answers or refuses.
 //!
 //! Registers that the hardware switches by itself (FS base, STAR, SYSENTER, ...) never exit; they are in
 //! [`Registers::direct_msr`].
@@ -29,8 +29,35 @@ pub(crate) const SPEC_CTRL: u32 = 0x48;
 pub(crate) const PRED_CMD: u32 = 0x49;
 /// PRED_CMD.IBPB.
 pub(crate) const PRED_CMD_IBPB: u64 = 1;
+const P5_MC_ADDR: u32 = 0x0;
+const P5_MC_TYPE: u32 = 0x1;
 const PLATFORM_ID: u32 = 0x17;
 const EBL_CR_POWERON: u32 = 0x2a;
+const SMI_COUNT: u32 = 0x34;
+const FEATURE_CONTROL: u32 = 0x3a;
+const UCODE_WRITE: u32 = 0x79;
+const PMC_FIRST: u32 = 0xc1;
+const PMC_LAST: u32 = 0xc8;
+const FSB_FREQ: u32 = 0xcd;
+const PLATFORM_INFO: u32 = 0xce;
+const PKG_CST_CONFIG: u32 = 0xe2;
+const MISC_FEATURES_ENABLES: u32 = 0x140;
+const PERFEVTSEL_FIRST: u32 = 0x186;
+const PERFEVTSEL_LAST: u32 = 0x18d;
+const PERF_STATUS: u32 = 0x198;
+const THERM2_CTL: u32 = 0x19d;
+const TEMPERATURE_TARGET: u32 = 0x1a2;
+const LBR_SELECT: u32 = 0x1c8;
+const LASTBRANCH_TOS: u32 = 0x1c9;
+const FIXED_CTR_FIRST: u32 = 0x309;
+const FIXED_CTR_LAST: u32 = 0x30b;
+const FIXED_CTR_CTRL: u32 = 0x38d;
+const PERF_GLOBAL_OVF_CTRL: u32 = 0x390;
+const RAPL_POWER_UNIT: u32 = 0x606;
+const PKG_ENERGY_STATUS: u32 = 0x611;
+const DRAM_ENERGY_STATUS: u32 = 0x619;
+const PP0_ENERGY_STATUS: u32 = 0x639;
+const PP1_ENERGY_STATUS: u32 = 0x641;
 const PATCH_LEVEL: u32 = 0x8b;
 const MCG_CAP: u32 = 0x179;
 const MCG_STATUS: u32 = 0x17a;
@@ -72,6 +99,8 @@ const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
 /// MISC_ENABLE: fast strings.
 const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// IA32_FEATURE_CONTROL.LOCK, and nothing else: guests have no VMX.
+const FEATURE_CONTROL_LOCKED: u64 = 1;
 /// VM_CR.LOCK and SVMDIS: guests have no SVM.
 const VM_CR_DISABLED: u64 = 1 << 3 | 1 << 4;
 /// DE_CFG: LFENCE is serializing.
@@ -148,9 +177,17 @@ fn constant(index: u32) -> Option<u64> {
         PLATFORM_ID | EBL_CR_POWERON | SYSCFG | TOP_MEM | TOP_MEM2 | NB_CFG | PATCH_LOADER | INT_PENDING
         | MMIO_CONF_BASE => 0,
         TSEG_ADDR | TSEG_MASK | DC_CFG | TW_CFG | BU_CFG2 | OSVW_ID_LENGTH | OSVW_STATUS => 0,
-        LAST_BRANCH_FIRST..=LAST_INT_LAST => 0,
+        LAST_BRANCH_FIRST..=LAST_INT_LAST | LBR_SELECT | LASTBRANCH_TOS => 0,
         // No performance counters: they count nothing.
         PERF_LEGACY_FIRST..=PERF_LEGACY_LAST | PERF_CORE_FIRST..=PERF_CORE_LAST => 0,
+        PMC_FIRST..=PMC_LAST | PERFEVTSEL_FIRST..=PERFEVTSEL_LAST => 0,
+        FIXED_CTR_FIRST..=FIXED_CTR_LAST | FIXED_CTR_CTRL..=PERF_GLOBAL_OVF_CTRL => 0,
+        // Intel's, which systems read without asking: no machine check of a Pentium's, no SMI, no microcode to load, nothing to
+        // configure, frequencies, temperatures and energy unknown.
+        FEATURE_CONTROL => FEATURE_CONTROL_LOCKED,
+        P5_MC_ADDR | P5_MC_TYPE | SMI_COUNT | UCODE_WRITE | FSB_FREQ | PLATFORM_INFO | PKG_CST_CONFIG => 0,
+        MISC_FEATURES_ENABLES | PERF_STATUS..=THERM2_CTL | TEMPERATURE_TARGET => 0,
+        RAPL_POWER_UNIT | PKG_ENERGY_STATUS | DRAM_ENERGY_STATUS | PP0_ENERGY_STATUS | PP1_ENERGY_STATUS => 0,
         _ => return None,
     })
 }
@@ -245,7 +282,10 @@ impl<H: X86Hal> Guest<H> {
                 Access::Fault
             };
         }
-        if index == VM_CR && value & !VM_CR_DISABLED != 0 {
+        // Locked.
+        if (index == VM_CR && value & !VM_CR_DISABLED != 0)
+            || (index == FEATURE_CONTROL && value != FEATURE_CONTROL_LOCKED)
+        {
             return Access::Fault;
         }
         if constant(index).is_some() {

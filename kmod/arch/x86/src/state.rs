@@ -9,7 +9,7 @@ use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RDX};
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason, HostPhysAddr};
 
 use crate::apic::{Clock, Config, Effect, Lapic, Mailbox, TimerUpdate};
-use crate::backend::Backend;
+use crate::backend::{Backend, Exited};
 use crate::caps::Capabilities;
 use crate::cpu;
 use crate::cpuid::{CpuidTable, Feature};
@@ -173,6 +173,8 @@ pub(crate) struct Guest<H: X86Hal> {
     pub(crate) pending: Pending,
     /// An interrupt command that an access to the xAPIC page has left, for [`take_ipi`](Self::take_ipi).
     ipi: Option<u64>,
+    /// How the last entry ended.
+    pub(crate) exited: Exited,
     /// Of the last exit.
     pub(crate) exit_kind: ExitKind,
     /// Events injected.
@@ -209,6 +211,7 @@ impl<H: X86Hal> Guest<H> {
             tsc_offset: 0,
             pending: Pending::None,
             ipi: None,
+            exited: Exited::NEVER,
             exit_kind: ExitKind::Other,
             injections: 0,
             tlb_flushes: 0,

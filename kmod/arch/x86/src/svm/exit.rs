@@ -196,11 +196,12 @@ fn task_switch(info1: u64, info2: u64) -> Exit {
 }
 
 impl<H: X86Hal> Svm<H> {
-    /// What the exit was that the VMCB holds.
+    /// Puts into `guest.exited` what the exit was that the VMCB holds.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): an entry was refused for no fault of the guest's state.
-    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>) -> AxResult<Exited> {
+    #[inline(never)]
+    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>) -> AxResult {
         let vmcb = &mut self.regs.vmcb;
         let efer = vmcb.efer() | core::mem::take(&mut self.local.hidden_efer);
         vmcb.set_efer(efer);
@@ -208,7 +209,8 @@ impl<H: X86Hal> Svm<H> {
         let (info1, info2) = (vmcb.exit_info1(), vmcb.exit_info2());
         let code = Code::decode(number);
         if code == Code::Invalid {
-            return Ok(Exited { exit: Exit::NotEntered(self.refused(guest)?), interrupted: None });
+            guest.exited = Exited { exit: Exit::NotEntered(self.refused(guest)?), interrupted: None };
+            return Ok(());
         }
         self.regs.unchecked = false;
         let interrupted = decode_event(vmcb.exit_int_info());
@@ -261,7 +263,8 @@ impl<H: X86Hal> Svm<H> {
             Code::Shutdown => Exit::TripleFault,
             Code::Invalid | Code::Other => Exit::Unknown { code: number, info1, info2 },
         };
-        Ok(Exited { exit, interrupted })
+        guest.exited = Exited { exit, interrupted };
+        Ok(())
     }
 
     /// The hardware refused to enter. What it has left in the VMCB is not to be trusted.

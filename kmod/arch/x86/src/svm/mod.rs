@@ -17,7 +17,7 @@ mod window;
 
 use vcpu_core::{AxError, AxResult};
 
-use crate::backend::{Backend, Exit, Exited};
+use crate::backend::{Backend, Exit};
 use crate::caps::Capabilities;
 use crate::cpuid::Feature;
 use crate::events::Plan;
@@ -150,7 +150,7 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
         Ok(None)
     }
 
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited> {
+    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
         self.prepare_entry(guest, plan)?;
         // SAFETY: The vCPU is bound, so `open_window` has set up this CPU and the frame, and by the trait's contract interrupts
         // are off and preemption has been since. The VMCB is complete since `setup`, without which nobody binds.

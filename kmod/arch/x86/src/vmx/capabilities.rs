@@ -42,6 +42,8 @@ pub(crate) mod secondary {
     pub(crate) const UNRESTRICTED_GUEST: u32 = 1 << 7;
     pub(crate) const PAUSE_LOOP: u32 = 1 << 10;
     pub(crate) const INVPCID: u32 = 1 << 12;
+    pub(crate) const ENCLS: u32 = 1 << 15;
+    pub(crate) const ENCLV: u32 = 1 << 28;
 }
 
 /// VM-exit controls (SDM vol. 3 section 25.7.1).
@@ -203,7 +205,13 @@ impl VmxCapabilities {
             primary: controls(msrs.primary, REQUIRED_PRIMARY | primary::MSR_BITMAPS | primary::SECONDARY),
             secondary: controls(
                 msrs.secondary,
-                secondary::EPT | secondary::UNRESTRICTED_GUEST | secondary::WBINVD | secondary::PAUSE_LOOP | vpid,
+                secondary::EPT
+                    | secondary::UNRESTRICTED_GUEST
+                    | secondary::WBINVD
+                    | secondary::PAUSE_LOOP
+                    | secondary::ENCLS
+                    | secondary::ENCLV
+                    | vpid,
             ),
             secondary_msr: msrs.secondary,
             exit: controls(msrs.exit, REQUIRED_EXIT),
@@ -238,6 +246,16 @@ impl VmxCapabilities {
     /// Whether loops of PAUSE exit.
     pub(crate) const fn has_pause_loop(&self) -> bool {
         self.secondary & secondary::PAUSE_LOOP != 0
+    }
+
+    /// Whether ENCLS exits: everywhere where it is more than #UD.
+    pub(crate) const fn has_encls(&self) -> bool {
+        self.secondary & secondary::ENCLS != 0
+    }
+
+    /// Whether ENCLV exits.
+    pub(crate) const fn has_enclv(&self) -> bool {
+        self.secondary & secondary::ENCLV != 0
     }
 
     /// Levels of the extended page table on a CPU with physical addresses of `phys_bits` bits.
@@ -302,6 +320,7 @@ pub(crate) mod tests {
         assert_eq!(caps.primary & (primary::INTERRUPT_WINDOW | primary::NMI_WINDOW), 0, "asked for one by one");
         assert_eq!(caps.exit & 0x3_6dfb, 0x3_6dfb, "what must be one is one");
         assert!(caps.has_timer() && caps.has_vpid() && caps.has_pause_loop());
+        assert!(caps.has_encls() && !caps.has_enclv(), "what exists exits");
         assert_eq!((caps.timer_shift, caps.zero_length), (5, true));
         assert_eq!(caps.cr0.ones, 0x20, "PE and PG are the guest's");
         assert_eq!(caps.cr4.ones, 0x2000);

@@ -110,8 +110,8 @@ impl Code {
             48 => Self::NestedPageFault,
             52 => Self::PreemptionTimer,
             55 => Self::Xsetbv,
-            // GETSEC, RSM; VMCLEAR to VMXON; MWAIT, MONITOR; INVEPT, INVVPID; VMFUNC.
-            11 | 17 | 19..=27 | 36 | 39 | 50 | 53 | 59 => Self::Undefined,
+            // GETSEC, RSM; VMCLEAR to VMXON; MWAIT, MONITOR; INVEPT, INVVPID; VMFUNC; ENCLS, ENCLV; SEAMCALL, TDCALL.
+            11 | 17 | 19..=27 | 36 | 39 | 50 | 53 | 59 | 60 | 70 | 76 | 77 => Self::Undefined,
             _ => Self::Other,
         }
     }
@@ -244,13 +244,15 @@ const fn after_debug_exception(dr6: u64, qualification: u64) -> u64 {
 }
 
 impl<H: X86Hal> Vmx<H> {
-    /// What the exit was that the current VMCS tells of.
-    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) -> Exited {
+    /// Puts into `guest.exited` what the exit was that the current VMCS tells of.
+    #[inline(never)]
+    pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) {
         // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
         let vmcs = unsafe { Vmcs::current() };
         let reason = vmcs.read(Field::ExitReason) as u32;
         if reason & ENTRY_FAILURE != 0 {
-            return self.invalid_state(guest, plan, reason, vmcs.read(Field::ExitQualification));
+            guest.exited = self.invalid_state(guest, plan, reason, vmcs.read(Field::ExitQualification));
+            return;
         }
         self.regs.frame.flags |= LAUNCHED;
         let debug = guest.debug.loaded();
@@ -268,7 +270,7 @@ impl<H: X86Hal> Vmx<H> {
         if interrupted.is_some() && interrupted == plan.inject {
             self.undo_injected_length();
         }
-        Exited { exit: self.exit(guest, &vmcs, code, reason), interrupted }
+        guest.exited = Exited { exit: self.exit(guest, &vmcs, code, reason), interrupted };
     }
 
     fn exit(&mut self, guest: &mut Guest<H>, vmcs: &Vmcs, code: Code, reason: u32) -> Exit {
@@ -432,7 +434,10 @@ mod tests {
             (54, Code::CacheFlush),
             (55, Code::Xsetbv),
             (59, Code::Undefined),
-            (70, Code::Other),
+            (60, Code::Undefined),
+            (70, Code::Undefined),
+            (75, Code::Other),
+            (77, Code::Undefined),
             (ENTRY_FAILURE | 33, Code::InvalidState),
         ] {
             assert_eq!(Code::decode(reason), exit, "{reason}");

@@ -63,6 +63,10 @@ fields! {
     ControlTscOffset = 0x2010,
     /// EPTP: root of the extended page table, with its depth and memory type.
     ControlEptPointer = 0x201a,
+    /// Leaves of ENCLS that exit.
+    ControlEnclsBitmap = 0x202e,
+    /// Leaves of ENCLV that exit.
+    ControlEnclvBitmap = 0x2036,
     /// Where an EPT violation happened.
     ExitGuestPhysicalAddress = 0x2400,
     /// All ones: no shadow VMCS.
@@ -265,6 +269,7 @@ mod tests {
                 "ControlVpid" => Width::Bits16,
                 _ if name.ends_with("Selector") => Width::Bits16,
                 "ControlMsrBitmap" | "ControlTscOffset" | "ControlEptPointer" => Width::Bits64,
+                "ControlEnclsBitmap" | "ControlEnclvBitmap" => Width::Bits64,
                 "ExitGuestPhysicalAddress" | "GuestLinkPointer" | "GuestDebugctl" => Width::Bits64,
                 "GuestPat" | "GuestEfer" | "HostPat" | "HostEfer" => Width::Bits64,
                 _ if name.contains("Pdpte") => Width::Bits64,
@@ -290,30 +295,50 @@ mod tests {
         assert_eq!(encodings.len(), count);
     }
 
+    /// Appendix B typed in a second time: runs of fields that follow each other there, from the encoding of the first.
     #[test]
     fn encodings_are_those_of_appendix_b() {
-        for (field, encoding) in [
-            (Field::ControlVpid, 0x0),
-            (Field::ControlMsrBitmap, 0x2004),
-            (Field::ControlTscOffset, 0x2010),
-            (Field::ControlEptPointer, 0x201a),
-            (Field::ControlPin, 0x4000),
-            (Field::ControlPrimary, 0x4002),
-            (Field::ControlExit, 0x400c),
-            (Field::ControlEntry, 0x4012),
-            (Field::ControlEntryInterruption, 0x4016),
-            (Field::ControlSecondary, 0x401e),
-            (Field::ExitInstructionError, 0x4400),
-            (Field::ExitReason, 0x4402),
-            (Field::ExitVectoring, 0x4408),
-            (Field::GuestInterruptibility, 0x4824),
-            (Field::GuestPreemptionTimer, 0x482e),
-            (Field::ExitQualification, 0x6400),
-            (Field::GuestRip, 0x681e),
-            (Field::HostRsp, 0x6c14),
-            (Field::HostRip, 0x6c16),
-        ] {
-            assert_eq!(field.encoding(), encoding, "{field:?}");
+        use Field::*;
+        let runs: [(u64, &[Field]); 29] = [
+            (0x0000, &[ControlVpid]),
+            (0x0c00, &[HostEsSelector, HostCsSelector, HostSsSelector, HostDsSelector, HostFsSelector, HostGsSelector]),
+            (0x0c0c, &[HostTrSelector]),
+            (0x2004, &[ControlMsrBitmap]),
+            (0x2010, &[ControlTscOffset]),
+            (0x201a, &[ControlEptPointer]),
+            (0x202e, &[ControlEnclsBitmap]),
+            (0x2036, &[ControlEnclvBitmap]),
+            (0x2400, &[ExitGuestPhysicalAddress]),
+            (0x2800, &[GuestLinkPointer, GuestDebugctl, GuestPat, GuestEfer]),
+            (0x280a, &[GuestPdpte0, GuestPdpte1, GuestPdpte2, GuestPdpte3]),
+            (0x2c00, &[HostPat, HostEfer]),
+            (0x4000, &[ControlPin, ControlPrimary, ControlExceptionBitmap, ControlPageFaultMask]),
+            (0x4008, &[ControlPageFaultMatch, ControlCr3TargetCount, ControlExit, ControlExitMsrStoreCount]),
+            (0x4010, &[ControlExitMsrLoadCount, ControlEntry, ControlEntryMsrLoadCount, ControlEntryInterruption]),
+            (0x4018, &[ControlEntryErrorCode, ControlEntryInstructionLength]),
+            (0x401e, &[ControlSecondary, ControlPauseGap, ControlPauseWindow]),
+            (0x4400, &[ExitInstructionError, ExitReason, ExitInterruption, ExitInterruptionErrorCode]),
+            (0x4408, &[ExitVectoring, ExitVectoringErrorCode, ExitInstructionLength]),
+            (0x4810, &[GuestGdtrLimit, GuestIdtrLimit]),
+            (0x4824, &[GuestInterruptibility, GuestActivity]),
+            (0x482a, &[GuestSysenterCs]),
+            (0x482e, &[GuestPreemptionTimer]),
+            (0x4c00, &[HostSysenterCs]),
+            (0x6000, &[ControlCr0Mask, ControlCr4Mask, ControlCr0Shadow, ControlCr4Shadow]),
+            (0x6400, &[ExitQualification]),
+            (0x6800, &[GuestCr0, GuestCr3, GuestCr4]),
+            (0x6816, &[GuestGdtrBase, GuestIdtrBase, GuestDr7, GuestRsp, GuestRip, GuestRflags, GuestPendingDebug]),
+            (0x6824, &[GuestSysenterEsp, GuestSysenterEip]),
+        ];
+        for (first, fields) in runs {
+            for (index, field) in (0u64..).zip(fields) {
+                assert_eq!(field.encoding(), first + 2 * index, "{field:?}");
+            }
+        }
+        let host = [HostCr0, HostCr3, HostCr4, HostFsBase, HostGsBase, HostTrBase, HostGdtrBase, HostIdtrBase];
+        let host = host.iter().chain(&[HostSysenterEsp, HostSysenterEip, HostRsp, HostRip]);
+        for (index, field) in (0u64..).zip(host) {
+            assert_eq!(field.encoding(), 0x6c00 + 2 * index, "{field:?}");
         }
     }
 

@@ -127,13 +127,19 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
         self.load_pdptes(guest)
     }
 
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<Exited> {
+    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
         self.prepare_entry(guest, plan)?;
         self.regs.frame.result = switch::EXITED;
         // SAFETY: The inner window is open: interrupts are off, and our VMCS is current; `prepare_entry` has completed it.
         match unsafe { switch::enter(self.regs.frame.as_ptr()) } {
-            switch::EXITED => Ok(self.decode_exit(guest, plan)),
-            switch::REFUSED => self.refused(),
+            switch::EXITED => {
+                self.decode_exit(guest, plan);
+                Ok(())
+            }
+            switch::REFUSED => {
+                guest.exited = self.refused()?;
+                Ok(())
+            }
             _ => Err(AxError::HardwareLost),
         }
     }

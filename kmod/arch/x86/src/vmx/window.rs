@@ -359,6 +359,12 @@ impl<H: X86Hal> Vmx<H> {
             vmcs.write(Field::ControlPauseGap, PAUSE_GAP);
             vmcs.write(Field::ControlPauseWindow, PAUSE_WINDOW);
         }
+        if caps.has_encls() {
+            vmcs.write(Field::ControlEnclsBitmap, u64::MAX);
+        }
+        if caps.has_enclv() {
+            vmcs.write(Field::ControlEnclvBitmap, u64::MAX);
+        }
         for field in [
             Field::ControlPageFaultMask,
             Field::ControlPageFaultMatch,
