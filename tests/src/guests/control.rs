@@ -120,6 +120,7 @@ fn msrs() -> CaseResult {
     let bad = [
         ("an MSR that nobody has", msr(0x1234_5678, 0)),
         ("an address that is not canonical", msr(0xc000_0082, 1 << 62)),
+        ("the upper half of SYSCALL's flag mask", msr(0xc000_0084, 1 << 32)),
         ("a memory type that is none", msr(PAT, 2)),
         ("EFER bit 63", msr(0xc000_0080, 1 << 63)),
         ("a reserved field", Msr { reserved: 1, ..msr(PAT, 6) }),

@@ -276,7 +276,7 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn write_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
         let quiet = |result: GuestResult| Access::from(result.map(|()| Written::Quiet));
         if regs.direct_msr(index).is_some() {
-            return if self.canonical_if_address(index, value) && regs.set_direct_msr(index, value) {
+            return if self.is_valid_direct(index, value) && regs.set_direct_msr(index, value) {
                 Access::Done(Written::Quiet)
             } else {
                 Access::Fault
@@ -353,10 +353,12 @@ impl<H: X86Hal> Guest<H> {
         }
     }
 
-    /// Whether `index`, a direct MSR, may hold `value`: addresses must be canonical.
-    fn canonical_if_address(&self, index: u32, value: u64) -> bool {
+    /// Whether `index`, a direct MSR, may hold `value`: addresses must be canonical, and the flag mask has 32 bits. A backend may
+    /// write the value to the CPU.
+    fn is_valid_direct(&self, index: u32, value: u64) -> bool {
         match index {
-            msr::IA32_STAR | msr::IA32_FMASK | msr::IA32_SYSENTER_CS => true,
+            msr::IA32_STAR | msr::IA32_SYSENTER_CS => true,
+            msr::IA32_FMASK => value >> 32 == 0,
             _ => self.limits.canonical(value),
         }
     }
