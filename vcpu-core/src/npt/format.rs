@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! Entry formats: what the 64 bits of a table entry mean. [`Npt`] for AMD SVM, [`Ept`] for Intel VMX.
+//! Entry formats: what the 64 bits of a table entry mean. [`Npt`] for AMD SVM, [`Ept`] for Intel VMX, [`Stage2`] and
+//! [`Stage2Lpa2`] for AArch64.
 //!
 //! A format is stateless and knows nothing of tables; the engine knows nothing of bits.
 
-use super::{Level, MemoryType, PageSize, Permissions};
+use super::{Level, MemoryType, PageSize, Permissions, PHYS_LIMIT};
 use crate::HostPhysAddr;
 
 /// Translation, rights and history of one page, as a leaf entry holds them.
@@ -34,6 +35,9 @@ pub enum Entry {
 
 /// An entry format. Tables are 4096 bytes, with 512 entries of 64 bits; a leaf is possible at levels 1 to 3.
 pub trait Format {
+    /// First host physical address that an entry cannot hold.
+    const PHYS_LIMIT: u64 = PHYS_LIMIT;
+
     /// What `entry`, found in a table of level `level`, means.
     fn decode(entry: u64, level: Level) -> Entry;
 
@@ -44,7 +48,7 @@ pub trait Format {
     fn encode_table(table: HostPhysAddr) -> u64;
 }
 
-/// Bits 51:12, the address field of both formats (APM volume 2, section 5.3.1; SDM volume 3C, "Format of an EPT
+/// Bits 51:12, the address field of both x86 formats (APM volume 2, section 5.3.1; SDM volume 3C, "Format of an EPT
 /// Page-Table Entry that Maps a 4-KByte Page"). A CPU with fewer physical address bits reserves the rest.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -217,5 +221,144 @@ impl Format for Ept {
     #[inline]
     fn encode_table(table: HostPhysAddr) -> u64 {
         (table.as_u64() & ADDRESS) | Self::READ | Self::WRITE | Self::EXECUTE
+    }
+}
+
+/// AArch64 stage 2 with the 4 KiB granule and 48-bit addresses (Arm ARM D8.3, "Translation table descriptor formats").
+#[derive(Clone, Copy, Debug)]
+pub enum Stage2 {}
+
+/// AArch64 stage 2 with the 4 KiB granule and 52-bit addresses: FEAT_LPA2, with VTCR_EL2.DS set.
+#[derive(Clone, Copy, Debug)]
+pub enum Stage2Lpa2 {}
+
+/// What the two have in common. Access and dirty flags are ours: bits that the hardware ignores. The hardware's own access
+/// flag is always set (without it an access faults) and its dirty state management stays off.
+mod stage2 {
+    use super::{flag, Entry, Leaf, Level, MemoryType, PageSize, Permissions};
+    use crate::HostPhysAddr;
+
+    /// Bit 0: valid.
+    const VALID: u64 = 1 << 0;
+    /// Bit 1: a table, or at the lowest level a page; clear for a block.
+    const TABLE: u64 = 1 << 1;
+    /// Bits 5:2, MemAttr: 0b1111 normal memory, write-back inside and outside; 0b0001 Device-nGnRE. The guest's own
+    /// attributes may be stronger, never weaker (D8.6.6, "Stage 2 memory type and Cacheability attributes").
+    const WRITE_BACK: u64 = 0b1111 << 2;
+    const DEVICE: u64 = 0b0001 << 2;
+    const MEM_ATTR: u64 = 0b1111 << 2;
+    /// Bit 6, S2AP\[0\]: reads.
+    const READ: u64 = 1 << 6;
+    /// Bit 7, S2AP\[1\]: writes.
+    const WRITE: u64 = 1 << 7;
+    /// Bits 9:8, SH: inner shareable. With 52-bit addresses VTCR_EL2.SH0 says so, and bits 51:50 of the address are here.
+    pub(super) const INNER_SHAREABLE: u64 = 0b11 << 8;
+    /// Bit 10, AF.
+    const ACCESS_FLAG: u64 = 1 << 10;
+    /// Bits 54:53, XN: 0b10 forbids execution at EL1 and EL0.
+    const NO_EXECUTE: u64 = 1 << 54;
+    /// Bit 55, free for software: accessed.
+    const ACCESSED: u64 = 1 << 55;
+    /// Bit 56, free for software: dirty.
+    const DIRTY: u64 = 1 << 56;
+
+    pub(super) fn decode(entry: u64, level: Level, address: HostPhysAddr) -> Entry {
+        if entry & VALID == 0 {
+            return Entry::Empty;
+        }
+        let size = match level.page_size() {
+            Some(size) if size == PageSize::Size4K || entry & TABLE == 0 => size,
+            _ => return Entry::Table(address),
+        };
+        let mut perms = Permissions::NONE;
+        for (set, perm) in [
+            (entry & READ != 0, Permissions::READ),
+            (entry & WRITE != 0, Permissions::WRITE),
+            (entry & NO_EXECUTE == 0, Permissions::EXECUTE),
+        ] {
+            if set {
+                perms = perms.union(perm);
+            }
+        }
+        Entry::Leaf(Leaf {
+            hpa: address.align_down(size.bytes()),
+            perms,
+            memory_type: if entry & MEM_ATTR == WRITE_BACK { MemoryType::WriteBack } else { MemoryType::Uncacheable },
+            accessed: entry & ACCESSED != 0,
+            dirty: entry & DIRTY != 0,
+        })
+    }
+
+    /// All of a leaf but its address and shareability.
+    pub(super) fn encode_leaf(leaf: Leaf, size: PageSize) -> u64 {
+        VALID
+            | flag(size == PageSize::Size4K, TABLE)
+            | if leaf.memory_type == MemoryType::WriteBack { WRITE_BACK } else { DEVICE }
+            | flag(leaf.perms.contains(Permissions::READ), READ)
+            | flag(leaf.perms.contains(Permissions::WRITE), WRITE)
+            | ACCESS_FLAG
+            | flag(!leaf.perms.contains(Permissions::EXECUTE), NO_EXECUTE)
+            | flag(leaf.accessed, ACCESSED)
+            | flag(leaf.dirty, DIRTY)
+    }
+
+    /// All of a table entry but its address.
+    pub(super) const TABLE_ENTRY: u64 = VALID | TABLE;
+}
+
+impl Stage2 {
+    /// Bits 47:12.
+    const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
+}
+
+impl Format for Stage2 {
+    const PHYS_LIMIT: u64 = 1 << 48;
+
+    #[inline]
+    fn decode(entry: u64, level: Level) -> Entry {
+        stage2::decode(entry, level, HostPhysAddr::new(entry & Self::ADDRESS))
+    }
+
+    #[inline]
+    fn encode_leaf(leaf: Leaf, size: PageSize) -> u64 {
+        (leaf.hpa.as_u64() & Self::ADDRESS) | stage2::encode_leaf(leaf, size) | stage2::INNER_SHAREABLE
+    }
+
+    #[inline]
+    fn encode_table(table: HostPhysAddr) -> u64 {
+        (table.as_u64() & Self::ADDRESS) | stage2::TABLE_ENTRY
+    }
+}
+
+impl Stage2Lpa2 {
+    /// Bits 49:12 of the address, in their place.
+    const LOW: u64 = 0x0003_ffff_ffff_f000;
+    /// Bits 51:50 of the address lie in bits 9:8 of the entry.
+    const HIGH: u64 = 0b11 << 8;
+    const HIGH_SHIFT: u32 = 42;
+
+    const fn address(entry: u64) -> HostPhysAddr {
+        HostPhysAddr::new((entry & Self::LOW) | ((entry & Self::HIGH) << Self::HIGH_SHIFT))
+    }
+
+    const fn address_bits(address: HostPhysAddr) -> u64 {
+        (address.as_u64() & Self::LOW) | ((address.as_u64() >> Self::HIGH_SHIFT) & Self::HIGH)
+    }
+}
+
+impl Format for Stage2Lpa2 {
+    #[inline]
+    fn decode(entry: u64, level: Level) -> Entry {
+        stage2::decode(entry, level, Self::address(entry))
+    }
+
+    #[inline]
+    fn encode_leaf(leaf: Leaf, size: PageSize) -> u64 {
+        Self::address_bits(leaf.hpa) | stage2::encode_leaf(leaf, size)
+    }
+
+    #[inline]
+    fn encode_table(table: HostPhysAddr) -> u64 {
+        Self::address_bits(table) | stage2::TABLE_ENTRY
     }
 }

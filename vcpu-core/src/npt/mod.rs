@@ -9,7 +9,8 @@
 //! Hardware and [`walk`] may read the tables at any time. Each entry changes by one 64-bit store. A new table is filled before
 //! the store that links it, and a table is unlinked before it is freed; since a CPU may still hold a pointer to it,
 //! [`TableMemory::free`] must not let it be reused before the TLB flush. The engine rewrites entries in place without an
-//! empty one in between, as x86 allows and AArch64 does not always.
+//! empty one in between, as x86 allows and AArch64 does not always: there the caller first drops what it would replace by
+//! another page or size, and flushes (Arm ARM D8.16.1, "Using break-before-make").
 //!
 //! The CPU sets accessed and dirty bits in live entries. One that it sets while the engine rewrites the same entry may be
 //! lost, so the bits are hints; what must not be missed is found by taking the write permission away
@@ -23,7 +24,7 @@ mod tests;
 
 use core::fmt;
 
-pub use format::{Entry, Ept, Format, Leaf, Npt};
+pub use format::{Entry, Ept, Format, Leaf, Npt, Stage2, Stage2Lpa2};
 pub use iter::Leaves;
 pub use table::NestedPageTable;
 
@@ -46,6 +47,16 @@ pub trait TableMemory {
     /// A zeroed frame, a multiple of [`FRAME_SIZE`] below 2^52.
     fn alloc(&mut self) -> Option<HostPhysAddr>;
 
+    /// `1 << order` zeroed frames side by side, aligned to their size together, each of which is freed by itself: for a
+    /// root of several tables ([`Levels::root_order`]).
+    fn alloc_root(&mut self, order: u32) -> Option<HostPhysAddr> {
+        if order == 0 {
+            self.alloc()
+        } else {
+            None
+        }
+    }
+
     /// Takes a frame back. No table points to it any more, but a CPU may still walk it: whatever the call that freed it
     /// returns, an error included, the frame must not be reused until the TLBs have been flushed.
     fn free(&mut self, table: HostPhysAddr);
@@ -57,38 +68,79 @@ pub trait TableMemory {
     fn write(&mut self, table: HostPhysAddr, index: usize, entry: u64);
 }
 
-/// Number of table levels.
+/// Number of table levels, and of tables at the top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Levels {
     /// 48-bit guest physical addresses.
     Four,
     /// 52-bit guest physical addresses (the format has 57).
     Five,
+    /// As AArch64's stage 2 has them for guest physical ("intermediate") addresses of that width.
+    Ipa(IpaBits),
+}
+
+/// Width of an intermediate physical address, 32 to 52 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct IpaBits(u8);
+
+impl IpaBits {
+    /// The width, if it is 32 to 52 bits.
+    pub const fn new(bits: u32) -> Option<Self> {
+        if bits >= 32 && bits <= 52 {
+            Some(Self(bits as u8))
+        } else {
+            None
+        }
+    }
+
+    /// The width in bits.
+    pub const fn get(self) -> u32 {
+        self.0 as u32
+    }
 }
 
 impl Levels {
-    /// 4 or 5.
+    /// 2 to 5.
     pub const fn count(self) -> u8 {
         match self {
             Self::Four => 4,
             Self::Five => 5,
+            // As few as possible: up to 16 tables side by side stand in for one level more, with 4 bits of the address
+            // (Arm ARM D8.2.2, "Concatenated translation tables"). 32 to 34 bits take 2 levels, 44 to 52 take 4.
+            Self::Ipa(bits) => (bits.0 - 8) / 9,
         }
     }
 
-    /// First guest physical address that cannot be mapped: 2^48 or 2^52.
+    /// First guest physical address that cannot be mapped.
     pub const fn limit(self) -> u64 {
         match self {
             Self::Four => 1 << 48,
             Self::Five => PHYS_LIMIT,
+            Self::Ipa(bits) => 1 << bits.0,
+        }
+    }
+
+    /// How many tables the root has side by side, as log2: 0, but for [`Ipa`](Self::Ipa) up to 4.
+    pub const fn root_order(self) -> u32 {
+        match self {
+            Self::Four | Self::Five => 0,
+            Self::Ipa(bits) => (bits.0 as u32).saturating_sub(self.top().shift() + 9),
         }
     }
 
     const fn top(self) -> Level {
         Level(self.count())
     }
+
+    /// Which of the tables of `root` translates `gpa`, which is below the limit.
+    #[inline]
+    const fn root_table(self, root: HostPhysAddr, gpa: u64) -> HostPhysAddr {
+        // Aligned to their size together, so the number fills zero bits. Five levels span more than any address.
+        HostPhysAddr::new(root.as_u64() | ((gpa >> (self.top().shift() + 9)) << 12))
+    }
 }
 
-/// Level of a table: 1 holds 4 KiB leaves, the root has 4 or 5.
+/// Level of a table: 1 holds 4 KiB leaves, the root has 2 to 5. (AArch64 counts the other way, from 3 for the leaves.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Level(u8);
 
@@ -395,7 +447,7 @@ fn descend<F: Format>(
     gpa: u64,
     lowest: Level,
 ) -> Slot {
-    let mut table = root;
+    let mut table = levels.root_table(root, gpa);
     let mut level = levels.top();
     loop {
         let index = level.index(gpa);

@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 
 use super::{
     descend, Entry, Flush, Format, Leaf, LeafCount, Leaves, Level, Levels, Mapping, MemoryType, PageSize, Permissions,
-    Slot, Span, TableMemory, ENTRIES, MAX_TABLES_PER_MAP, PHYS_LIMIT,
+    Slot, Span, TableMemory, ENTRIES, MAX_TABLES_PER_MAP,
 };
 use crate::{AxError, AxResult, GuestPhysAddr, HostPhysAddr};
 
@@ -43,11 +43,11 @@ impl<F: Format> NestedPageTable<F> {
     /// # Errors
     /// [`AxError::NoMemory`].
     pub fn new<M: TableMemory>(levels: Levels, mem: &mut M) -> AxResult<Self> {
-        let root = mem.alloc().ok_or(AxError::NoMemory)?;
-        Ok(Self { root, levels, leaves: LeafCount::default(), tables: 1, format: PhantomData })
+        let root = mem.alloc_root(levels.root_order()).ok_or(AxError::NoMemory)?;
+        Ok(Self { root, levels, leaves: LeafCount::default(), tables: 1 << levels.root_order(), format: PhantomData })
     }
 
-    /// The root table, for the hardware and for [`walk`](super::walk). It stays the same.
+    /// The root table, or the first of them, for the hardware and for [`walk`](super::walk). It stays the same.
     #[inline]
     pub fn root(&self) -> HostPhysAddr {
         self.root
@@ -104,7 +104,7 @@ impl<F: Format> NestedPageTable<F> {
         if !gpa.is_aligned(size.bytes())
             || gpa.as_u64() >= self.levels.limit()
             || !hpa.is_aligned(size.bytes())
-            || hpa_end.as_u64() > PHYS_LIMIT
+            || hpa_end.as_u64() > F::PHYS_LIMIT
             || !perms.contains(Permissions::READ)
         {
             return Err(AxError::InvalidInput);
@@ -262,7 +262,9 @@ impl<F: Format> NestedPageTable<F> {
     pub fn free_all<M: TableMemory>(mut self, mem: &mut M) {
         let everything = Span { start: 0, end: self.levels.limit() };
         self.drop_leaves(everything, mem);
-        mem.free(self.root);
+        for number in 0..1u64 << self.levels.root_order() {
+            mem.free(HostPhysAddr::new(self.root.as_u64() | (number << 12)));
+        }
     }
 
     fn slot<M: TableMemory>(&self, gpa: u64, lowest: Level, mem: &M) -> Slot {

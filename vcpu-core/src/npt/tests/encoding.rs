@@ -43,6 +43,43 @@ fn ept_leaves() {
 }
 
 #[test]
+fn stage2_leaves() {
+    // Valid = 1, page (or table) = 2, MemAttr WB = 0x3c, nGnRE = 4, read = 0x40, write = 0x80, SH = 0x300, AF = 0x400,
+    // XN = bit 54, software's accessed and dirty = bits 55 and 56.
+    assert_leaf::<Stage2>(leaf(0x1234_5000, RWX, WB), K4, 0x1234_57ff);
+    assert_leaf::<Stage2>(leaf(0x1234_5000, RX, WB), K4, 0x1234_577f);
+    assert_leaf::<Stage2>(leaf(0x1234_5000, RW, WB), K4, 0x0040_0000_1234_57ff);
+    assert_leaf::<Stage2>(leaf(0x0900_0000, RW, UC), K4, 0x0040_0000_0900_07c7);
+    assert_leaf::<Stage2>(leaf(0x20_0000, RWX, WB), M2, 0x20_07fd);
+    assert_leaf::<Stage2>(leaf(0x4000_0000, RX, WB), G1, 0x4000_077d);
+    assert_leaf::<Stage2>(leaf(0x0000_ffff_ffff_f000, R, WB), K4, 0x0040_ffff_ffff_f77f);
+    assert_leaf::<Stage2>(Leaf { accessed: true, dirty: true, ..leaf(0x1000, RWX, WB) }, K4, 0x0180_0000_0000_17ff);
+    // Address bits 51:50 take the place of the shareability.
+    assert_leaf::<Stage2Lpa2>(leaf(0x1234_5000, RWX, WB), K4, 0x1234_54ff);
+    assert_leaf::<Stage2Lpa2>(leaf(0x000d_ffff_ffff_f000, RWX, WB), K4, 0x0001_ffff_ffff_f7ff);
+    assert_leaf::<Stage2Lpa2>(leaf(0x000b_0000_0020_0000, RX, WB), M2, 0x0003_0000_0020_067d);
+}
+
+#[test]
+fn stage2_tables_and_levels() {
+    assert_eq!(Stage2::encode_table(hpa(0xabc_d000)), 0xabc_d003);
+    assert_eq!(Stage2Lpa2::encode_table(hpa(0x000e_0000_0abc_d000)), 0x0002_0000_0abc_d303);
+    for number in 2..=5 {
+        assert_eq!(Stage2::decode(0xabc_d003, Level(number)), Entry::Table(hpa(0xabc_d000)));
+        assert_eq!(Stage2Lpa2::decode(0xabc_d103, Level(number)), Entry::Table(hpa(0x0004_0000_0abc_d000)));
+        assert_eq!(Stage2::decode(!1, Level(number)), Entry::Empty);
+    }
+    // Levels and log2 of the root's tables, as VTCR_EL2.SL0 and T0SZ have them with the 4 KiB granule (Arm ARM D8.2.2):
+    // start level 1 up to 43 bits, then level 0; concatenated where a table alone spans less.
+    let shape = |bits| IpaBits::new(bits).map(|bits| (Levels::Ipa(bits).count(), Levels::Ipa(bits).root_order()));
+    for (bits, levels, order) in [(32, 2, 2), (36, 3, 0), (39, 3, 0), (40, 3, 1), (42, 3, 3), (43, 3, 4), (44, 4, 0)] {
+        assert_eq!(shape(bits), Some((levels, order)), "{bits} bits");
+    }
+    assert_eq!((shape(48), shape(52)), (Some((4, 0)), Some((4, 4))));
+    assert_eq!((shape(31), shape(53)), (None, None));
+}
+
+#[test]
 fn tables_restrict_nothing() {
     assert_eq!(Npt::encode_table(hpa(0xabc_d000)), 0xabc_d007);
     assert_eq!(Ept::encode_table(hpa(0xabc_d000)), 0xabc_d007);

@@ -64,6 +64,16 @@ impl TableMemory for Frames {
         Some(HostPhysAddr::new(addr))
     }
 
+    fn alloc_root(&mut self, order: u32) -> Option<HostPhysAddr> {
+        // Frames at the beginning are aligned to whatever is asked for.
+        assert!(order == 0 || self.frames.is_empty());
+        let first = self.alloc()?;
+        for _ in 1..1 << order {
+            self.alloc()?;
+        }
+        Some(first)
+    }
+
     fn free(&mut self, table: HostPhysAddr) {
         let frame = self.frames.get_mut(Self::number(table)).and_then(Option::take);
         assert!(frame.is_some(), "{table:?} is freed, but not allocated");
@@ -87,12 +97,19 @@ struct Census {
     leaves: Vec<(u64, Mapping)>,
     tables: Vec<u64>,
     empty_tables: usize,
+    /// Tables of the root that have been visited.
+    roots: u64,
 }
 
 impl Census {
     fn take<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Self {
         let mut census = Self::default();
-        census.visit::<F>(table.root(), table.levels().top(), 0, mem);
+        let top = table.levels().top();
+        for number in 0..1u64 << table.levels().root_order() {
+            let root = HostPhysAddr::new(table.root().as_u64() + number * FRAME_SIZE);
+            census.roots += 1;
+            census.visit::<F>(root, top, number << (top.shift() + 9), mem);
+        }
         census
     }
 
@@ -120,7 +137,8 @@ impl Census {
             assert_eq!(raw, meant, "{gpa:#x}");
             empty = false;
         }
-        self.empty_tables += usize::from(empty && self.tables[0] != table.as_u64());
+        let root = (0..self.roots).any(|number| self.tables[0] + number * FRAME_SIZE == table.as_u64());
+        self.empty_tables += usize::from(empty && !root);
     }
 }
 

@@ -368,6 +368,10 @@ impl<F: Format> Pair<F> {
     }
 }
 
+fn ipa(bits: u32) -> Levels {
+    Levels::Ipa(IpaBits::new(bits).unwrap())
+}
+
 fn run<F: Format>(levels: Levels, steps: &[Step]) -> TestCaseResult {
     let mut pair = Pair::<F>::new(levels);
     for (op, budget) in steps {
@@ -399,6 +403,16 @@ proptest! {
     #[test]
     fn ept_of_4_levels_is_a_map_of_pages(steps in steps(Levels::Four)) {
         run::<Ept>(Levels::Four, &steps)?;
+    }
+
+    #[test]
+    fn stage2_of_40_bits_is_a_map_of_pages(steps in steps(ipa(40))) {
+        run::<Stage2Lpa2>(ipa(40), &steps)?;
+    }
+
+    #[test]
+    fn stage2_of_52_bits_is_a_map_of_pages(steps in steps(ipa(52))) {
+        run::<Stage2Lpa2>(ipa(52), &steps)?;
     }
 
     #[test]
