@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! Moving ABI structures between the caller's memory and ours, and turning errors into errnos.
 
-use axvcpu_uapi::AbiStruct;
+use axvcpu_uapi::{vcpu::RegisterSet, AbiStruct};
 use kernel::{
     prelude::*,
     transmute::{AsBytes, FromBytes},
@@ -38,9 +38,36 @@ pub(crate) fn write<T: AbiStruct>(addr: usize, value: T) -> Result {
 ///
 /// # Errors
 /// `EFAULT` if it is beyond the address space.
+#[cfg(CONFIG_X86_64)] // Arrays are CPUID's and MSRs'.
 pub(crate) fn element<T: AbiStruct>(base: u64, index: usize) -> Result<usize> {
     let addr = index.checked_mul(T::SIZE).and_then(|offset| offset.checked_add(usize::try_from(base).ok()?));
     addr.ok_or(EFAULT)
+}
+
+/// Gives the caller a register set of fixed size.
+///
+/// # Errors
+/// `EINVAL` if the caller's buffer has another size, `EFAULT`.
+pub(crate) fn put_set<T: AbiStruct>(arg: &RegisterSet, addr: usize, value: T) -> Result {
+    check_len::<T>(arg)?;
+    write(addr, value)
+}
+
+/// Takes a register set of fixed size from the caller.
+///
+/// # Errors
+/// As [`put_set`].
+pub(crate) fn take_set<T: AbiStruct>(arg: &RegisterSet, addr: usize) -> Result<T> {
+    check_len::<T>(arg)?;
+    read(addr)
+}
+
+fn check_len<T: AbiStruct>(arg: &RegisterSet) -> Result {
+    if arg.len as usize == T::SIZE {
+        Ok(())
+    } else {
+        Err(EINVAL)
+    }
 }
 
 /// Refuses reserved fields and flags that are not zero.

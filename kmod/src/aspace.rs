@@ -155,6 +155,7 @@ impl AddressSpace {
     }
 
     /// Where the caller's memory shows `addr`, if a region is there that has all of `rights` (`MEM_*`).
+    #[cfg(CONFIG_X86_64)] // For clocks in guest memory.
     pub(crate) fn host_address(&self, addr: GuestPhysAddr, rights: u32) -> Option<u64> {
         let state = self.state.lock();
         let region = state.regions.find(addr).filter(|region| region.flags & rights == rights)?;
@@ -207,6 +208,18 @@ impl AddressSpace {
         if present.is_some_and(|mapping| mapping.perms.bits() & needed == needed) {
             return Ok(Fault::Resolved);
         }
+        let replaces = !present.is_some_and(|old| old.size == size && old.hpa.align_down(size.bytes()) == phys);
+        if arch::BREAK_BEFORE_MAKE && replaces {
+            let dropped = table.zap(guest, size.bytes(), &mut Memory { spare, retired });
+            if !dropped.is_empty() {
+                self.shoot_down(&mut state);
+            }
+        }
+        if present.is_none() {
+            arch::prepare_memory(phys, size.bytes());
+        }
+        let State { table, retired, .. } = &mut *state;
+        let table = table.as_mut().ok_or(EINVAL)?;
         let flush = table
             .map(guest, phys, size, perms, MemoryType::WriteBack, &mut Memory { spare, retired })
             .map_err(abi::errno)?;
@@ -263,6 +276,7 @@ impl AddressSpace {
 
     /// Makes sure that no vCPU uses a translation that is no longer in the tables, and frees tables that are no longer in use.
     fn shoot_down(&self, state: &mut State) {
+        arch::tables_changed();
         self.generation.fetch_add(1, Ordering::SeqCst);
         let me = self.identity();
         for vcpu in self.vm.vcpus() {

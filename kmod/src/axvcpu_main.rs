@@ -4,8 +4,8 @@
 //! What is where: `device` and `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
 //! that runs a guest, `shared` what threads and interrupts may touch of a vCPU at any time, `timer` its time, `notifier`
 //! and `tables` what an address space is made of, `percpu` and `hal` the host as the backends see it, `ffi` the calls into
-//! C. What only one architecture has is in `arch`: `x86/`. The backends themselves are the crate `x86_vcpu`, the rules
-//! of the trait and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
+//! C. What only one architecture has is in `arch`: `x86/` or `arm64/`. The backends themselves are the crates `x86_vcpu`
+//! and `arm_vcpu`, the rules of the trait and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
 //!
 //! Locks, outermost first: `Vm::creation`, `Vcpu::inner` (never both), `AddressSpace::state`.
 
@@ -14,6 +14,9 @@ use kernel::prelude::*;
 mod abi;
 #[cfg(CONFIG_X86_64)]
 #[path = "x86/mod.rs"]
+mod arch;
+#[cfg(CONFIG_ARM64)]
+#[path = "arm64/mod.rs"]
 mod arch;
 mod aspace;
 mod device;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The functions of `helpers.c`: the calls into the C side of the kernel that its Rust bindings cannot make. Each is
 //! wrapped once, in a safe function where that is possible; the other files use these wrappers only. Some of them each
-//! architecture implements in its own way, in `x86/helpers.c`.
+//! architecture implements in its own way, in `x86/helpers.c` and
+//! `arm64/helpers.c`.
 
 use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
@@ -16,6 +17,7 @@ mod raw {
     #[allow(improper_ctypes)]
     extern "C" {
         pub(super) fn axvcpu_alloc_pages(order: u32) -> usize;
+        pub(super) fn axvcpu_split_pages(addr: usize, order: u32);
         pub(super) fn axvcpu_free_pages(addr: usize, order: u32);
         pub(super) fn axvcpu_virt_to_phys(addr: usize) -> u64;
         pub(super) fn axvcpu_phys_to_virt(addr: u64) -> *mut u8;
@@ -59,6 +61,14 @@ pub(crate) fn alloc_pages(order: u32) -> Option<HostPhysAddr> {
     }
     // SAFETY: `addr` is in the direct map, as the page allocator just returned it.
     Some(HostPhysAddr::new(unsafe { raw::axvcpu_virt_to_phys(addr) }))
+}
+
+/// Allocates `1 << order` pages as [`alloc_pages`] does, but each to be freed by itself, with order 0.
+pub(crate) fn alloc_single_pages(order: u32) -> Option<HostPhysAddr> {
+    let addr = alloc_pages(order)?;
+    // SAFETY: The block was just allocated with this order, and nobody else knows of it.
+    unsafe { raw::axvcpu_split_pages(phys_to_virt(addr) as usize, order) };
+    Some(addr)
 }
 
 /// Frees what [`alloc_pages`] gave.

@@ -3,7 +3,7 @@
  * C side of ffi.rs: inline functions and macros of the kernel that Rust cannot
  * call, and functions that the kernel's bindings leave out. One call each, no
  * policy; what a function may be called from is said in ffi.rs. What each
- * architecture does in its own way is in x86/helpers.c.
+ * architecture does in its own way is in x86/helpers.c and arm64/helpers.c.
  */
 #include <linux/anon_inodes.h>
 #include <linux/entry-virt.h>
@@ -26,6 +26,11 @@
 unsigned long axvcpu_alloc_pages(unsigned int order)
 {
 	return __get_free_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN, order);
+}
+
+void axvcpu_split_pages(unsigned long addr, unsigned int order)
+{
+	split_page(virt_to_page((void *)addr), order);
 }
 
 void axvcpu_free_pages(unsigned long addr, unsigned int order)
@@ -83,26 +88,29 @@ unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr)
 {
 	unsigned int shift = 0;
 	unsigned long flags;
-	pgd_t pgd;
-	p4d_t p4d;
-	pud_t pud;
+	pgd_t *pgdp, pgd;
+	p4d_t *p4dp, p4d;
+	pud_t *pudp, pud;
 	pmd_t pmd;
 
 	local_irq_save(flags);
-	pgd = READ_ONCE(*pgd_offset(mm, addr));
+	pgdp = pgd_offset(mm, addr);
+	pgd = READ_ONCE(*pgdp);
 	if (pgd_none(pgd))
 		goto out;
-	p4d = READ_ONCE(*p4d_offset(&pgd, addr));
+	p4dp = p4d_offset_lockless(pgdp, pgd, addr);
+	p4d = READ_ONCE(*p4dp);
 	if (p4d_none(p4d) || !p4d_present(p4d))
 		goto out;
-	pud = READ_ONCE(*pud_offset(&p4d, addr));
+	pudp = pud_offset_lockless(p4dp, p4d, addr);
+	pud = READ_ONCE(*pudp);
 	if (pud_none(pud) || !pud_present(pud))
 		goto out;
 	if (pud_leaf(pud)) {
 		shift = PUD_SHIFT;
 		goto out;
 	}
-	pmd = READ_ONCE(*pmd_offset(&pud, addr));
+	pmd = READ_ONCE(*pmd_offset_lockless(pudp, pud, addr));
 	if (pmd_none(pmd) || !pmd_present(pmd))
 		goto out;
 	shift = pmd_leaf(pmd) ? PMD_SHIFT : PAGE_SHIFT;

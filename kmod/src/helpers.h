@@ -13,6 +13,7 @@ struct task_struct;
 struct vm_area_struct;
 
 unsigned long axvcpu_alloc_pages(unsigned int order);
+void axvcpu_split_pages(unsigned long addr, unsigned int order);
 void axvcpu_free_pages(unsigned long addr, unsigned int order);
 u64 axvcpu_virt_to_phys(unsigned long addr);
 void *axvcpu_phys_to_virt(u64 addr);
@@ -38,6 +39,10 @@ int axvcpu_yield_to(struct task_struct *const *slot);
 void axvcpu_send_ipi(int cpu);
 void axvcpu_fpu_begin(void);
 void axvcpu_fpu_end(void);
+
+#ifdef CONFIG_ARM64
+void axvcpu_flush_ipis(void);
+#endif
 
 #ifdef CONFIG_X86_64
 unsigned int axvcpu_mitigations(void);

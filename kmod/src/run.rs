@@ -60,7 +60,7 @@ impl Vcpu {
     /// Does what the caller asked for in the run page.
     fn take_requests(&self, inner: &mut Inner) -> Result {
         let request = self.page.request();
-        if request & !(abi_run::REQUEST_LOAD_GENERAL | abi_run::REQUEST_INTERRUPT_WINDOW) != 0 {
+        if request & !arch::REQUESTS != 0 {
             return Err(EINVAL);
         }
         let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
@@ -109,7 +109,10 @@ impl Vcpu {
                         Ok(Fault::Resolved) => self.shared.stats.count_exit(ExitKind::PageFault),
                         Ok(Fault::NotMemory) => {
                             self.shared.stats.count_exit(ExitKind::Mmio);
-                            return Ok(Some(exit));
+                            let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(plain)?, exit);
+                            if exit != Exit::Nothing {
+                                return Ok(Some(exit));
+                            }
                         }
                         Err(error) if error == EINTR => return Err((Some(Exit::Interrupted), error)),
                         Err(error) => return Err((Some(exit), error)),

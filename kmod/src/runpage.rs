@@ -51,27 +51,48 @@ impl Page {
     );
     field!(
         /// Sets the number of instruction bytes.
+        #[cfg(CONFIG_X86_64)]
         set_insn_len, insn_len: u32
     );
     field!(
         /// Sets the instruction bytes.
+        #[cfg(CONFIG_X86_64)]
         set_insn, insn: [u8; 16]
     );
     field!(
         /// Sets the address of the next instruction.
+        #[cfg(CONFIG_X86_64)]
         set_next_rip, next_rip: u64
     );
     field!(
         /// Sets the general registers.
+        #[cfg(CONFIG_X86_64)]
         set_general, general: axvcpu_uapi::x86::General
     );
     field!(
         /// Sets the control registers.
+        #[cfg(CONFIG_X86_64)]
         set_control, control: axvcpu_uapi::x86::Control
     );
     field!(
         /// Sets the segments.
+        #[cfg(CONFIG_X86_64)]
         set_segments, segments: axvcpu_uapi::x86::Segments
+    );
+    field!(
+        /// Sets the general registers.
+        #[cfg(CONFIG_ARM64)]
+        set_general, arm64: axvcpu_uapi::arm64::General
+    );
+    field!(
+        /// Sets the syndrome.
+        #[cfg(CONFIG_ARM64)]
+        set_esr, esr: u64
+    );
+    field!(
+        /// Sets the address of the fault.
+        #[cfg(CONFIG_ARM64)]
+        set_far, far: u64
     );
     field!(
         /// Sets the requests, to clear those that have been done.
@@ -101,6 +122,14 @@ impl Page {
     }
 
     /// The caller's general registers.
+    #[cfg(CONFIG_ARM64)]
+    pub(crate) fn general(&self) -> axvcpu_uapi::arm64::General {
+        // SAFETY: As in `field`; any bit pattern is valid.
+        unsafe { core::ptr::addr_of!((*self.page()).arm64).read_volatile() }
+    }
+
+    /// The caller's general registers.
+    #[cfg(CONFIG_X86_64)]
     pub(crate) fn general(&self) -> axvcpu_uapi::x86::General {
         // SAFETY: As in `field`; any bit pattern is valid.
         unsafe { core::ptr::addr_of!((*self.page()).general).read_volatile() }

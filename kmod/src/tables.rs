@@ -97,6 +97,14 @@ impl TableMemory for Memory<'_> {
         self.spare.frames.iter_mut().find_map(Option::take)
     }
 
+    fn alloc_root(&mut self, order: u32) -> Option<HostPhysAddr> {
+        if order == 0 {
+            self.alloc()
+        } else {
+            ffi::alloc_single_pages(order)
+        }
+    }
+
     fn free(&mut self, table: HostPhysAddr) {
         self.retired.push(table);
     }

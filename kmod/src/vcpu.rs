@@ -65,7 +65,7 @@ impl Vcpu {
     #[inline(never)] // A stack frame of its own, gone when the caller goes on.
     pub(crate) fn new(vm: Arc<Vm>, shared: Arc<Shared>) -> Result<Arc<Self>> {
         let inner = Inner {
-            vcpu: AxVCpu::new(arch::create_config(shared.id)).map_err(abi::errno)?,
+            vcpu: AxVCpu::new(arch::create_config(vm.arch(), shared.id)).map_err(abi::errno)?,
             aspace: None,
             timer: Timer::new(shared.clone())?,
             spare: Spare::empty(),

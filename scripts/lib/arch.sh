@@ -22,7 +22,7 @@ arch_select() {
 		axv_choice=kernel-main
 		axv_kernel_make=()
 		axv_rustflags='-C target-feature=+crt-static'
-		axv_packages=(--workspace)
+		axv_packages=(--workspace --bins)
 		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-peer axvcpu-bench axvcpu-load)
 		axv_host_modules=(kvm-amd kvm-intel vfat loop)
 		;;
@@ -35,8 +35,8 @@ arch_select() {
 		axv_kernel_make=(ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu- CROSS_COMPILE_COMPAT=)
 		axv_rustflags='-C target-feature=+crt-static -C linker=aarch64-linux-gnu-gcc-14'
 		# There is no axvmm for it yet.
-		axv_packages=(--package axvcpu-tests)
-		axv_programs=(axvcpu-guests axvcpu-abuse)
+		axv_packages=(--package axvcpu-tests --bin axvcpu-guests)
+		axv_programs=(axvcpu-guests)
 		axv_host_modules=(vfat loop) # KVM is built in
 		;;
 	esac

@@ -39,7 +39,7 @@ build_programs_cargo() {
 	cd "$axv_top"
 	CARGO_TARGET_DIR=$axv_work/target/lab \
 		RUSTFLAGS=$axv_rustflags \
-		in_root cargo build --release --locked --target "$axv_target" "${axv_packages[@]}" --bins
+		in_root cargo build --release --locked --target "$axv_target" "${axv_packages[@]}"
 	local name
 	for name in "${axv_programs[@]}"; do
 		[[ -x $(program_path "$name") ]] || {

@@ -7,15 +7,31 @@
 //! Linux guest and keeps its CPUs busy with each other ([`load`]). All print one line for each case ([`harness`]) and
 //! need nothing but themselves, so they can be linked statically and dropped into an initramfs.
 
+#[cfg(target_arch = "x86_64")]
 pub mod abuse;
+#[cfg(target_arch = "x86_64")]
 pub mod code;
+#[cfg(target_arch = "aarch64")]
+#[path = "arm64/code.rs"]
+pub mod code;
+#[cfg(target_arch = "x86_64")]
 pub mod cpus;
+#[cfg(target_arch = "x86_64")]
 pub mod flaws;
+#[cfg(target_arch = "x86_64")]
+pub mod guests;
+#[cfg(target_arch = "aarch64")]
+#[path = "arm64/guests/mod.rs"]
 pub mod guests;
 pub mod harness;
 pub mod hypervisor;
 pub mod load;
+#[cfg(target_arch = "x86_64")]
 pub mod machine;
+#[cfg(target_arch = "aarch64")]
+#[path = "arm64/machine.rs"]
+pub mod machine;
+#[cfg(target_arch = "x86_64")]
 pub mod peer;
 pub mod random;
 pub mod raw;

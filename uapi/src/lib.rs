@@ -3,7 +3,7 @@
 //!
 //! Everything here is plain data with a fixed layout, the same bytes on every architecture: argument structures
 //! ([`system`], [`vm`], [`aspace`], [`vcpu`]), the [`run`] page that a vCPU shares with its thread, [`exit`] reasons, and
-//! the register sets of each architecture ([`x86`]). The feature `client` adds safe handles (module `client`).
+//! the register sets of each architecture ([`x86`], [`arm64`]). The feature `client` adds safe handles (module `client`).
 //!
 //! Rules that hold for every structure:
 //! - its size is part of the ioctl number, so a caller built against another layout gets `ENOTTY`, not a misreading;
@@ -19,6 +19,7 @@
 extern crate std;
 
 pub mod addr;
+pub mod arm64;
 pub mod aspace;
 #[cfg(feature = "client")]
 pub mod client;

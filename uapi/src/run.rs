@@ -16,13 +16,14 @@ pub const STATE_SNAPSHOT_VALID: u32 = 1 << 1;
 /// [`RunPage::state`]: the guest's CPL is 3.
 pub const STATE_USER_MODE: u32 = 1 << 2;
 
-/// [`RunPage::request`]: load [`RunPage::general`] into the vCPU first. The kernel clears it.
+/// [`RunPage::request`]: load [`RunPage::general`] (AArch64: [`RunPage::arm64`]) into the vCPU first. The kernel clears it.
 pub const REQUEST_LOAD_GENERAL: u32 = 1 << 0;
 /// [`RunPage::request`]: return with [`InterruptWindow`](crate::exit::AxVCpuExitReason::InterruptWindow) as soon as the
-/// guest can take an external interrupt. Stays until cleared by the caller.
+/// guest can take an external interrupt. Stays until cleared by the caller. (x86; elsewhere `EINVAL`.)
 pub const REQUEST_INTERRUPT_WINDOW: u32 = 1 << 1;
 
-/// [`RunPage::reply`]: refuse the access: the guest gets #GP(0) (system registers).
+/// [`RunPage::reply`]: refuse the access: the guest gets #GP(0) (x86, system registers), an undefined instruction exception
+/// (AArch64, system registers) or a synchronous external abort (AArch64, MMIO).
 pub const REPLY_FAULT: u32 = 1 << 0;
 
 abi_struct! {
@@ -54,7 +55,13 @@ abi_struct! {
         pub control: Control,
         /// Segments at the exit (x86), if [`STATE_SNAPSHOT_VALID`].
         pub segments: Segments,
+        /// General registers at the exit (AArch64).
+        pub arm64: crate::arm64::General,
+        /// ESR_EL2 of the last exit that was a synchronous exception (AArch64).
+        pub esr: u64,
+        /// FAR_EL2 of that exit: the guest virtual address of a fault (AArch64).
+        pub far: u64,
         /// Zero; room for other architectures.
-        pub reserved2: [u64; 434],
+        pub reserved2: [u64; 398],
     }
 }

@@ -7,7 +7,8 @@ abi_struct! {
     /// `SET_ENTRY`: once, before `SETUP`.
     pub struct Entry: 8 {
         /// Guest physical address of the first instruction. On x86 it is below 4 GiB and the vCPU starts there in real mode,
-        /// with a code segment based at the address's upper bits, unless register sets say otherwise after `SETUP`.
+        /// with a code segment based at the address's upper bits, unless register sets say otherwise after `SETUP`. On AArch64 it
+        /// is a multiple of 4 and the vCPU starts there at EL1 with its MMU off and all exceptions masked.
         pub guest_addr: u64,
     }
 }
@@ -44,7 +45,8 @@ abi_struct! {
 abi_struct! {
     /// `SET_GPR`: legal as soon as the vCPU is set up.
     pub struct Gpr: 16 {
-        /// Register number in the hardware's encoding (x86: 0 RAX, 1 RCX, 2 RDX, 3 RBX, 4 RSP, 5 RBP, 6 RSI, 7 RDI, 8..15 R8..R15).
+        /// Register number in the hardware's encoding (x86: 0 RAX, 1 RCX, 2 RDX, 3 RBX, 4 RSP, 5 RBP, 6 RSI, 7 RDI, 8..15
+        /// R8..R15; AArch64: 0..30 X0..X30).
         pub reg: u32,
         /// Zero.
         pub reserved: u32,
@@ -69,6 +71,13 @@ pub const SET_XSAVE: u32 = 6;
 pub const SET_EVENTS: u32 = 7;
 /// [`RegisterSet::set`]: [`crate::x86::LocalApic`].
 pub const SET_LOCAL_APIC: u32 = 8;
+
+/// [`RegisterSet::set`]: [`crate::arm64::General`].
+pub const SET_ARM64_GENERAL: u32 = 16;
+/// [`RegisterSet::set`]: [`crate::arm64::System`].
+pub const SET_ARM64_SYSTEM: u32 = 17;
+/// [`RegisterSet::set`]: [`crate::arm64::Fp`].
+pub const SET_ARM64_FP: u32 = 18;
 
 /// Entries in one [`SET_MSRS`] access, at most.
 pub const MAX_MSRS: u32 = 128;

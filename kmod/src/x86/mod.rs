@@ -3,15 +3,16 @@
 
 mod backends;
 mod clock;
+mod exits;
 mod ffi;
 mod hal;
 pub(crate) mod regs;
-mod run;
 mod system;
 mod vcpu;
 mod vm;
 
-use vcpu_core::{npt::TableMemory, AxResult};
+use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
+use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
 use x86_vcpu::{Capabilities, X86PerCpu, X86VCpu};
 
 pub(crate) use backends::Backends;
@@ -40,3 +41,20 @@ pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable,
     let table = NestedTable::new(x86_vcpu::detect()?, caps.npt_levels, memory)?;
     Ok((table, 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit())))
 }
+
+/// What the run page may ask for.
+pub(crate) const REQUESTS: u32 = run::REQUEST_LOAD_GENERAL | run::REQUEST_INTERRUPT_WINDOW;
+
+/// The exit for an access to what is no memory: userspace decodes it.
+pub(crate) fn not_memory(_vcpu: &mut VCpu, fault: Exit) -> Exit {
+    fault
+}
+
+/// Whether a table entry may not be replaced by another translation without being empty, and flushed, in between.
+pub(crate) const BREAK_BEFORE_MAKE: bool = false;
+
+/// Readies memory for a guest that it is about to be mapped for: caches are coherent here.
+pub(crate) fn prepare_memory(_addr: HostPhysAddr, _size: u64) {}
+
+/// Makes what was stored to tables seen by their walks, before TLBs are flushed: it is already.
+pub(crate) fn tables_changed() {}

@@ -29,14 +29,14 @@ pub(crate) fn get(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
     let arch = inner.vcpu.arch().map_err(abi::errno)?;
     let addr = usize::try_from(arg.addr).map_err(|_| EFAULT)?;
     match arg.set {
-        SET_GENERAL => put(&arg, addr, arch.general()),
-        SET_SEGMENTS => put(&arg, addr, arch.segments()),
-        SET_CONTROL => put(&arg, addr, arch.control()),
-        SET_DEBUG => put(&arg, addr, arch.debug()),
-        SET_EVENTS => put(&arg, addr, arch.events()),
+        SET_GENERAL => abi::put_set(&arg, addr, arch.general()),
+        SET_SEGMENTS => abi::put_set(&arg, addr, arch.segments()),
+        SET_CONTROL => abi::put_set(&arg, addr, arch.control()),
+        SET_DEBUG => abi::put_set(&arg, addr, arch.debug()),
+        SET_EVENTS => abi::put_set(&arg, addr, arch.events()),
         SET_LOCAL_APIC => {
             let state = inner.vcpu.arch_mut().and_then(Arch::local_apic).map_err(abi::errno)?;
-            put(&arg, addr, state)
+            abi::put_set(&arg, addr, state)
         }
         SET_MSRS => get_msrs(inner.vcpu.arch_mut().map_err(abi::errno)?, &arg),
         SET_XSAVE => {
@@ -58,12 +58,12 @@ pub(crate) fn set(inner: &mut Inner, arg: RegisterSet) -> Result<isize> {
     let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
     let addr = usize::try_from(arg.addr).map_err(|_| EFAULT)?;
     match arg.set {
-        SET_GENERAL => arch.set_general(&take(&arg, addr)?),
-        SET_SEGMENTS => arch.set_segments(&take(&arg, addr)?),
-        SET_CONTROL => arch.set_control(&take(&arg, addr)?),
-        SET_DEBUG => arch.set_debug(&take(&arg, addr)?),
-        SET_EVENTS => arch.set_events(&take(&arg, addr)?),
-        SET_LOCAL_APIC => arch.set_local_apic(&take(&arg, addr)?),
+        SET_GENERAL => arch.set_general(&abi::take_set(&arg, addr)?),
+        SET_SEGMENTS => arch.set_segments(&abi::take_set(&arg, addr)?),
+        SET_CONTROL => arch.set_control(&abi::take_set(&arg, addr)?),
+        SET_DEBUG => arch.set_debug(&abi::take_set(&arg, addr)?),
+        SET_EVENTS => arch.set_events(&abi::take_set(&arg, addr)?),
+        SET_LOCAL_APIC => arch.set_local_apic(&abi::take_set(&arg, addr)?),
         SET_MSRS => return set_msrs(arch, &arg).map(|()| 0),
         SET_XSAVE => {
             let mut area = xsave_area(arch, &arg)?;
@@ -82,24 +82,6 @@ fn synchronize(inner: &mut Inner, set: u32) -> Result {
     match inner.vcpu.arch_mut() {
         Ok(arch) if matches!(set, SET_SEGMENTS | SET_CONTROL | SET_MSRS) => arch.synchronize().map_err(abi::errno),
         _ => Ok(()),
-    }
-}
-
-fn put<T: AbiStruct>(arg: &RegisterSet, addr: usize, value: T) -> Result {
-    check_len::<T>(arg)?;
-    abi::write(addr, value)
-}
-
-fn take<T: AbiStruct>(arg: &RegisterSet, addr: usize) -> Result<T> {
-    check_len::<T>(arg)?;
-    abi::read(addr)
-}
-
-fn check_len<T: AbiStruct>(arg: &RegisterSet) -> Result {
-    if arg.len as usize == T::SIZE {
-        Ok(())
-    } else {
-        Err(EINVAL)
     }
 }
 

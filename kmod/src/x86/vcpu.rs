@@ -10,6 +10,7 @@ use kernel::prelude::*;
 use vcpu_core::AxError;
 use x86_vcpu::{X86CreateConfig, X86SetupConfig};
 
+use super::VmState;
 use crate::{
     abi,
     hal::Host,
@@ -23,7 +24,7 @@ pub(crate) const MAX_CPUID_ENTRIES: u32 = x86_vcpu::cpuid::MAX_ENTRIES as u32;
 pub(crate) const GENERAL_REGISTERS: u32 = 16;
 
 /// What the backend must know of vCPU `id` to create it.
-pub(crate) fn create_config(id: u32) -> X86CreateConfig {
+pub(crate) fn create_config(_vm: &VmState, id: u32) -> X86CreateConfig {
     X86CreateConfig { vcpu_id: id }
 }
 

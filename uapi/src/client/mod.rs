@@ -52,3 +52,10 @@ pub use run_page::{Exit, Snapshot};
 pub use system::System;
 pub use vcpu::{Apic, Kicker, RegisterSet, Vcpu};
 pub use vm::Vm;
+
+/// The general registers of the architecture that the program is built for.
+#[cfg(target_arch = "aarch64")]
+pub(crate) use crate::arm64::General;
+/// The general registers of the architecture that the program is built for.
+#[cfg(not(target_arch = "aarch64"))]
+pub(crate) use crate::x86::General;

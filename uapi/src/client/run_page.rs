@@ -6,9 +6,10 @@
 #![allow(unsafe_code)]
 
 use super::error::{Error, Result};
+use super::General;
 use crate::exit::{AxVCpuExitReason, ExitRecord};
 use crate::run::{RunPage, STATE_INTERRUPT_WINDOW_OPEN, STATE_SNAPSHOT_VALID, STATE_USER_MODE};
-use crate::x86::{Control, General, Segments};
+use crate::x86::{Control, Segments};
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
@@ -128,13 +129,32 @@ impl Mapping {
     }
 
     /// The general registers.
+    #[cfg(not(target_arch = "aarch64"))]
     pub(super) fn general(&self) -> General {
         get!(self, general)
     }
 
+    /// The general registers.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn general(&self) -> General {
+        get!(self, arm64)
+    }
+
     /// Stores the general registers; without `REQUEST_LOAD_GENERAL` the kernel does not look at them.
+    #[cfg(not(target_arch = "aarch64"))]
     pub(super) fn set_general(&mut self, general: &General) {
         set!(self, general, *general);
+    }
+
+    /// Stores the general registers; without `REQUEST_LOAD_GENERAL` the kernel does not look at them.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn set_general(&mut self, general: &General) {
+        set!(self, arm64, *general);
+    }
+
+    /// ESR_EL2 and FAR_EL2 of the last synchronous exception (AArch64).
+    pub(super) fn syndrome(&self) -> (u64, u64) {
+        (get!(self, esr), get!(self, far))
     }
 
     /// Stores the answer to a read: a value, and `REPLY_*`.

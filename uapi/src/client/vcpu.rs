@@ -6,12 +6,14 @@ use super::aspace::AddressSpace;
 use super::error::{Error, Result};
 use super::run_page::{Exit, Mapping, Snapshot};
 use super::sys;
+use super::General;
 use crate::addr::GuestPhysAddr;
 use crate::ioctl;
 use crate::layout::AbiStruct;
 use crate::run::{REPLY_FAULT, REQUEST_INTERRUPT_WINDOW, REQUEST_LOAD_GENERAL};
 use crate::vcpu::{self, ApicAccess, Entry, EptRoot, Event, Gpr, Setup, VcpuStats, APIC_WRITE};
-use crate::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Msr, Segments};
+use crate::x86::{Control, CpuidEntry, Debug, Events, LocalApic, Msr, Segments};
+use crate::{arm64, x86};
 use nix::errno::Errno;
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -36,8 +38,17 @@ pub trait RegisterSet: AbiStruct {
     /// Its number in the ABI.
     const SET: u32;
 }
-impl RegisterSet for General {
+impl RegisterSet for x86::General {
     const SET: u32 = vcpu::SET_GENERAL;
+}
+impl RegisterSet for arm64::General {
+    const SET: u32 = vcpu::SET_ARM64_GENERAL;
+}
+impl RegisterSet for arm64::System {
+    const SET: u32 = vcpu::SET_ARM64_SYSTEM;
+}
+impl RegisterSet for arm64::Fp {
+    const SET: u32 = vcpu::SET_ARM64_FP;
 }
 impl RegisterSet for Segments {
     const SET: u32 = vcpu::SET_SEGMENTS;
@@ -112,7 +123,8 @@ impl Vcpu {
                 Apic::InKernel => vcpu::SETUP_IN_KERNEL_APIC,
             },
             cpuid_count: u32::try_from(cpuid.len()).map_err(|_| Error::Setup(Errno::EINVAL))?,
-            cpuid_addr: cpuid.as_ptr() as u64,
+            // Elsewhere than on x86 there is no table, nor an address of one.
+            cpuid_addr: if cpuid.is_empty() { 0 } else { cpuid.as_ptr() as u64 },
             ..Setup::ZERO
         };
         // SAFETY: the kernel only reads `cpuid_count` entries from the address.
@@ -160,6 +172,11 @@ impl Vcpu {
         self.set_general(&general);
     }
 
+    /// ESR_EL2 and FAR_EL2 of the last exit that was a synchronous exception (AArch64).
+    pub fn syndrome(&self) -> (u64, u64) {
+        self.page.syndrome()
+    }
+
     /// Control registers and segments at the last exit, if it came with them: nested page faults and string I/O do.
     pub fn snapshot(&self) -> Option<Snapshot> {
         self.page.snapshot()
@@ -182,7 +199,8 @@ impl Vcpu {
         self.page.request(REQUEST_INTERRUPT_WINDOW, on);
     }
 
-    /// Sets one general register by its number in the hardware's encoding (x86: 0 RAX, 1 RCX, ... 15 R15).
+    /// Sets one general register by its number in the hardware's encoding (x86: 0 RAX, 1 RCX, ... 15 R15; AArch64: 0
+    /// to 30).
     ///
     /// # Errors
     /// [`Error::SetGpr`]: `EINVAL` for a number that is none.
@@ -191,8 +209,12 @@ impl Vcpu {
         unsafe { sys::with(self.as_fd(), ioctl::SET_GPR, &mut Gpr { reg, reserved: 0, value }) }
             .map_err(Error::SetGpr)?;
         let mut general = self.general();
-        if let Some(gpr) = general.gpr.get_mut(reg as usize) {
-            *gpr = value;
+        #[cfg(not(target_arch = "aarch64"))]
+        let registers = &mut general.gpr;
+        #[cfg(target_arch = "aarch64")]
+        let registers = &mut general.x;
+        if let Some(register) = registers.get_mut(reg as usize) {
+            *register = value;
         }
         self.page.set_general(&general);
         Ok(())

@@ -1,0 +1,580 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! [`ArmVCpu`]: a vCPU, as the module uses it.
+//!
+//! Where its registers are: in memory, but for the EL1, EL0 and SIMD registers of a vCPU that is *loaded*, which is from its
+//! first entry after interrupts went off to [`leave`](ArmVCpu::leave). Register sets are read and set while it is not.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use axvcpu_uapi::arm64::{Fp, General, System, PSTATE_DAIF, PSTATE_EL0, PSTATE_EL1H, PSTATE_EL1T, PSTATE_MODE};
+use axvcpu_uapi::vcpu::ExitKind;
+use vcpu_core::{AxArchPerCpu, AxArchVCpu, AxError, AxResult, AxVCpuExitReason as Exit, AxVCpuHal};
+use vcpu_core::{GuestPhysAddr, HostPhysAddr};
+
+use crate::caps::Capabilities;
+use crate::cpu;
+use crate::exception::{Environment, Exception};
+use crate::exit::{self, Event};
+use crate::frame::TrapFrame;
+use crate::psci;
+use crate::switch;
+use crate::syndrome::{class, Syndrome, SystemAccess};
+use crate::sysreg;
+use crate::window::{self, HostState, Setting};
+
+/// What [`AxArchVCpu::new`] needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmCreateConfig {
+    /// The vCPU's number.
+    pub vcpu_id: u32,
+    /// The host's counter when the guest's is 0: the same for all vCPUs of a VM.
+    pub counter_origin: u64,
+}
+
+/// An answer from userspace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reply {
+    /// The value read, or the hypercall's result.
+    pub value: u64,
+    /// Refuse the access: the guest gets an exception.
+    pub fault: bool,
+}
+
+/// What waits for userspace's answer. The PC is behind the instruction already.
+#[derive(Clone, Copy, Debug)]
+enum Open {
+    Nothing,
+    /// A read of a register, or of device memory: how the value is extended.
+    SysRead {
+        general: usize,
+    },
+    SysWrite,
+    MmioRead {
+        read: Exit,
+        general: usize,
+    },
+    MmioWrite,
+    Call,
+}
+
+/// What others post to a vCPU. There is nothing yet: it takes an interrupt controller in the kernel.
+#[derive(Debug, Default)]
+pub struct Mailbox;
+
+impl Mailbox {
+    /// An empty one.
+    pub const fn new() -> Self {
+        Self
+    }
+
+    /// Whether something waits.
+    pub fn pending(&self) -> bool {
+        false
+    }
+
+    /// The host timer expired. It is never started.
+    pub fn post_timer(&self) {}
+}
+
+/// What the host timer must do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimerUpdate {
+    /// Nothing.
+    Unchanged,
+    /// Stop.
+    Cancel,
+    /// Expire at this time of the host's monotonic clock, in nanoseconds.
+    Arm(u64),
+}
+
+/// The registers, in a frame of the host's.
+#[repr(C)]
+struct State {
+    frame: TrapFrame,
+    system: System,
+    fp: Fp,
+    host: HostState,
+}
+
+const _: () = assert!(size_of::<State>() <= 4096, "the state is more than a frame");
+
+/// What the backend keeps for each physical CPU: nothing, since all that the hardware needs is switched with each window.
+pub struct ArmPerCpu;
+
+impl ArmPerCpu {
+    /// The CPU goes offline, or the module goes.
+    pub fn retire(&mut self) {}
+}
+
+impl AxArchPerCpu for ArmPerCpu {
+    fn new(_cpu_id: usize) -> AxResult<Self> {
+        Ok(Self)
+    }
+
+    /// EL2 is where the host is.
+    fn is_enabled(&self) -> bool {
+        true
+    }
+
+    fn hardware_enable(&mut self) -> AxResult {
+        Ok(())
+    }
+
+    fn hardware_disable(&mut self) -> AxResult {
+        Ok(())
+    }
+}
+
+/// A vCPU.
+///
+/// # Invariants
+/// `state` points to a frame that came from `H::alloc_frames(0)`, holds a [`State`], and is this object's alone.
+pub struct ArmVCpu<H: AxVCpuHal> {
+    state: NonNull<State>,
+    phys: HostPhysAddr,
+    caps: Capabilities,
+    setting: Setting,
+    entry: u64,
+    /// Between the first entry of a stretch with interrupts off and `leave`.
+    loaded: bool,
+    /// Translations went away.
+    flush: bool,
+    /// An exception that the guest takes before it goes on.
+    exception: Option<Exception>,
+    open: Open,
+    /// The address of the instruction that the last exit was about.
+    at: u64,
+    kind: ExitKind,
+    injections: u64,
+    tlb_flushes: u64,
+    hal: PhantomData<fn() -> H>,
+}
+
+// SAFETY: The state is this object's alone.
+unsafe impl<H: AxVCpuHal> Send for ArmVCpu<H> {}
+// SAFETY: Shared references only read.
+unsafe impl<H: AxVCpuHal> Sync for ArmVCpu<H> {}
+
+/// PSTATE.I: IRQ is masked.
+const PSTATE_I: u64 = 1 << 7;
+
+/// Bits of the processor state that can be set: NZCV, DIT, UAO, PAN, SS, IL, SSBS, BTYPE, DAIF and the mode.
+const PSTATE_KNOWN: u64 =
+    0xf << 28 | 1 << 24 | 1 << 23 | 1 << 22 | 3 << 20 | 1 << 12 | 3 << 10 | PSTATE_DAIF | PSTATE_MODE;
+
+/// SCTLR_EL1 at reset: the bits that were always 1 (Arm ARM D24.2.118; Linux: `INIT_SCTLR_EL1_MMU_OFF`), MMU and caches off.
+const SCTLR_RESET: u64 = 0x30d0_0800;
+
+impl<H: AxVCpuHal> ArmVCpu<H> {
+    fn state(&self) -> &State {
+        // SAFETY: The type invariant; the borrow is as long as that of `self`.
+        unsafe { self.state.as_ref() }
+    }
+
+    fn state_mut(&mut self) -> &mut State {
+        // SAFETY: As above.
+        unsafe { self.state.as_mut() }
+    }
+
+    /// General registers. May be asked at any time.
+    pub fn general(&self) -> General {
+        self.state().frame.general
+    }
+
+    /// Sets general registers.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`] for a processor state that is not one of AArch64 at EL0 or EL1.
+    pub fn set_general(&mut self, general: &General) -> AxResult {
+        let mode = general.pstate & PSTATE_MODE;
+        if general.pstate & !PSTATE_KNOWN != 0 || !matches!(mode, PSTATE_EL0 | PSTATE_EL1T | PSTATE_EL1H) {
+            return Err(AxError::InvalidRegister);
+        }
+        self.state_mut().frame.general = *general;
+        Ok(())
+    }
+
+    /// EL1's system registers.
+    pub fn system(&self) -> System {
+        self.state().system
+    }
+
+    /// Sets EL1's system registers.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`] for another MPIDR_EL1, a timer control with unknown bits, or a reserved field that is not 0.
+    pub fn set_system(&mut self, system: &System) -> AxResult {
+        if system.mpidr_el1 != self.state().system.mpidr_el1 || system.cntv_ctl_el0 & !3 != 0 || system.reserved != 0 {
+            return Err(AxError::InvalidRegister);
+        }
+        self.state_mut().system = *system;
+        Ok(())
+    }
+
+    /// SIMD and floating-point registers.
+    pub fn fp(&self) -> &Fp {
+        &self.state().fp
+    }
+
+    /// Sets the SIMD and floating-point registers.
+    ///
+    /// # Errors
+    /// [`AxError::InvalidRegister`] for bits beyond 31:0 in FPSR or FPCR.
+    pub fn set_fp(&mut self, fp: &Fp) -> AxResult {
+        if (fp.fpsr | fp.fpcr) >> 32 != 0 {
+            return Err(AxError::InvalidRegister);
+        }
+        self.state_mut().fp = *fp;
+        Ok(())
+    }
+
+    /// ESR_EL2 and FAR_EL2 of the last exit.
+    pub fn syndrome(&self) -> (u64, u64) {
+        let frame = &self.state().frame;
+        (frame.esr, frame.far)
+    }
+
+    /// Takes userspace's answer to the last exit.
+    pub fn complete(&mut self, reply: Reply) {
+        let (at, far) = (self.at, self.state().frame.far);
+        let open = core::mem::replace(&mut self.open, Open::Nothing);
+        let frame = &mut self.state_mut().frame;
+        let abort = |write| Some(Exception::ExternalAbort { pc: at, far, write });
+        let exception = match (open, reply.fault) {
+            (Open::Nothing, _) | (Open::MmioWrite | Open::SysWrite, false) => None,
+            (Open::SysRead { .. } | Open::SysWrite, true) => Some(Exception::Undefined { pc: at }),
+            (Open::MmioRead { .. }, true) => abort(false),
+            (Open::MmioWrite, true) => abort(true),
+            (Open::SysRead { general }, false) => {
+                frame.set_register(general, reply.value);
+                None
+            }
+            (Open::MmioRead { read, general }, false) => {
+                frame.set_register(general, exit::extend(reply.value, &read));
+                None
+            }
+            (Open::Call, _) => {
+                frame.set_register(0, reply.value);
+                None
+            }
+        };
+        if exception.is_some() {
+            self.exception = exception;
+        }
+    }
+
+    /// The exit for an access at `addr` that turned out to be no memory: decoded, if the hardware has done so. Cache
+    /// maintenance of what is no memory is none, and done: `Nothing`.
+    pub fn not_memory(&mut self, fault: Exit) -> Exit {
+        let Exit::NestedPageFault { addr, .. } = fault else { return fault };
+        let syndrome = Syndrome(self.state().frame.esr);
+        if syndrome.class() == class::DATA_ABORT && syndrome.is_cache_maintenance() && !syndrome.in_table_walk() {
+            self.state_mut().frame.skip();
+            return Exit::Nothing;
+        }
+        let Some(exit) = exit::mmio(&self.state().frame, addr) else { return fault };
+        self.open = match exit {
+            Exit::MmioRead { reg, .. } => Open::MmioRead { read: exit, general: reg },
+            _ => Open::MmioWrite,
+        };
+        self.state_mut().frame.skip();
+        exit
+    }
+
+    /// Has the guest's TLB entries dropped before the next entry.
+    pub fn flush_tlb(&mut self) {
+        self.flush = true;
+    }
+
+    /// Takes the guest's state off the CPU, if it is there. Interrupts are still off.
+    ///
+    /// # Errors
+    /// None.
+    pub fn leave(&mut self) -> AxResult {
+        if self.loaded {
+            self.loaded = false;
+            let caps = self.caps;
+            let State { system, fp, host, .. } = self.state_mut();
+            // SAFETY: `load` was called on this CPU, as interrupts have been off since.
+            unsafe { window::leave(&caps, system, fp, host) };
+        }
+        Ok(())
+    }
+
+    /// The kind of the last exit, for the counters.
+    pub fn exit_kind(&self) -> ExitKind {
+        self.kind
+    }
+
+    /// Exceptions injected.
+    pub fn injections(&self) -> u64 {
+        self.injections
+    }
+
+    /// TLB flushes.
+    pub fn tlb_flushes(&self) -> u64 {
+        self.tlb_flushes
+    }
+
+    /// Takes what was posted to the vCPU: without an interrupt controller in the kernel, nothing can be.
+    pub fn prepare(&mut self, _mailbox: &Mailbox) {}
+
+    /// Whether there is something to run for: always, as a guest that waits is userspace's affair.
+    pub fn runnable(&mut self, _mailbox: &Mailbox) -> bool {
+        true
+    }
+
+    /// Whether the guest would take an interrupt: asked of a guest that waits in the kernel only.
+    pub fn interrupts_enabled(&self) -> bool {
+        self.state().frame.general.pstate & PSTATE_I == 0
+    }
+
+    /// An interrupt window is nothing that userspace can ask for here.
+    pub fn request_interrupt_window(&mut self, _wanted: bool) {}
+
+    /// What the host timer must do: nothing, since no interrupt of the guest's timer can be delivered.
+    pub fn timer_update(&mut self) -> TimerUpdate {
+        TimerUpdate::Unchanged
+    }
+
+    /// Whether a clock in guest memory is to be written: there is none.
+    pub fn clock_due(&self) -> bool {
+        false
+    }
+
+    fn load(&mut self) {
+        let (caps, setting) = (self.caps, self.setting);
+        let State { frame, system, fp, host } = self.state_mut();
+        // SAFETY: The module calls `run` at EL2 (or there would be no vCPU) with interrupts off and the FPU lent by `bind`.
+        unsafe { window::load(&caps, &setting, system, fp, host) };
+        frame.host_hcr = host.hcr;
+        frame.host_vbar = host.vbar;
+        self.loaded = true;
+        self.flush = false;
+        self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
+    }
+
+    /// Lets the guest take the exception that waits. It is loaded.
+    fn inject(&mut self, exception: Exception) {
+        let (pan, ssbs) = (self.caps.ids.pan(), self.caps.ids.ssbs());
+        // SAFETY: The guest is loaded, so EL1's registers are its own.
+        let environment = unsafe { Environment { vbar: cpu::VbarEl12.get(), sctlr: cpu::SctlrEl12.get(), pan, ssbs } };
+        let taken = exception.take(&mut self.state_mut().frame.general, &environment);
+        // SAFETY: As above.
+        unsafe {
+            cpu::ElrEl12.set(taken.elr);
+            cpu::SpsrEl12.set(taken.spsr);
+            cpu::EsrEl12.set(taken.esr);
+            if let Some(far) = taken.far {
+                cpu::FarEl12.set(far);
+            }
+        }
+        self.injections = self.injections.wrapping_add(1);
+    }
+
+    /// What the exit in the frame comes to.
+    fn handle(&mut self) -> Exit {
+        self.at = self.state().frame.general.pc;
+        // SAFETY: The guest is loaded. PAR_EL1 is the guest's; whoever compares it across a fault sees a change, as under any
+        // hypervisor that the architecture allows to do this.
+        let event = exit::classify(&self.state().frame, |addr, write| unsafe {
+            let guests = cpu::ParEl1.get();
+            let found = cpu::translate(addr, write);
+            cpu::ParEl1.set(guests);
+            found
+        });
+        let (kind, exit) = match event {
+            Event::HostInterrupt => (ExitKind::HostInterrupt, Exit::ExternalInterrupt { vector: 0 }),
+            Event::SystemError => (ExitKind::Other, Exit::MachineCheck),
+            Event::AArch32 => {
+                let pstate = self.state().frame.general.pstate;
+                (ExitKind::Other, Exit::InvalidGuestState { reason: pstate, qualification: 0, field: 0 })
+            }
+            Event::Wait => {
+                self.state_mut().frame.skip();
+                (ExitKind::Halt, Exit::Halt)
+            }
+            Event::Yield => {
+                self.state_mut().frame.skip();
+                (ExitKind::Pause, Exit::Nothing)
+            }
+            Event::Call { smc } => (ExitKind::Hypercall, self.call(smc)),
+            Event::System(access) => self.system_access(access),
+            Event::Undefined => {
+                self.exception = Some(Exception::Undefined { pc: self.at });
+                (ExitKind::Other, Exit::Nothing)
+            }
+            Event::Abort(abort) => {
+                (ExitKind::Mmio, Exit::NestedPageFault { addr: abort.addr, access_flags: abort.access })
+            }
+            Event::Unknown => {
+                let frame = &self.state().frame;
+                let code = Syndrome(frame.esr).class();
+                (ExitKind::Other, Exit::Unknown { code, info1: frame.esr, info2: frame.far })
+            }
+        };
+        self.kind = kind;
+        exit
+    }
+
+    /// HVC or SMC.
+    fn call(&mut self, smc: bool) -> Exit {
+        let outcome = exit::call(&self.state().frame);
+        let frame = &mut self.state_mut().frame;
+        if smc {
+            frame.skip();
+        }
+        match outcome {
+            psci::Outcome::Done(value) => {
+                frame.set_register(0, value as u64);
+                Exit::Nothing
+            }
+            psci::Outcome::Exit(exit) => {
+                // What the guest finds in X0 if it goes on: SUCCESS after a suspension, userspace's answer otherwise.
+                match exit {
+                    Exit::Halt => frame.set_register(0, 0),
+                    _ => self.open = Open::Call,
+                }
+                exit
+            }
+            // There is no firmware below us for anybody else's calls.
+            psci::Outcome::Foreign if smc => {
+                frame.set_register(0, psci::NOT_SUPPORTED as u64);
+                Exit::Nothing
+            }
+            psci::Outcome::Foreign => {
+                let exit = exit::hypercall(frame);
+                self.open = Open::Call;
+                exit
+            }
+        }
+    }
+
+    /// A trapped system register.
+    fn system_access(&mut self, access: SystemAccess) -> (ExitKind, Exit) {
+        let (origin, ids) = (self.setting.counter_origin, self.caps.ids);
+        let State { frame, system, .. } = self.state_mut();
+        let value = frame.register(access.general);
+        let kind = if access.read { ExitKind::MsrRead } else { ExitKind::MsrWrite };
+        let outcome = sysreg::access(access, value, system, &ids, || window::counter().wrapping_sub(origin));
+        match outcome {
+            sysreg::Outcome::Undefined => {
+                self.exception = Some(Exception::Undefined { pc: self.at });
+                return (kind, Exit::Nothing);
+            }
+            sysreg::Outcome::Value(value) => frame.set_register(access.general, value),
+            sysreg::Outcome::Done | sysreg::Outcome::User => {}
+        }
+        frame.skip();
+        if outcome != sysreg::Outcome::User {
+            return (kind, Exit::Nothing);
+        }
+        if access.read {
+            self.open = Open::SysRead { general: access.general };
+            (ExitKind::MsrUser, Exit::SysRegRead { addr: access.register, reg: access.general })
+        } else {
+            self.open = Open::SysWrite;
+            (ExitKind::MsrUser, Exit::SysRegWrite { addr: access.register, value })
+        }
+    }
+}
+
+impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
+    type CreateConfig = ArmCreateConfig;
+    type SetupConfig = ();
+
+    fn new(config: ArmCreateConfig) -> AxResult<Self> {
+        let caps = Capabilities::host()?;
+        let phys = H::alloc_frames(0).ok_or(AxError::NoMemory)?;
+        let state = NonNull::new(H::phys_to_virt(phys).cast::<State>()).ok_or(AxError::NoMemory)?;
+        // INVARIANT: All zero, as frames come, is a `State`: integers and a `bool` only.
+        let mut this = Self {
+            state,
+            phys,
+            caps,
+            setting: Setting { root: HostPhysAddr::new(0), counter_origin: config.counter_origin },
+            entry: 0,
+            loaded: false,
+            flush: false,
+            exception: None,
+            open: Open::Nothing,
+            at: 0,
+            kind: ExitKind::Other,
+            injections: 0,
+            tlb_flushes: 0,
+            hal: PhantomData,
+        };
+        let system = &mut this.state_mut().system;
+        system.sctlr_el1 = SCTLR_RESET;
+        // Bit 31 is RES1; 16 vCPUs to a value of Aff1, as a GIC's SGI registers address them.
+        let id = u64::from(config.vcpu_id);
+        system.mpidr_el1 = 1 << 31 | (id >> 4 & 0xff) << 8 | id & 15;
+        Ok(this)
+    }
+
+    fn set_entry(&mut self, entry: GuestPhysAddr) -> AxResult {
+        if !entry.is_aligned(4) {
+            return Err(AxError::InvalidInput);
+        }
+        self.entry = entry.as_u64();
+        Ok(())
+    }
+
+    fn set_ept_root(&mut self, ept_root: HostPhysAddr) -> AxResult {
+        self.setting.root = ept_root;
+        Ok(())
+    }
+
+    fn setup(&mut self, (): ()) -> AxResult {
+        let entry = self.entry;
+        let general = &mut self.state_mut().frame.general;
+        general.pc = entry;
+        general.pstate = PSTATE_EL1H | PSTATE_DAIF;
+        Ok(())
+    }
+
+    #[inline]
+    fn run(&mut self) -> AxResult<Exit> {
+        if !self.loaded {
+            self.load();
+        }
+        if core::mem::take(&mut self.flush) {
+            // SAFETY: The guest is loaded.
+            unsafe { cpu::flush_guest_tlb() };
+            self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
+        }
+        if let Some(exception) = self.exception.take() {
+            self.inject(exception);
+        }
+        let caps = self.caps;
+        let State { frame, host, .. } = self.state_mut();
+        // SAFETY: The guest is loaded, so exceptions are masked and the frame has the host's values.
+        unsafe {
+            switch::enter(frame);
+            window::restore_processor_state(&caps, host);
+        }
+        Ok(self.handle())
+    }
+
+    fn bind(&mut self) -> AxResult {
+        H::fpu_begin();
+        Ok(())
+    }
+
+    fn unbind(&mut self) -> AxResult {
+        let left = self.leave();
+        H::fpu_end();
+        left
+    }
+
+    fn set_gpr(&mut self, reg: usize, val: usize) {
+        self.state_mut().frame.set_register(reg, val as u64);
+    }
+}
+
+impl<H: AxVCpuHal> Drop for ArmVCpu<H> {
+    fn drop(&mut self) {
+        H::free_frames(self.phys, 0);
+    }
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What there is for the whole system, from the module's load to its unload.
+
+use kernel::prelude::*;
+
+use crate::percpu::PerCpu;
+
+mod raw {
+    extern "C" {
+        pub(super) fn axvcpu_flush_ipis();
+    }
+}
+
+/// The system-wide state of the backend. On a host without one there is none.
+pub(crate) struct Backends {
+    _per_cpu: PerCpu,
+}
+
+impl Backends {
+    /// Makes it, if the host has the backend.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `ENOSPC`.
+    pub(crate) fn new() -> Result<Option<Self>> {
+        if arm_vcpu::detect().is_err() {
+            if let Some(missing) = arm_vcpu::missing_feature() {
+                pr_warn!("no vCPUs on this host: it lacks {}\n", missing);
+            }
+            return Ok(None);
+        }
+        Ok(Some(Self { _per_cpu: PerCpu::new()? }))
+    }
+}
+
+impl Drop for Backends {
+    fn drop(&mut self) {
+        // SAFETY: No precondition but a context that may sleep, which unloading is. No vCPU exists any more that could ask for
+        // another interrupt.
+        unsafe { raw::axvcpu_flush_ipis() };
+    }
+}

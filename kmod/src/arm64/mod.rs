@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What is AArch64's own of the module, under the names by which the rest uses it.
+
+mod backends;
+mod exits;
+pub(crate) mod regs;
+mod system;
+mod vcpu;
+
+use arm_vcpu::{ArmPerCpu, ArmVCpu, Capabilities};
+use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
+use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
+
+pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
+pub(crate) use backends::Backends;
+pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, VmState};
+pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
+
+use crate::{ffi, hal::Host};
+
+/// The backend of a vCPU.
+pub(crate) type VCpu = ArmVCpu<Host>;
+
+/// What the backend keeps for each physical CPU.
+pub(crate) type PerCpu = ArmPerCpu;
+
+/// An empty nested page table, and the first guest physical address that it cannot map.
+///
+/// # Errors
+/// `NoMemory`, or that there is no backend.
+pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable, u64)> {
+    let shape = Capabilities::host()?.shape;
+    Ok((NestedTable::new(shape, memory)?, shape.levels().limit()))
+}
+
+/// What the run page may ask for.
+pub(crate) const REQUESTS: u32 = run::REQUEST_LOAD_GENERAL;
+
+/// The exit for an access to what is no memory, decoded where the hardware has done so.
+pub(crate) fn not_memory(vcpu: &mut VCpu, fault: Exit) -> Exit {
+    vcpu.not_memory(fault)
+}
+
+/// Whether a table entry may not be replaced by another translation without being empty, and flushed, in between
+/// (Arm ARM D8.16.1).
+pub(crate) const BREAK_BEFORE_MAKE: bool = true;
+
+/// Readies memory at `addr` for a guest that it is about to be mapped for. The guest may look at it with its caches off, past
+/// what ours hold of it, and may run what the host has written there as data.
+pub(crate) fn prepare_memory(addr: HostPhysAddr, size: u64) {
+    // SAFETY: The caller has a reference to the host's page or pages there, so the direct map shows them.
+    unsafe { arm_vcpu::clean_and_invalidate(ffi::phys_to_virt(addr), size as usize) };
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Guest memory: stage 2, filled on demand and emptied by the host, and the guest's own tables on top of it.
+
+use crate::harness::{Case, CaseResult};
+use crate::machine::{Machine, CODE, DATA, RAM, TABLES};
+use crate::{code, ensure, ensure_eq, table};
+use axvcpu_uapi::addr::GuestPhysAddr;
+use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason as Exit};
+
+/// The cases.
+pub(super) fn cases() -> Vec<Case> {
+    table! {
+        "memory/on-demand" => on_demand;
+        "memory/given-back-and-zero-again" => given_back;
+        "memory/gone-while-mapped" => gone;
+        "memory/huge-pages" => huge_pages;
+        "memory/new-code-at-the-same-place" => new_code;
+        "memory/guest-tables" => guest_tables;
+        "memory/guest-tables-in-no-memory" => walk_of_no_memory;
+    }
+}
+
+fn on_demand() -> CaseResult {
+    // Adds 1 to the first word of each of 256 pages.
+    let code = code!(
+        on_demand,
+        "movz x1, #0x4010, lsl #16",
+        "mov x2, #256",
+        "2: ldr x3, [x1]",
+        "add x3, x3, #1",
+        "str x3, [x1]",
+        "add x1, x1, #0x1000",
+        "subs x2, x2, #1",
+        "b.ne 2b",
+        "hvc #0"
+    );
+    let mut machine = Machine::new(code)?;
+    for page in 0..256 {
+        machine.write_u64(DATA + 0x1000 * page, page * page)?;
+    }
+    machine.expect_call()?;
+    for page in 0..256 {
+        ensure_eq!(machine.read_u64(DATA + 0x1000 * page)?, page * page + 1, "page {page}");
+    }
+    ensure!(machine.vm.stats()?.pages_4k + 512 * machine.vm.stats()?.pages_2m >= 256, "mapped pages");
+    Ok(())
+}
+
+/// Reads the word at DATA, again and again.
+fn reader() -> &'static [u8] {
+    code!(reader, "movz x1, #0x4010, lsl #16", "2: ldr x0, [x1]", "hvc #0", "b 2b")
+}
+
+fn given_back() -> CaseResult {
+    let mut machine = Machine::new(reader())?;
+    machine.write_u64(DATA, 0x1234)?;
+    ensure_eq!(machine.expect_call()?[0], 0x1234, "what the host wrote");
+    machine.ram.discard((DATA - RAM) as usize, 0x1000)?;
+    ensure_eq!(machine.expect_call()?[0], 0, "after MADV_DONTNEED");
+    machine.write_u64(DATA, 0x5678)?;
+    ensure_eq!(machine.expect_call()?[0], 0x5678, "after a new write");
+    Ok(())
+}
+
+fn gone() -> CaseResult {
+    let mut machine = Machine::new(reader())?;
+    machine.expect_call()?;
+    let (low, high) = machine.slots.remove(0).split((DATA - RAM) as usize)?;
+    machine.slots.push(low);
+    drop(high);
+    let addr = GuestPhysAddr::new(DATA);
+    let (width, reg_width) = (AccessWidth::Qword, AccessWidth::Qword);
+    machine.expect(Exit::MmioRead { addr, width, reg: 0, reg_width, signed_ext: false })
+}
+
+fn huge_pages() -> CaseResult {
+    let mut machine = Machine::new(reader())?;
+    machine.ram.prefer_huge_pages()?;
+    // All of it, so that the host takes huge pages where it can.
+    for page in 0..1024 {
+        machine.write_u64(RAM + 0x20_0000 + 0x800 * page, page)?;
+    }
+    machine.modify(|general| general.x[1] = RAM + 0x20_0800)?;
+    machine.modify(|general| general.pc = CODE + 4)?;
+    ensure_eq!(machine.expect_call()?[0], 1, "a word");
+    // Out of the middle.
+    machine.ram.discard(0x20_0000, 0x1000)?;
+    ensure_eq!(machine.expect_call()?[0], 0, "after MADV_DONTNEED");
+    Ok(())
+}
+
+fn new_code() -> CaseResult {
+    let mut machine = Machine::new(code!(first_code, "mov x0, #1", "hvc #0"))?;
+    ensure_eq!(machine.expect_call()?[0], 1, "the first code");
+    // The host writes other code, at the same place of a new page: the old translations and instructions are gone.
+    machine.ram.discard((CODE - RAM) as usize, 0x1000)?;
+    machine.write(CODE, code!(second_code, "mov x0, #2", "hvc #0"))?;
+    machine.modify(|general| general.pc = CODE)?;
+    ensure_eq!(machine.expect_call()?[0], 2, "the second code");
+    Ok(())
+}
+
+/// Code that switches EL1's MMU on with TTBR0_EL1 in X1 and TCR_EL1 in X2, and reads at X3.
+fn with_tables() -> &'static [u8] {
+    code!(
+        with_tables,
+        "msr ttbr0_el1, x1",
+        "msr tcr_el1, x2",
+        "mov x4, #0xff",
+        "msr mair_el1, x4",
+        "isb",
+        "mrs x4, sctlr_el1",
+        "orr x4, x4, #1",
+        "orr x4, x4, #4",
+        "orr x4, x4, #0x1000",
+        "msr sctlr_el1, x4",
+        "isb",
+        "ldr x0, [x3]",
+        "hvc #0"
+    )
+}
+
+/// TCR_EL1: 39-bit addresses (T0SZ 25), 4 KiB granule, write-back walks, inner shareable, no TTBR1 (EPD1), 40-bit output.
+const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32;
+
+fn guest_tables() -> CaseResult {
+    let mut machine = Machine::new(with_tables())?;
+    // Level 1: 1 GiB blocks, identical, and behind them one table whose first 2 MiB are the RAM.
+    machine.write_u64(TABLES + 8, RAM | 0x701)?;
+    machine.write_u64(TABLES + 16, (TABLES + 0x1000) | 3)?;
+    machine.write_u64(TABLES + 0x1000, RAM | 0x701)?;
+    machine.write_u64(DATA, 0xabcd)?;
+    machine.modify(|general| {
+        general.x[1] = TABLES;
+        general.x[2] = TCR;
+        general.x[3] = 0x8010_0000;
+    })?;
+    ensure_eq!(machine.expect_call()?[0], 0xabcd, "through the guest's tables");
+    ensure_eq!(machine.registers()?.sctlr_el1 & 0x1005, 0x1005, "MMU and caches are on");
+    Ok(())
+}
+
+fn walk_of_no_memory() -> CaseResult {
+    let mut machine = Machine::new(with_tables())?;
+    machine.write_u64(TABLES + 8, RAM | 0x701)?;
+    machine.write_u64(TABLES + 16, 0x0800_0000 | 3)?;
+    machine.modify(|general| {
+        general.x[1] = TABLES;
+        general.x[2] = TCR;
+        general.x[3] = 0x8020_0000;
+    })?;
+    let access_flags = AccessFlags::READ.union(AccessFlags::PAGE_WALK);
+    machine.expect(Exit::NestedPageFault { addr: GuestPhysAddr::new(0x0800_0000), access_flags })
+}
