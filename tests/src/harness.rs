@@ -277,7 +277,11 @@ pub fn main(cases: &[Case]) -> ExitCode {
             "--list" => list = true,
             "--hypervisor" => match arguments.next().as_deref() {
                 Some("axvcpu") => choose_hypervisor(Hypervisor::Axvcpu),
-                Some("kvm") => choose_hypervisor(Hypervisor::Kvm),
+                Some("kvm") if cfg!(target_arch = "x86_64") => choose_hypervisor(Hypervisor::Kvm),
+                Some("kvm") => {
+                    eprintln!("--hypervisor kvm: on this architecture the cases run on axvcpu only");
+                    return ExitCode::from(2);
+                }
                 other => {
                     eprintln!("--hypervisor takes axvcpu or kvm, not {}", other.unwrap_or("nothing"));
                     return ExitCode::from(2);

@@ -24,6 +24,7 @@ pub mod guests;
 #[path = "arm64/guests/mod.rs"]
 pub mod guests;
 pub mod harness;
+#[cfg(target_arch = "x86_64")]
 pub mod hypervisor;
 pub mod load;
 #[cfg(target_arch = "x86_64")]

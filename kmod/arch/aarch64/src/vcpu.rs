@@ -317,11 +317,9 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
         self.tlb_flushes
     }
 
-    /// Takes what was posted to the vCPU: without an interrupt controller in the kernel, nothing can be.
-    pub fn prepare(&mut self, _mailbox: &Mailbox) {}
-
-    /// Whether there is something to run for: always, as a guest that waits is userspace's affair.
-    pub fn runnable(&mut self, _mailbox: &Mailbox) -> bool {
+    /// Takes what was posted to the vCPU (without an interrupt controller in the kernel, nothing can be), and tells whether
+    /// there is something to run for: always, as a guest that waits is userspace's affair.
+    pub fn prepare(&mut self, _mailbox: &Mailbox) -> bool {
         true
     }
 
