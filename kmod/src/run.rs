@@ -5,6 +5,10 @@
 //! interrupts stay off from the first entry on; an external interrupt ends the guest's turn and the window, and is taken
 //! by the host as soon as the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done
 //! between windows.
+//!
+//! Locks: the vCPU's mutex is held all through `RUN`. A window takes none, nor does sending interrupts to other vCPUs: mailboxes
+//! and `Shared` are atomics. Between windows a nested page fault takes the address space's spin lock, sleeping and yielding
+//! those of the scheduler. So vCPUs of a VM meet at a lock only if they fault in the same address space.
 
 use core::sync::atomic::Ordering;
 

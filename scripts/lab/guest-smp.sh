@@ -19,11 +19,17 @@ same() {
 }
 
 # What the host compares with its own clocks: hundredths of a second since boot,
-# and the time by the kernel and by the machine's clock.
+# and the time by the kernel and by the machine's clock. Several times, since a line
+# may be late.
 tick() {
-	# shellcheck disable=SC2046 # two words
-	echo tick $(sed 's/ .*//;s/\.//' /proc/uptime) $(date +%s) \
-		"$(date -D '%a %b %e %H:%M:%S %Y' -d "$(hwclock -u | cut -c1-24)" +%s)"
+	sleep 1 # what was printed before is read by then
+	for _ in 1 2 3 4 5; do
+		# shellcheck disable=SC2046 # two words
+		echo tick $(sed 's/ .*//;s/\.//' /proc/uptime) $(date +%s) \
+			"$(date -D '%a %b %e %H:%M:%S %Y' -d "$(hwclock -u | cut -c1-24)" +%s)"
+		usleep 100000
+	done
+	echo ticked
 }
 
 same "CPUs that are running" "$(nproc)" "$cpus"
@@ -48,9 +54,9 @@ while [ $i -lt "$mib" ]; do
 done >/tmp/work/data
 want=$(sha256sum </tmp/work/data)
 worker() {
-	gzip -1 </tmp/work/data | gunzip | tee /tmp/work/md5.$1.in | sha256sum >/tmp/work/sha.$1
-	md5sum </tmp/work/md5.$1.in >/tmp/work/md5.$1
-	rm /tmp/work/md5.$1.in
+	gzip -1 </tmp/work/data | gunzip | tee "/tmp/work/copy.$1" | sha256sum >"/tmp/work/sha.$1"
+	md5sum <"/tmp/work/copy.$1" >"/tmp/work/md5.$1"
+	rm "/tmp/work/copy.$1"
 }
 worker 0 &
 mover=$!
@@ -95,7 +101,7 @@ if [ "$cpus" -gt 1 ]; then
 	(while :; do :; done) &
 	spinner=$!
 	failed=
-	for round in 1 2; do
+	for _ in 1 2; do
 		for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
 			echo 0 >"$cpu/online" || failed="$failed ${cpu##*/} offline"
 			echo 1 >"$cpu/online" || failed="$failed ${cpu##*/} online"
