@@ -161,7 +161,7 @@ impl Vcpu {
             if irq_off.work_pending() || self.shared.kick_pending() {
                 break Ok(Stop::Again);
             }
-            match self.turn(inner) {
+            match self.turn(inner, &irq_off) {
                 Ok(None) => {}
                 Ok(Some(stop)) => break Ok(stop),
                 Err(error) => break Err(abi::errno(error)),
@@ -176,7 +176,7 @@ impl Vcpu {
 
     /// One entry into the guest, and what can be done about its exit right here.
     #[inline]
-    fn turn(&self, inner: &mut Inner) -> Result<Option<Stop>, AxError> {
+    fn turn(&self, inner: &mut Inner, irq_off: &IrqOff) -> Result<Option<Stop>, AxError> {
         let Inner { vcpu, aspace: Some(aspace), seen_generation, .. } = inner else {
             return Err(AxError::NotSetUp);
         };
@@ -185,7 +185,18 @@ impl Vcpu {
         if !arch.prepare(&self.shared.mailbox) {
             return Ok(Some(Stop::Again));
         }
-        let exit = vcpu.run()?;
+        let shared = &*self.shared;
+        let exit = vcpu.run_by(|arch, entries| {
+            arch.run_while(|kind| {
+                let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
+                if wanted || aspace.generation() != *seen_generation {
+                    return false;
+                }
+                shared.stats.count_exit(kind);
+                *entries = entries.wrapping_add(1);
+                true
+            })
+        })?;
         let kind = vcpu.arch()?.exit_kind();
         if matches!(exit, Exit::Nothing) {
             // First, as it is what most exits come to.

@@ -213,6 +213,19 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
     /// - The backend's; the vCPU is then [`Failed`](VCpuState::Failed), and still bound.
     #[inline]
     pub fn run(&mut self) -> AxResult<AxVCpuExitReason> {
+        self.run_by(|arch, _| arch.run())
+    }
+
+    /// As [`run`](Self::run), but the backend is entered by `enter`: by its [`run`](AxArchVCpu::run), or by something that does
+    /// the same several times. It adds the entries beyond the first to the number that it is given.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    #[inline]
+    pub fn run_by(
+        &mut self,
+        enter: impl FnOnce(&mut A, &mut u64) -> AxResult<AxVCpuExitReason>,
+    ) -> AxResult<AxVCpuExitReason> {
         if self.state != VCpuState::Ready {
             return Err(self.why_not_ready());
         }
@@ -223,7 +236,7 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
         self.record.entries = self.record.entries.wrapping_add(1);
         // A backend that never comes back (it panics in a test) leaves the vCPU in `Running`, where every call is refused.
         self.state = VCpuState::Running;
-        let result = self.arch.run();
+        let result = enter(&mut self.arch, &mut self.record.entries);
         self.state = if result.is_ok() { VCpuState::Ready } else { VCpuState::Failed };
         result
     }

@@ -169,6 +169,7 @@ pub(crate) enum Instruction {
 
 impl Instruction {
     /// For the statistics.
+    #[inline]
     pub(crate) const fn kind(self) -> ExitKind {
         match self {
             Self::Cpuid => ExitKind::Cpuid,

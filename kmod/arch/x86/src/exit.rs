@@ -6,7 +6,7 @@ use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason as Reason};
 
-use crate::apic::{Effect, Mode};
+use crate::apic::{self, Effect, Mode};
 use crate::backend::{Backend, ControlAccess, Exit, Exited, Instruction, Io, Refusal};
 use crate::cpu;
 use crate::cpuid::Dynamic;
@@ -62,6 +62,7 @@ impl<H: X86Hal> Guest<H> {
     ///
     /// # Errors
     /// [`AxError::NotBound`]; [`AxError::HardwareLost`], with the CPU left.
+    #[inline]
     pub(crate) fn run(&mut self, hw: &mut impl Backend<H>) -> AxResult<Reason> {
         if !self.bound {
             return Err(AxError::NotBound);
@@ -93,6 +94,25 @@ impl<H: X86Hal> Guest<H> {
             return Some(Reason::InterruptWindow);
         }
         None
+    }
+
+    /// [`run`](Self::run) again and again: see [`X86VCpu::run_while`](crate::X86VCpu::run_while).
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    #[inline]
+    pub(crate) fn run_while(
+        &mut self,
+        hw: &mut impl Backend<H>,
+        mut go_on: impl FnMut(ExitKind) -> bool,
+    ) -> AxResult<Reason> {
+        loop {
+            self.private = false;
+            let reason = self.run(hw)?;
+            if !self.private || !go_on(self.exit_kind) {
+                return Ok(reason);
+            }
+        }
     }
 
     #[inline]
@@ -207,6 +227,7 @@ impl<H: X86Hal> Guest<H> {
         match instruction {
             Instruction::Cpuid => {
                 self.cpuid(regs);
+                self.private = true;
                 self.go_on(regs, next)
             }
             Instruction::CacheFlush | Instruction::Pause => self.go_on(regs, next),
@@ -221,6 +242,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Goes on behind an instruction that has been executed for the guest.
+    #[inline]
     pub(crate) fn advance(&mut self, regs: &mut impl Registers, next_rip: u64) {
         // Outside of 64-bit code the instruction pointer has 32 bits.
         regs.set_rip(if is_long_code(regs) { next_rip } else { next_rip & 0xffff_ffff });
@@ -298,6 +320,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// The instruction raises #GP(0).
     fn fault(&mut self) -> Reason {
+        self.private = true;
         self.general_protection();
         Reason::Nothing
     }
@@ -307,6 +330,8 @@ impl<H: X86Hal> Guest<H> {
         let index = regs.gpr(RCX) as u32;
         match self.read_msr(regs, index) {
             Access::Done(value) => {
+                // Reading the local APIC's timer may let it expire.
+                self.private = !apic::owns_msr(index);
                 regs.set_gpr(RAX, value & 0xffff_ffff);
                 regs.set_gpr(RDX, value >> 32);
                 self.go_on(regs, next)

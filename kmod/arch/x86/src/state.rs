@@ -177,6 +177,9 @@ pub(crate) struct Guest<H: X86Hal> {
     pub(crate) exited: Exited,
     /// Of the last exit.
     pub(crate) exit_kind: ExitKind,
+    /// The last exit is over, and nothing has changed by it that anybody but the vCPU looks at: not its local APIC, not its
+    /// clocks. [`run_while`](Self::run_while) may go on.
+    pub(crate) private: bool,
     /// Events injected.
     pub(crate) injections: u64,
     /// TLB flushes asked of the CPU, fresh identifiers of translations included.
@@ -213,6 +216,7 @@ impl<H: X86Hal> Guest<H> {
             ipi: None,
             exited: Exited::NEVER,
             exit_kind: ExitKind::Other,
+            private: false,
             injections: 0,
             tlb_flushes: 0,
         })

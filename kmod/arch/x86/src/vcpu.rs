@@ -373,6 +373,16 @@ impl<H: X86Hal> X86VCpu<H> {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
     }
 
+    /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, has changed nothing that anybody
+    /// else looks at, and `go_on` agrees, which is told its kind. The last exit is not put to `go_on` if it is not one of those.
+    ///
+    /// # Errors
+    /// As [`run`](AxArchVCpu::run).
+    #[inline]
+    pub fn run_while(&mut self, go_on: impl FnMut(ExitKind) -> bool) -> AxResult<AxVCpuExitReason> {
+        on!(&mut self.hardware, hw => self.guest.run_while(hw, go_on))
+    }
+
     /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on
     /// only while they are off is switched off. Nothing if there is nothing. When `run` fails it does so by itself.
     ///
