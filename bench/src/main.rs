@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `axvcpu-bench`: measures under one hypervisor (`exits`, `machines`, `facts`), or makes a table of what was measured (`report`).
+//! `axvcpu-bench`: measures under one hypervisor (`exits`, `boot`), tells about the host (`facts`), or makes
+//! tables of it all (`report`).
 //! scripts/bench calls it.
 //!
 //! Results are lines of `bench`, a hypervisor, a row and samples, on standard output once everything has been measured:
 //! writing them in between would be measured too.
 
+mod boot;
 mod cases;
 mod facts;
 mod guest;
@@ -13,7 +15,7 @@ mod measure;
 mod report;
 mod rows;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -43,6 +45,14 @@ enum Command {
         #[arg(long, value_delimiter = ',')]
         only: Vec<Row>,
     },
+    /// Boots a Linux guest.
+    Boot {
+        /// Under which.
+        hypervisor: Hypervisor,
+        /// Its configuration.
+        #[arg(default_value = "/lab/vm.toml")]
+        config: PathBuf,
+    },
     /// Tells what of the host matters: kernel, CPU, mitigations.
     Facts,
     /// Makes a table of the output of the others.
@@ -58,6 +68,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Exits { hypervisor, quick, only } => exits(hypervisor, Effort::new(quick), &only),
+        Command::Boot { hypervisor, config } => boot(hypervisor, &config),
         Command::Facts => facts::print(),
         Command::Report { files, strict } => report::print(&files, strict),
     };
@@ -82,6 +93,18 @@ fn exits(hypervisor: Hypervisor, effort: Effort, only: &[Row]) -> machine::Resul
     }
     for line in lines {
         println!("{line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn boot(hypervisor: Hypervisor, config: &Path) -> machine::Result<ExitCode> {
+    match boot::measure(hypervisor, config) {
+        Ok(rows) => {
+            for (row, value) in rows {
+                println!("{}", report::line(hypervisor, row, &[value]));
+            }
+        }
+        Err(error) => println!("{}", report::failure(hypervisor, Row::Boot, &error.to_string())),
     }
     Ok(ExitCode::SUCCESS)
 }
