@@ -48,17 +48,10 @@ impl Vcpu {
         self.take_requests(inner)?;
         self.shared.stats.set_state(VCpuState::Running);
         let at_work = self.shared.worker.begin();
-        let (exit, result) = match self.run_until_exit(inner) {
-            Ok(exit) => (exit, Ok(0)),
-            Err((exit, error)) => (exit, Err(error)),
-        };
+        let result = self.run_until_exit(inner);
         drop(at_work);
-        if let Some(exit) = exit {
-            bump(&self.shared.stats.user_exits);
-            self.show_exit(inner, exit);
-        }
         self.publish(inner);
-        result
+        result.map(|()| 0)
     }
 
     /// Does what the caller asked for in the run page.
@@ -82,59 +75,72 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Runs the guest until its user must see why it stopped. An error comes with the exit to show, if there is one.
-    fn run_until_exit(&self, inner: &mut Inner) -> Result<Option<Exit>, (Option<Exit>, Error)> {
-        let plain = |error: AxError| (None, abi::errno(error));
+    /// Runs the guest until its user must see why it stopped, and shows it.
+    fn run_until_exit(&self, inner: &mut Inner) -> Result {
         loop {
             let kicked = self.shared.take_kick();
-            let arch = inner.vcpu.arch_mut().map_err(plain)?;
+            let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
             // Also before a kick is answered: whoever kicks finds in the register sets what was posted before.
             let runnable = arch.prepare(&self.shared.mailbox);
             if kicked {
-                return Ok(Some(Exit::Interrupted));
+                self.report(inner, &Exit::Interrupted);
+                return Ok(());
             }
-            ffi::handle_work().map_err(|error| (Some(Exit::Interrupted), error))?;
+            ffi::handle_work().inspect_err(|_| self.report(inner, &Exit::Interrupted))?;
             if !runnable {
                 self.set_timer(inner);
                 self.sleep(inner)?;
                 continue;
             }
             self.update_clock(inner);
-            let stop = self.window(inner).map_err(|error| (None, error))?;
+            let stop = self.window(inner)?;
             self.shared.set_spins(matches!(stop, Stop::Spin));
             match stop {
                 Stop::Again => {}
                 Stop::Spin => self.vm.yield_for(&self.shared),
                 Stop::Exit(exit @ Exit::NestedPageFault { addr, access_flags }) => {
                     let Inner { aspace: Some(aspace), spare, .. } = inner else {
-                        return Err(plain(AxError::NotSetUp));
+                        return Err(abi::errno(AxError::NotSetUp));
                     };
                     match aspace.fault(addr, access_flags, spare) {
                         Ok(Fault::Resolved) => self.shared.stats.count_exit(ExitKind::PageFault),
                         Ok(Fault::NotMemory) => {
                             self.shared.stats.count_exit(ExitKind::Mmio);
-                            let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(plain)?, exit);
+                            let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, exit);
                             if exit != Exit::Nothing {
-                                return Ok(Some(exit));
+                                self.report(inner, &exit);
+                                return Ok(());
                             }
                         }
-                        Err(error) if error == EINTR => return Err((Some(Exit::Interrupted), error)),
-                        Err(error) => return Err((Some(exit), error)),
+                        Err(error) => {
+                            self.report(inner, if error == EINTR { &Exit::Interrupted } else { &exit });
+                            return Err(error);
+                        }
                     }
                 }
-                Stop::Exit(exit) => return Ok(Some(exit)),
+                Stop::Exit(exit) => {
+                    self.report(inner, &exit);
+                    return Ok(());
+                }
             }
         }
     }
 
+    /// The user is to see `exit`.
+    #[inline]
+    fn report(&self, inner: &mut Inner, exit: &Exit) {
+        bump(&self.shared.stats.user_exits);
+        self.show_exit(inner, exit);
+    }
+
     /// Sleeps until there is something for the vCPU, or its user, to do.
-    fn sleep(&self, inner: &mut Inner) -> Result<(), (Option<Exit>, Error)> {
-        inner.vcpu.block().map_err(|error| (None, abi::errno(error)))?;
+    fn sleep(&self, inner: &mut Inner) -> Result {
+        inner.vcpu.block().map_err(abi::errno)?;
         self.shared.stats.set_state(VCpuState::Blocked);
         let result = self.shared.sleep();
         inner.vcpu.wake();
         self.shared.stats.set_state(VCpuState::Running);
-        result.map_err(|error| (Some(Exit::Interrupted), error))
+        result.inspect_err(|_| self.report(inner, &Exit::Interrupted))
     }
 
     /// One window.
@@ -174,7 +180,8 @@ impl Vcpu {
         left.and(stop)
     }
 
-    /// One entry into the guest, and what can be done about its exit right here.
+    /// One entry into the guest, and what can be done about its exit right here. Exits that concern nobody but the vCPU end in
+    /// the backend, and are followed by the next entry unless something wants the guest to be left.
     #[inline]
     fn turn(&self, inner: &mut Inner, irq_off: &IrqOff) -> Result<Option<Stop>, AxError> {
         let Inner { vcpu, aspace: Some(aspace), seen_generation, .. } = inner else {

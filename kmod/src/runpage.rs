@@ -64,11 +64,23 @@ impl Page {
         #[cfg(CONFIG_X86_64)]
         set_next_rip, next_rip: u64
     );
-    field!(
-        /// Sets the general registers.
-        #[cfg(CONFIG_X86_64)]
-        set_general, general: axvcpu_uapi::x86::General
-    );
+    /// Sets the general registers.
+    #[cfg(CONFIG_X86_64)]
+    #[inline]
+    pub(crate) fn set_general(&self, value: &axvcpu_uapi::x86::General) {
+        // Word by word: a whole structure would be put together first, and then copied.
+        // SAFETY: As in `field`.
+        unsafe {
+            let general = core::ptr::addr_of_mut!((*self.page()).general);
+            let first = core::ptr::addr_of_mut!((*general).gpr).cast::<u64>();
+            for (index, register) in value.gpr.iter().enumerate() {
+                first.add(index).write_volatile(*register);
+            }
+            core::ptr::addr_of_mut!((*general).rip).write_volatile(value.rip);
+            core::ptr::addr_of_mut!((*general).rflags).write_volatile(value.rflags);
+        }
+    }
+
     field!(
         /// Sets the control registers.
         #[cfg(CONFIG_X86_64)]

@@ -25,7 +25,7 @@ impl Vcpu {
     }
 
     /// Fills the run page for the user.
-    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: Exit) {
+    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: &Exit) {
         let page = &self.page;
         page.set_exit(exit.encode());
         let Ok(arch) = inner.vcpu.arch() else { return };
@@ -36,7 +36,7 @@ impl Vcpu {
         if arch.user_mode() {
             state |= abi_run::STATE_USER_MODE;
         }
-        page.set_general(arch.general());
+        page.set_general(&arch.general());
         if matches!(exit, Exit::NestedPageFault { .. } | Exit::IoString { .. }) {
             page.set_control(arch.control());
             page.set_segments(arch.segments());

@@ -21,6 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     table! {
         "kick/before-the-run" => before;
         "kick/while-running" => during;
+        "kick/while-exits-follow-each-other" => during_exits;
         "kick/after-the-run-is-not-lost" => after;
         "kick/many-count-once" => many;
         "kick/storm" => storm [differs];
@@ -58,7 +59,17 @@ fn before() -> CaseResult {
 }
 
 fn during() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, spinner())?;
+    kicked(spinner(), 0)
+}
+
+/// The module may handle such exits without looking up.
+fn during_exits() -> CaseResult {
+    kicked(code!(during_exits, 64, "2: inc r8", "mov eax, 1", "xor ecx, ecx", "cpuid", "jmp 2b"), 8)
+}
+
+/// Code that counts in `register` for ever ends its runs with a kick, and goes on.
+fn kicked(code: &[u8], register: usize) -> CaseResult {
+    let mut m = Machine::new(Mode::Long, code)?;
     m.will_spin()?;
     let mut last = 0;
     for _ in 0..5 {
@@ -70,7 +81,7 @@ fn during() -> CaseResult {
         });
         m.expect(Interrupted)?;
         join(kick)??;
-        let count = m.vcpu.general().gpr[0];
+        let count = m.vcpu.general().gpr[register];
         ensure!(count > last, "the guest did not run: {count} after {last}");
         last = count;
     }

@@ -108,6 +108,7 @@ impl Mapping {
     ///
     /// # Errors
     /// [`Error::UnknownExit`].
+    #[inline]
     pub(super) fn exit(&self) -> Result<Exit> {
         let record: ExitRecord = get!(self, exit);
         let state = get!(self, state);
@@ -117,7 +118,7 @@ impl Mapping {
             reason: AxVCpuExitReason::decode(&record).map_err(Error::UnknownExit)?,
             state,
             insn_len: if decoded { get!(self, insn_len).min(16) as u8 } else { 0 },
-            insn: get!(self, insn),
+            insn: if decoded { get!(self, insn) } else { [0; 16] },
             next_rip: if decoded { get!(self, next_rip) } else { 0 },
         })
     }

@@ -406,6 +406,22 @@ fn run_and_unbind_are_refused_on_another_cpu() {
 }
 
 #[test]
+fn several_entries_in_one_call_are_counted() {
+    let Bench { script, mut vcpu } = Bench::in_state(VCpuState::Ready);
+    let calls = script.calls.borrow().len();
+    let exit = vcpu.run_by(|arch, entries| {
+        *entries += 2;
+        arch.run()?;
+        arch.run()?;
+        arch.run()
+    });
+    assert_eq!((exit, vcpu.state(), vcpu.record().entries), (Ok(AxVCpuExitReason::Halt), VCpuState::Ready, 3));
+    assert_eq!(script.calls.borrow().len(), calls + 3);
+    vcpu.request_exit();
+    assert_eq!(vcpu.run_by(|_, _| panic!("entered")), Ok(AxVCpuExitReason::Interrupted));
+}
+
+#[test]
 fn an_exit_request_is_sticky_and_stops_one_entry() {
     let Bench { script, mut vcpu } = Bench::in_state(VCpuState::Free);
     vcpu.request_exit();

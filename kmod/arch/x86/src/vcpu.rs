@@ -151,14 +151,11 @@ impl<H: X86Hal> X86VCpu<H> {
     }
 
     /// General registers.
+    #[inline]
     pub fn general(&self) -> General {
         on!(&self.hardware, hw => {
             let regs = hw.regs();
-            let mut general = General { rip: regs.rip(), rflags: regs.rflags(), ..General::default() };
-            for (register, slot) in general.gpr.iter_mut().enumerate() {
-                *slot = regs.gpr(register);
-            }
-            general
+            General { gpr: regs.gprs(), rip: regs.rip(), rflags: regs.rflags() }
         })
     }
 

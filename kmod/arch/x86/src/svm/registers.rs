@@ -46,6 +46,13 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         }
     }
 
+    #[inline]
+    fn gprs(&self) -> [u64; 16] {
+        let mut gprs = self.frame.common.gpr;
+        (gprs[RAX], gprs[RSP]) = (self.vmcb.rax(), self.vmcb.rsp());
+        gprs
+    }
+
     fn set_gpr(&mut self, register: usize, value: u64) {
         match register {
             RAX => self.vmcb.set_rax(value),

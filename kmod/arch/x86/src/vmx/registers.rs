@@ -212,6 +212,11 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
         self.frame.gpr.get(register).copied().unwrap_or(0)
     }
 
+    #[inline]
+    fn gprs(&self) -> [u64; 16] {
+        self.frame.gpr
+    }
+
     fn set_gpr(&mut self, register: usize, value: u64) {
         if let Some(slot) = self.frame.gpr.get_mut(register) {
             *slot = value;
