@@ -9,7 +9,7 @@ use core::{
 
 use kernel::prelude::*;
 use vcpu_core::AxError;
-use x86_vcpu::PermissionMaps;
+use x86_vcpu::{Capabilities, Mitigations, PermissionMaps, X86Hal};
 
 use crate::{abi, hal::Host, percpu::PerCpu};
 
@@ -36,10 +36,28 @@ impl Backends {
             }
             return Ok(None);
         }
+        tell_mitigations();
         let maps = KBox::new(PermissionMaps::<Host>::new().map_err(abi::errno)?, GFP_KERNEL)?;
         MAPS.store(KBox::into_raw(maps), Ordering::Release);
         Ok(Some(Self { _maps: Maps, _per_cpu: PerCpu::new()? }))
     }
+}
+
+/// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation. It is Linux'
+/// decision for KVM's guests, but for the barrier between vCPUs, which is not told to modules.
+fn tell_mitigations() {
+    let Mitigations { clear_buffers, refill_rsb, untrain_returns, barrier_at_exit, barrier_before_user, branch_barrier } =
+        Host::mitigations();
+    let word = |wanted: bool, word: &'static str| if wanted { word } else { "" };
+    pr_info!(
+        "at a change of vCPU:{} before entry:{} after exit:{}{}{} before userspace:{}\n",
+        word(branch_barrier && Capabilities::host().branch_barrier, " IBPB"),
+        word(clear_buffers, " VERW"),
+        word(refill_rsb, " RSB-refill"),
+        word(untrain_returns, " untrained-returns"),
+        word(barrier_at_exit, " IBPB"),
+        word(barrier_before_user, " IBPB"),
+    );
 }
 
 impl Drop for Maps {

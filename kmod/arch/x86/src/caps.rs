@@ -140,7 +140,7 @@ pub struct Capabilities {
     /// SPEC_CTRL is virtualized by the hardware.
     pub(crate) virtual_spec_ctrl: bool,
     /// PRED_CMD has an indirect branch prediction barrier.
-    pub(crate) branch_barrier: bool,
+    pub branch_barrier: bool,
     /// TSC_AUX exists.
     pub(crate) tsc_aux: bool,
     /// The host uses protection keys (CR4.PKE).

@@ -239,6 +239,9 @@ impl Offered {
 impl<H: X86Hal> Guest<H> {
     /// RDMSR of `index`.
     pub(crate) fn read_msr(&mut self, regs: &impl Registers, index: u32) -> Access<u64> {
+        if apic::owns_msr(index) {
+            return self.with_lapic(|lapic, clock| lapic.read_msr(index, clock)).map_or(Access::User, Access::from);
+        }
         if let Some(value) = regs.direct_msr(index).or_else(|| constant(index)) {
             return Access::Done(value);
         }
@@ -250,9 +253,6 @@ impl<H: X86Hal> Guest<H> {
         }
         match index {
             MSR_APIC_BASE if self.lapic().is_some() => Access::Done(self.apic_base()),
-            _ if apic::owns_msr(index) => {
-                self.with_lapic(|lapic, clock| lapic.read_msr(index, clock)).map_or(Access::User, Access::from)
-            }
             TSC => Access::Done(self.tsc()),
             PAT => Access::Done(regs.pat()),
             EFER => Access::Done(regs.efer()),
@@ -275,6 +275,12 @@ impl<H: X86Hal> Guest<H> {
     /// WRMSR of `value` to `index`.
     pub(crate) fn write_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
         let quiet = |result: GuestResult| Access::from(result.map(|()| Written::Quiet));
+        // First, since guests write them at each interrupt.
+        if apic::owns_msr(index) {
+            return self
+                .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
+                .map_or(Access::User, |result| Access::from(result.map(Written::Apic)));
+        }
         if regs.direct_msr(index).is_some() {
             return if self.is_valid_direct(index, value) && regs.set_direct_msr(index, value) {
                 Access::Done(Written::Quiet)
@@ -307,9 +313,6 @@ impl<H: X86Hal> Guest<H> {
             MSR_APIC_BASE if self.lapic().is_some() => {
                 self.lapic_mut().map_or(Access::User, |lapic| quiet(lapic.set_base(value)))
             }
-            _ if apic::owns_msr(index) => self
-                .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
-                .map_or(Access::User, |result| Access::from(result.map(Written::Apic))),
             TSC => {
                 let delta = value.wrapping_sub(self.tsc());
                 self.move_tsc(regs, delta);

@@ -94,9 +94,18 @@ impl Registers {
     /// The highest vector of `set`: the one of highest priority.
     #[inline]
     pub(super) fn highest(&self, set: Set) -> Option<u8> {
-        let (index, register) = self.registers(set).enumerate().rev().find(|(_, register)| *register != 0)?;
-        // The register is not zero, so it has 0 to 31 leading zeros, and 31 ^ n is 31 - n. With index <= 7 the sum is below 256.
-        Some((index as u32 * 32 + (31 ^ register.leading_zeros())) as u8)
+        // Asked at each entry, mostly of empty sets: a block of known length, which needs no checks.
+        let block: &[u32; 8 * STRIDE] = self.words.get(usize::from(set as u16 / 4)..)?.first_chunk()?;
+        let mut index = 8u32;
+        for register in [block[28], block[24], block[20], block[16], block[12], block[8], block[4], block[0]] {
+            index = index.wrapping_sub(1);
+            if register != 0 {
+                // The register is not zero, so it has 0 to 31 leading zeros, and 31 ^ n is 31 - n. With index <= 7 the sum is below
+                // 256.
+                return Some((index * 32 + (31 ^ register.leading_zeros())) as u8);
+            }
+        }
+        None
     }
 
     /// Requests the vectors `64 * index + b` for each bit `b` of `added`, of which those in `levels` are level-triggered.
