@@ -37,7 +37,7 @@ pub(crate) fn measure(hypervisor: Hypervisor, config: &Path) -> Result<Vec<(Row,
         let end = ticks();
         Ok((end.wrapping_sub(start), idle()?.saturating_sub(idle_before)))
     });
-    // It powers itself off; in case of an error it need not.
+    // It powers itself off, but after an error it may not.
     if rows.is_err() {
         axvmm.kill()?;
     }

@@ -26,6 +26,11 @@ use crate::{
     vcpu::{Inner, Vcpu},
 };
 
+/// Entries in a row, after which interrupts are let in. On hardware one that waits ends the guest's turn at once; but an emulated
+/// CPU (Bochs 3.0) takes none while the guest has its own off, and such a guest could keep the host's CPU for ever by exits that
+/// are handled here.
+const ENTRIES_IN_A_ROW: u32 = 256;
+
 /// How a window ended.
 enum Stop {
     /// Something waits between windows; then go on.
@@ -161,13 +166,15 @@ impl Vcpu {
         let cpu = Host::cpu_id();
         self.shared.stats.last_cpu.store(cpu as u32, Ordering::Relaxed);
         let in_guest = self.shared.enter(cpu, &irq_off);
+        let mut entries_left = ENTRIES_IN_A_ROW;
         let stop = loop {
             // From here to the entry nothing may be added that posts to ourselves: posts made before are seen below, and posts
             // made later find the vCPU marked as in the guest and interrupt it.
-            if irq_off.work_pending() || self.shared.kick_pending() {
+            if irq_off.work_pending() || self.shared.kick_pending() || entries_left == 0 {
                 break Ok(Stop::Again);
             }
-            match self.turn(inner, &irq_off) {
+            entries_left = entries_left.wrapping_sub(1);
+            match self.turn(inner, &irq_off, &mut entries_left) {
                 Ok(None) => {}
                 Ok(Some(stop)) => break Ok(stop),
                 Err(error) => break Err(abi::errno(error)),
@@ -183,7 +190,7 @@ impl Vcpu {
     /// One entry into the guest, and what can be done about its exit right here. Exits that concern nobody but the vCPU end in
     /// the backend, and are followed by the next entry unless something wants the guest to be left.
     #[inline]
-    fn turn(&self, inner: &mut Inner, irq_off: &IrqOff) -> Result<Option<Stop>, AxError> {
+    fn turn(&self, inner: &mut Inner, irq_off: &IrqOff, entries_left: &mut u32) -> Result<Option<Stop>, AxError> {
         let Inner { vcpu, aspace: Some(aspace), seen_generation, .. } = inner else {
             return Err(AxError::NotSetUp);
         };
@@ -196,9 +203,10 @@ impl Vcpu {
         let exit = vcpu.run_by(|arch, entries| {
             arch.run_while(|kind| {
                 let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
-                if wanted || aspace.generation() != *seen_generation {
+                if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
                     return false;
                 }
+                *entries_left = entries_left.wrapping_sub(1);
                 shared.stats.count_exit(kind);
                 *entries = entries.wrapping_add(1);
                 true

@@ -64,10 +64,13 @@ fn during() -> CaseResult {
 
 /// The module may handle such exits without looking up.
 fn during_exits() -> CaseResult {
-    kicked(code!(during_exits, 64, "2: inc r8", "mov eax, 1", "xor ecx, ecx", "cpuid", "jmp 2b"), 8)
+    kicked(
+        code!(during_exits, 64, "2: inc r8", "mov [0x20000], r8", "mov eax, 1", "xor ecx, ecx", "cpuid", "jmp 2b"),
+        8,
+    )
 }
 
-/// Code that counts in `register` for ever ends its runs with a kick, and goes on.
+/// Code that counts in `register`, and at [`DATA`], ends its runs with a kick, and goes on.
 fn kicked(code: &[u8], register: usize) -> CaseResult {
     let mut m = Machine::new(Mode::Long, code)?;
     m.will_spin()?;
