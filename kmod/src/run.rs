@@ -200,17 +200,14 @@ impl Vcpu {
             return Ok(Some(Stop::Again));
         }
         let shared = &*self.shared;
-        let exit = vcpu.run_by(|arch, entries| {
-            arch.run_while(|kind| {
-                let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
-                if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
-                    return false;
-                }
-                *entries_left = entries_left.wrapping_sub(1);
-                shared.stats.count_exit(kind);
-                *entries = entries.wrapping_add(1);
-                true
-            })
+        let exit = arch::enter(vcpu, |kind| {
+            let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
+            if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
+                return false;
+            }
+            *entries_left = entries_left.wrapping_sub(1);
+            shared.stats.count_exit(kind);
+            true
         })?;
         let kind = vcpu.arch()?.exit_kind();
         if matches!(exit, Exit::Nothing) {

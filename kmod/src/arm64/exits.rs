@@ -5,9 +5,24 @@ use axvcpu_uapi::{
     arm64::{PSTATE_EL0, PSTATE_MODE},
     exit::AxVCpuExitReason as Exit,
     run as abi_run,
+    vcpu::ExitKind,
+};
+use vcpu_core::{AxResult, AxVCpu};
+
+use super::VCpu;
+use crate::{
+    hal::Host,
+    vcpu::{Inner, Vcpu},
 };
 
-use crate::vcpu::{Inner, Vcpu};
+/// One entry: every exit is looked at by the caller.
+///
+/// # Errors
+/// As [`AxVCpu::run`].
+#[inline]
+pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, _go_on: impl FnMut(ExitKind) -> bool) -> AxResult<Exit> {
+    vcpu.run()
+}
 
 impl Vcpu {
     /// Interrupts between vCPUs would be an interrupt controller's, which is not in the kernel.
@@ -17,7 +32,7 @@ impl Vcpu {
     pub(crate) fn update_clock(&self, _inner: &mut Inner) {}
 
     /// Fills the run page for the user.
-    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: Exit) {
+    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: &Exit) {
         let page = &self.page;
         page.set_exit(exit.encode());
         let Ok(arch) = inner.vcpu.arch() else { return };

@@ -11,6 +11,7 @@ use arm_vcpu::{ArmPerCpu, ArmVCpu, Capabilities};
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
 use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
 
+pub(crate) use exits::enter;
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, VmState};

@@ -1,10 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The part of `RUN` that is x86's own: inter-processor interrupts through the local APIC, and what the run page shows.
 
-use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run};
+use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
+use vcpu_core::{AxResult, AxVCpu};
 use x86_vcpu::apic::Message;
 
-use crate::vcpu::{Inner, Vcpu};
+use super::VCpu;
+use crate::{
+    hal::Host,
+    vcpu::{Inner, Vcpu},
+};
+
+/// One entry, and more behind exits that concern nobody but the vCPU, as long as `go_on` agrees, which is told their kind.
+///
+/// # Errors
+/// As [`AxVCpu::run`].
+#[inline]
+pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, mut go_on: impl FnMut(ExitKind) -> bool) -> AxResult<Exit> {
+    vcpu.run_by(|arch, entries| {
+        arch.run_while(|kind| {
+            let again = go_on(kind);
+            *entries = entries.wrapping_add(again.into());
+            again
+        })
+    })
+}
 
 impl Vcpu {
     /// The guest wrote its interrupt command register.

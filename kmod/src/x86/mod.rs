@@ -15,6 +15,7 @@ use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
 use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
 use x86_vcpu::{Capabilities, X86PerCpu, X86VCpu};
 
+pub(crate) use exits::enter;
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
