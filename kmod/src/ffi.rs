@@ -246,6 +246,13 @@ impl IrqOff {
         // SAFETY: Interrupts are off, as the function asserts.
         unsafe { raw::axvcpu_work_pending() }
     }
+
+    /// Ends it by `enable`, which turns interrupts on.
+    #[cfg(CONFIG_X86_64)]
+    pub(crate) fn end_by(self, enable: impl FnOnce()) {
+        core::mem::forget(self);
+        enable();
+    }
 }
 
 impl Drop for IrqOff {

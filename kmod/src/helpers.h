@@ -46,6 +46,9 @@ void axvcpu_flush_ipis(void);
 
 #ifdef CONFIG_X86_64
 unsigned int axvcpu_mitigations(void);
+unsigned int axvcpu_notification_vector(void);
+void axvcpu_notify_posted(int cpu);
+unsigned int axvcpu_apic_steps(void);
 unsigned int axvcpu_tsc_khz(void);
 bool axvcpu_tsc_stable(void);
 #endif

@@ -183,7 +183,7 @@ impl Vcpu {
         // A vCPU that has failed has left by itself, and cannot be asked to.
         let left = inner.vcpu.arch_mut().map_or(Ok(()), arch::VCpu::leave).map_err(abi::errno);
         drop(in_guest);
-        drop(irq_off);
+        arch::interrupts_on(irq_off);
         left.and(stop)
     }
 

@@ -15,7 +15,8 @@ use kernel::prelude::*;
 use vcpu_core::VCpuState;
 
 use crate::{
-    arch::Mailbox,
+    abi,
+    arch::{self, Mailbox},
     ffi::{self, IrqOff, WaitPoint, Worker},
 };
 
@@ -123,11 +124,14 @@ pub(crate) fn bump(counter: &AtomicU64) {
 
 impl Shared {
     /// The shared part of vCPU `id`.
-    pub(crate) fn new(id: u32) -> Self {
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn new(id: u32) -> Result<Self> {
         let stats = Stats { last_cpu: AtomicU32::new(u32::MAX), ..Stats::default() };
-        Self {
+        Ok(Self {
             id,
-            mailbox: Mailbox::new(),
+            mailbox: arch::new_mailbox().map_err(abi::errno)?,
             kick: AtomicBool::new(false),
             cpu: AtomicU32::new(OUTSIDE),
             aspace: AtomicUsize::new(0),
@@ -135,7 +139,7 @@ impl Shared {
             worker: Worker::new(),
             spins: AtomicBool::new(false),
             stats,
-        }
+        })
     }
 
     /// Makes the current or else the next `RUN` return. From any context.
@@ -157,11 +161,16 @@ impl Shared {
 
     /// Makes the vCPU look at what was posted: out of the guest or out of its sleep. From any context.
     pub(crate) fn notify(&self) {
+        self.notify_by(ffi::send_ipi);
+    }
+
+    /// Wakes the vCPU if it sleeps, and calls `tell` with its CPU if it is in the guest. From any context.
+    pub(crate) fn notify_by(&self, tell: impl FnOnce(i32)) {
         self.wait.wake();
         fence(Ordering::SeqCst); // Posts are not all sequentially consistent themselves.
         let cpu = self.cpu.load(Ordering::SeqCst);
         if cpu != OUTSIDE {
-            ffi::send_ipi(cpu as i32);
+            tell(cpu as i32);
         }
     }
 

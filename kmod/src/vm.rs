@@ -156,7 +156,7 @@ impl Vm {
         if slot.as_ref().is_some() {
             return Err(EEXIST);
         }
-        let shared = Arc::new(Shared::new(arg.id), GFP_KERNEL_ACCOUNT)?;
+        let shared = Arc::new(Shared::new(arg.id)?, GFP_KERNEL_ACCOUNT)?;
         let vcpu = Vcpu::new(this.into(), shared.clone())?;
         let fd = fd::install(vcpu)?;
         // Nobody fills the slot but under the mutex that we hold.

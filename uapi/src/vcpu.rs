@@ -179,11 +179,15 @@ pub enum ExitKind {
     Ipi,
     /// Anything else.
     Other,
+    /// The CPU virtualizes the local APIC, and has left something of an access to it to the module.
+    Apic,
+    /// The local APIC's timer has expired, as the CPU has seen by itself.
+    Timer,
 }
 
 impl ExitKind {
     /// How many kinds there are.
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 18;
     /// Every kind, in the order of [`VcpuStats::exits`].
     pub const ALL: [ExitKind; Self::COUNT] = [
         Self::HostInterrupt,
@@ -202,6 +206,8 @@ impl ExitKind {
         Self::Pause,
         Self::Ipi,
         Self::Other,
+        Self::Apic,
+        Self::Timer,
     ];
     /// A short lower-case name for tables.
     pub const fn name(self) -> &'static str {
@@ -222,6 +228,8 @@ impl ExitKind {
             Self::Pause => "pause",
             Self::Ipi => "ipi",
             Self::Other => "other",
+            Self::Apic => "apic",
+            Self::Timer => "timer",
         }
     }
 }
@@ -252,8 +260,8 @@ abi_struct! {
         /// State: 0 created, 1 free, 2 ready, 3 running, 4 blocked, 5 failed.
         pub state: u32,
         /// Exits by [`ExitKind`].
-        pub exits: [u64; 16],
+        pub exits: [u64; 18],
         /// Zero.
-        pub reserved: [u64; 6],
+        pub reserved: [u64; 4],
     }
 }

@@ -17,7 +17,10 @@ pub(crate) use backends::Backends;
 pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, VmState};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
 
-use crate::{ffi, hal::Host};
+use crate::{
+    ffi::{self, IrqOff},
+    hal::Host,
+};
 
 /// The backend of a vCPU.
 pub(crate) type VCpu = ArmVCpu<Host>;
@@ -51,4 +54,17 @@ pub(crate) const BREAK_BEFORE_MAKE: bool = true;
 pub(crate) fn prepare_memory(addr: HostPhysAddr, size: u64) {
     // SAFETY: The caller has a reference to the host's page or pages there, so the direct map shows them.
     unsafe { arm_vcpu::clean_and_invalidate(ffi::phys_to_virt(addr), size as usize) };
+}
+
+/// The mailbox of a new vCPU.
+///
+/// # Errors
+/// None.
+pub(crate) fn new_mailbox() -> AxResult<Mailbox> {
+    Ok(Mailbox::new())
+}
+
+/// Lets interrupts through again.
+pub(crate) fn interrupts_on(irq_off: IrqOff) {
+    drop(irq_off);
 }

@@ -6,9 +6,30 @@ use core::sync::atomic::{AtomicU32, Ordering};
 mod raw {
     extern "C" {
         pub(super) fn axvcpu_mitigations() -> u32;
+        pub(super) fn axvcpu_notification_vector() -> u32;
+        pub(super) fn axvcpu_notify_posted(cpu: i32);
+        pub(super) fn axvcpu_apic_steps() -> u32;
         pub(super) fn axvcpu_tsc_khz() -> u32;
         pub(super) fn axvcpu_tsc_stable() -> bool;
     }
+}
+
+/// The vector that tells a CPU of posted interrupts, if the host has one.
+pub(crate) fn notification_vector() -> Option<u8> {
+    // SAFETY: A constant.
+    u8::try_from(unsafe { raw::axvcpu_notification_vector() }).ok().filter(|vector| *vector != 0)
+}
+
+/// Sends that vector to `cpu`, unless it is this one. From any context.
+pub(crate) fn notify_posted(cpu: i32) {
+    // SAFETY: The helper checks that the CPU is online.
+    unsafe { raw::axvcpu_notify_posted(cpu) }
+}
+
+/// The module's parameter `apic_steps`, which is constant while it is loaded.
+pub(crate) fn apic_steps() -> u8 {
+    // SAFETY: Reads a variable.
+    u8::try_from(unsafe { raw::axvcpu_apic_steps() }).unwrap_or(u8::MAX)
 }
 
 /// Frequency of the host's time-stamp counter, in kHz.

@@ -21,6 +21,14 @@ impl X86Hal for Host {
         ffi::tsc_khz()
     }
 
+    fn apic_steps() -> u8 {
+        ffi::apic_steps()
+    }
+
+    fn notification_vector() -> Option<u8> {
+        ffi::notification_vector()
+    }
+
     fn mitigations() -> Mitigations {
         let host = ffi::Mitigations::of_host();
         Mitigations {

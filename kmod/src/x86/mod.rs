@@ -13,7 +13,7 @@ mod vm;
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
 use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
-use x86_vcpu::{Capabilities, X86PerCpu, X86VCpu};
+use x86_vcpu::{Capabilities, HostInterrupt, X86PerCpu, X86VCpu};
 
 pub(crate) use exits::enter;
 pub(crate) use backends::Backends;
@@ -21,14 +21,17 @@ pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
 pub(crate) use vm::{new_vm, vm_ioctl, VmState};
 pub(crate) use x86_vcpu::{
-    apic::{Mailbox, TimerUpdate},
+    apic::TimerUpdate,
     NestedTable, Reply,
 };
 
-use crate::hal::Host;
+use crate::{ffi::IrqOff, hal::Host};
 
 /// The backend of a vCPU.
 pub(crate) type VCpu = X86VCpu<Host>;
+
+/// What anybody may post to a vCPU.
+pub(crate) type Mailbox = x86_vcpu::apic::Mailbox<Host>;
 
 /// What the backends keep for each physical CPU.
 pub(crate) type PerCpu = X86PerCpu<Host>;
@@ -59,3 +62,21 @@ pub(crate) fn prepare_memory(_addr: HostPhysAddr, _size: u64) {}
 
 /// Makes what was stored to tables seen by their walks, before TLBs are flushed: it is already.
 pub(crate) fn tables_changed() {}
+
+/// The mailbox of a new vCPU. May sleep.
+///
+/// # Errors
+/// `NoMemory`.
+pub(crate) fn new_mailbox() -> AxResult<Mailbox> {
+    VCpu::new_mailbox()
+}
+
+/// Lets interrupts through again, beginning with one that an exit has taken from the local APIC.
+pub(crate) fn interrupts_on(irq_off: IrqOff) {
+    match HostInterrupt::take::<Host>() {
+        // SAFETY: Interrupts are off and can go on, as the vCPU has left the guest and with it given back the host's state; a host
+        // without an IDT has no such interrupts.
+        Some(interrupt) => irq_off.end_by(|| unsafe { interrupt.deliver() }),
+        None => drop(irq_off),
+    }
+}

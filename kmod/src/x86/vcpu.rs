@@ -61,8 +61,12 @@ impl Vcpu {
         };
         let cpuid = x86_vcpu::load_cpuid::<Host>(arg.cpuid_count as usize, read).map_err(abi::errno)?;
         let tsc_origin = self.vm.arch().host_tsc;
-        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic, tsc_origin }).map_err(abi::errno)?;
+        let posted = self.shared.mailbox.descriptor();
+        inner.vcpu.setup(X86SetupConfig { cpuid, in_kernel_apic, tsc_origin, posted }).map_err(abi::errno)?;
         inner.in_kernel_apic = in_kernel_apic;
+        if inner.vcpu.arch().map_err(abi::errno)?.takes_posted_interrupts() {
+            self.shared.mailbox.post_to_hardware();
+        }
         // Publishes who the vCPU is: INIT and start-up messages may come before its first `RUN`.
         inner.vcpu.arch_mut().map_err(abi::errno)?.prepare(&self.shared.mailbox);
         self.publish(inner);

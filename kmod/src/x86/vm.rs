@@ -2,11 +2,14 @@
 //! The part of a VM that is x86's own: interrupt messages between its local APICs, and when its clocks started.
 
 use axvcpu_uapi::{ioctl, vm as abi_vm};
-use kernel::prelude::*;
-use x86_vcpu::{apic::Message, pvclock::TimeBase};
+use kernel::{prelude::*, sync::Arc};
+use x86_vcpu::{
+    apic::{Message, Notice},
+    pvclock::TimeBase,
+};
 
 use super::ffi;
-use crate::{abi, vm::Vm};
+use crate::{abi, shared::Shared, vm::Vm};
 
 /// When the VM's paravirtual clocks started.
 pub(crate) type VmState = TimeBase;
@@ -31,7 +34,12 @@ impl Vm {
     /// Delivers an interrupt message to the vCPUs it addresses. `sender` is the APIC id of the vCPU that sends it, if one
     /// does. From any context. Returns whether any vCPU accepted it.
     pub(crate) fn route(&self, message: &Message, sender: Option<u32>) -> bool {
-        message.route(sender, self.vcpus(), |vcpu| &vcpu.mailbox, |vcpu| vcpu.notify()) > 0
+        let notify = |vcpu: &Arc<Shared>, notice| match notice {
+            Notice::Look => vcpu.notify(),
+            Notice::Posted => vcpu.notify_by(ffi::notify_posted),
+            Notice::Nothing => {}
+        };
+        message.route(sender, self.vcpus(), |vcpu| &vcpu.mailbox, notify) > 0
     }
 
     fn signal_msi(&self, arg: abi_vm::Msi) -> Result<isize> {

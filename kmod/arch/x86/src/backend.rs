@@ -5,6 +5,7 @@
 use axvcpu_uapi::vcpu::ExitKind;
 use vcpu_core::{AccessFlags, AccessWidth, AxResult, GuestPhysAddr};
 
+use crate::apic::Effect;
 use crate::events::{Injection, Plan};
 use crate::hal::X86Hal;
 use crate::state::{Guest, Registers};
@@ -44,6 +45,16 @@ pub(crate) trait Backend<H: X86Hal> {
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
     fn ready(&mut self, guest: &mut Guest<H>) -> AxResult<Option<Exit>>;
+
+    /// Whether the CPU delivers the local APIC's interrupts by itself: then none of them is for a plan.
+    fn delivers_interrupts(&self, _guest: &Guest<H>) -> bool {
+        false
+    }
+
+    /// Whether interrupts can be posted to it while it runs. Settled by [`setup`](Self::setup).
+    fn takes_posted_interrupts(&self) -> bool {
+        false
+    }
 
     /// One entry, with the events of `plan`. How it ended is put into `guest.exited`.
     ///
@@ -96,6 +107,8 @@ pub(crate) enum Exit {
     PageFault { addr: GuestPhysAddr, access: AccessFlags },
     /// The guest can take an event that it was entered for.
     Window,
+    /// The CPU has carried out an access to the local APIC, and this is left to do.
+    Apic(Effect),
     /// An exception that has been kept from the guest, and is its own.
     Exception(Injection),
     /// The guest's instruction raises this exception, whatever the CPU says.
@@ -136,6 +149,7 @@ impl Exit {
             Self::Interrupt | Self::PreemptionTimer => ExitKind::HostInterrupt,
             Self::PageFault { .. } => ExitKind::PageFault,
             Self::Window => ExitKind::Window,
+            Self::Apic(_) => ExitKind::Apic,
             Self::Done(kind) => *kind,
             _ => ExitKind::Other,
         }

@@ -121,19 +121,21 @@ impl<H: X86Hal> Guest<H> {
             self.exited = Exited { exit, interrupted: None };
             return Ok(self.handle(hw.regs_mut(), &Plan::NOTHING));
         }
-        let plan = self.plan(hw.regs_mut());
+        let plan = self.plan(hw);
         hw.enter(self, &plan)?;
         Ok(self.handle(hw.regs_mut(), &plan))
     }
 
     /// Chooses what the next entry injects and which exits it asks for.
-    fn plan(&mut self, regs: &mut impl Registers) -> Plan {
+    fn plan(&mut self, hw: &mut impl Backend<H>) -> Plan {
         let apic = self.apic_view();
-        if apic.vector.is_none() && self.events.is_idle() {
+        let vector = if hw.delivers_interrupts(self) { None } else { apic.vector };
+        if vector.is_none() && self.events.is_idle() {
             return Plan::NOTHING;
         }
+        let regs = hw.regs_mut();
         let situation = self.situation(regs);
-        let plan = self.events.plan(situation, apic.vector, apic.accepts_pic);
+        let plan = self.events.plan(situation, vector, apic.accepts_pic);
         if plan.acknowledge {
             if let Some(lapic) = self.lapic_mut() {
                 lapic.acknowledge();
@@ -187,6 +189,7 @@ impl<H: X86Hal> Guest<H> {
             Exit::PageFault { addr, access } => Reason::NestedPageFault { addr, access_flags: access },
             Exit::Window if self.events.window_requested() && self.window_open(regs) => Reason::InterruptWindow,
             Exit::Window | Exit::Done(_) => Reason::Nothing,
+            Exit::Apic(effect) => self.after_apic(effect),
             Exit::Exception(exception) => {
                 if self.events.exception_exit(exception, interrupted) {
                     Reason::TripleFault
@@ -380,9 +383,16 @@ impl<H: X86Hal> Guest<H> {
                 unsafe { cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB) };
                 Reason::Nothing
             }
-            Written::Apic(Effect::None) => Reason::Nothing,
-            Written::Apic(Effect::InterruptEnd(vector)) => Reason::InterruptEnd { vector: Some(vector) },
-            Written::Apic(Effect::Ipi(command)) => {
+            Written::Apic(effect) => self.after_apic(effect),
+        }
+    }
+
+    /// What an access to the local APIC has set off.
+    fn after_apic(&mut self, effect: Effect) -> Reason {
+        match effect {
+            Effect::None => Reason::Nothing,
+            Effect::InterruptEnd(vector) => Reason::InterruptEnd { vector: Some(vector) },
+            Effect::Ipi(command) => {
                 self.exit_kind = ExitKind::Ipi;
                 Reason::SendIPI {
                     target_cpu: command >> 32,

@@ -93,6 +93,8 @@ unsafe impl Zeroable for crate::apic::Registers {}
 unsafe impl Zeroable for crate::svm::Vmcb {}
 // SAFETY: As above.
 unsafe impl<const N: usize> Zeroable for [axvcpu_uapi::x86::CpuidEntry; N] {}
+// SAFETY: As above.
+unsafe impl Zeroable for crate::apic::Descriptor {}
 
 /// A `T` in frames of its own.
 ///

@@ -20,6 +20,18 @@ pub trait X86Hal: AxVCpuHal {
     /// Frequency of the time-stamp counter, in kHz; not 0.
     fn tsc_khz() -> u32;
 
+    /// How many of the steps in which the CPU can take the local APIC off our hands may be taken, if it has them: 0 none, 1 the
+    /// task priority, 2 also the delivery of interrupts, 3 also interrupts posted by other CPUs.
+    fn apic_steps() -> u8 {
+        u8::MAX
+    }
+
+    /// The vector that tells a CPU of interrupts posted to the vCPU that it runs, if the host has one. The host's handler of it
+    /// does nothing.
+    fn notification_vector() -> Option<u8> {
+        None
+    }
+
     /// What the world switch must do against speculative execution attacks, as the host has decided for itself.
     fn mitigations() -> Mitigations {
         Mitigations::default()

@@ -4,7 +4,7 @@
 //!
 //! Nothing here knows a kernel: frames, time, the FPU and per-CPU storage come through [`X86Hal`]. What does not execute
 //! privileged instructions runs in ordinary tests and under Miri. What does is in `cpu.rs` and `vmx/instructions.rs` (single
-//! instructions), `switch.rs`, `svm/switch.rs` and `vmx/switch.rs` (the world switches).
+//! instructions), `switch.rs`, `svm/switch.rs` and `vmx/switch.rs` (the world switches), and `host_interrupt.rs`.
 //!
 //! - `backend` says what a virtualization extension does, in the architecture's terms: `svm` does it on AMD, `vmx` on Intel.
 //! - `vcpu` is all that is the same for both: `state` the vCPU but for its registers, `exit` a turn of the guest and what is done
@@ -27,6 +27,7 @@ pub mod fault;
 mod fpu;
 mod frame;
 mod hal;
+mod host_interrupt;
 mod length;
 mod linear;
 mod msr;
@@ -48,6 +49,7 @@ mod window;
 pub use caps::{detect, extension, in_use, missing_feature, read_tsc, Backend, Capabilities};
 pub use exit::Reply;
 pub use hal::{Mitigations, X86Hal};
+pub use host_interrupt::HostInterrupt;
 pub use percpu::X86PerCpu;
 pub use svm::PermissionMaps;
 pub use table::NestedTable;

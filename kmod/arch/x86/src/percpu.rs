@@ -14,6 +14,8 @@ pub struct X86PerCpu<H: X86Hal> {
     hardware: Hardware<H>,
     /// Identity of the vCPU that was bound last; 0 for none.
     pub(crate) last_vcpu: u64,
+    /// The vector of an interrupt that an exit has acknowledged, until the host has it.
+    pub(crate) host_interrupt: Option<u8>,
 }
 
 /// The backend's part.
@@ -68,7 +70,7 @@ impl<H: X86Hal> AxArchPerCpu for X86PerCpu<H> {
             Backend::Svm => Hardware::Svm(SvmCpu::new(Capabilities::host().asids)?),
             Backend::Vmx => Hardware::Vmx(VmxCpu::new(&caps::vmx().map_err(|_| AxError::Unsupported)?)?),
         };
-        Ok(Self { cpu: cpu_id, hardware, last_vcpu: 0 })
+        Ok(Self { cpu: cpu_id, hardware, last_vcpu: 0, host_interrupt: None })
     }
 
     fn is_enabled(&self) -> bool {

@@ -157,6 +157,8 @@ pub(crate) struct Guest<H: X86Hal> {
     apic_view: Option<ApicView>,
     /// Others know who the local APIC is.
     published: bool,
+    /// The posted-interrupt descriptor, if its address is known.
+    pub(crate) posted: Option<HostPhysAddr>,
     /// CR8 and IA32_APIC_BASE without a local APIC here.
     cr8: u8,
     apic_base: u64,
@@ -202,6 +204,7 @@ impl<H: X86Hal> Guest<H> {
             lapic: None,
             apic_view: None,
             published: false,
+            posted: None,
             cr8: 0,
             apic_base: APIC_BASE_RESET | if vcpu_id == 0 { APIC_BASE_BSP } else { 0 },
             events: Events::new(),
@@ -231,7 +234,7 @@ impl<H: X86Hal> Guest<H> {
     /// # Errors
     /// [`AxError::NoMemory`].
     pub(crate) fn setup(&mut self, hw: &mut impl Backend<H>, config: X86SetupConfig<H>) -> AxResult {
-        let X86SetupConfig { cpuid, in_kernel_apic, tsc_origin } = config;
+        let X86SetupConfig { cpuid, in_kernel_apic, tsc_origin, posted } = config;
         self.limits = Limits::new(&cpuid, self.caps.xcr0);
         self.offered = Offered::new(&cpuid, &self.caps);
         self.lapic = match in_kernel_apic {
@@ -245,6 +248,7 @@ impl<H: X86Hal> Guest<H> {
         };
         self.tsc_offset = tsc_origin.wrapping_neg();
         hw.regs_mut().set_tsc_offset(self.tsc_offset);
+        self.posted = posted;
         self.cpuid = Some(cpuid);
         hw.setup(self);
         let entry = self.entry;
@@ -291,7 +295,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// Takes what was posted. Whether there is something to run for.
     #[inline]
-    pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) -> bool {
+    pub(crate) fn prepare(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox<H>) -> bool {
         if mailbox.pending() || !self.published {
             self.take_mail(hw, mailbox);
         }
@@ -301,7 +305,7 @@ impl<H: X86Hal> Guest<H> {
             || mailbox.pending()
     }
 
-    fn take_mail(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox) {
+    fn take_mail(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox<H>) {
         let (init, sipi) = self.collect(mailbox);
         if init {
             self.init(hw);
@@ -336,6 +340,18 @@ impl<H: X86Hal> Guest<H> {
         self.apic_view = None;
         self.published = false;
         self.lapic.as_mut()
+    }
+
+    /// The local APIC, for the hardware to be told of it, which changes nothing.
+    #[inline]
+    pub(crate) fn lapic_for_hardware(&mut self) -> Option<&mut Lapic<H>> {
+        self.lapic.as_mut()
+    }
+
+    /// The hardware has changed, or may have, what entries ask of the local APIC.
+    #[inline]
+    pub(crate) fn apic_changed(&mut self) {
+        self.apic_view = None;
     }
 
     /// What the local APIC has for an entry.
@@ -454,7 +470,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// Takes what was posted. True if the vCPU must be put into the state after INIT; then, or if it already waits, the vector
     /// of a start-up IPI comes with it.
-    fn collect(&mut self, mailbox: &Mailbox) -> (bool, Option<u8>) {
+    fn collect(&mut self, mailbox: &Mailbox<H>) -> (bool, Option<u8>) {
         let posted = match self.with_lapic(|lapic, clock| lapic.collect(mailbox, clock)) {
             Some(posted) => posted,
             None => mailbox.take(|_, _, _| {}),

@@ -36,6 +36,8 @@ pub struct X86SetupConfig<H: X86Hal> {
     pub in_kernel_apic: bool,
     /// The host's TSC when the guest's is 0: the same for all vCPUs of a VM, so that their TSCs agree.
     pub tsc_origin: u64,
+    /// [`Mailbox::descriptor`] of the vCPU's mailbox, which lives as long as the vCPU.
+    pub posted: Option<HostPhysAddr>,
 }
 
 /// The instruction of an exit.
@@ -139,6 +141,18 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
 /// [`synchronize`](Self::synchronize) or an exit that says why in the run page; except for [`general`](Self::general), [`interrupt_window_open`](Self::interrupt_window_open), [`interrupts_enabled`](Self::interrupts_enabled)
 /// and [`user_mode`](Self::user_mode), which can be asked any time.
 impl<H: X86Hal> X86VCpu<H> {
+    /// A mailbox for a vCPU on this CPU, on which [`detect`] has succeeded. May sleep.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`].
+    pub fn new_mailbox() -> AxResult<Mailbox<H>> {
+        if detect() == Ok(Backend::Vmx) && Vmx::<H>::takes_posted_interrupts_here() {
+            Mailbox::with_descriptor()
+        } else {
+            Ok(Mailbox::new())
+        }
+    }
+
     // --- Register sets ---
 
     /// Makes [`segments`](Self::segments), [`control`](Self::control) and [`msr`](Self::msr) current, and their setters possible: a
@@ -366,7 +380,7 @@ impl<H: X86Hal> X86VCpu<H> {
     /// is halted or waits for a start-up IPI, with nothing to change that. To be called right before [`run`](AxArchVCpu::run),
     /// with interrupts off, so that nothing posted earlier is missed.
     #[inline]
-    pub fn prepare(&mut self, mailbox: &Mailbox) -> bool {
+    pub fn prepare(&mut self, mailbox: &Mailbox<H>) -> bool {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
     }
 
@@ -419,6 +433,11 @@ impl<H: X86Hal> X86VCpu<H> {
     /// Whether the guest's CPL is 3.
     pub fn user_mode(&self) -> bool {
         on!(&self.hardware, hw => hw.regs().cpl()) == 3
+    }
+
+    /// Whether the mailbox may [post to the hardware](Mailbox::post_to_hardware). Known when it is set up.
+    pub fn takes_posted_interrupts(&self) -> bool {
+        on!(&self.hardware, hw => hw.takes_posted_interrupts())
     }
 
     /// The vCPU's APIC id.

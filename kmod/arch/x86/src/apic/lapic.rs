@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! The local APIC itself: its state, modes, priorities and delivery, and its timer's interrupt. Owned by the vCPU's thread.
-//! Its children are the guest's access to the registers (`access`), and saving and restoring them (`state`).
+//! Its children are the guest's access to the registers (`access`), what hardware that works on them must know (`hardware`), and
+//! saving and restoring them (`state`).
 
 mod access;
+mod hardware;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -11,7 +13,7 @@ use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
 use super::base::ApicBase;
 use super::registers::{Registers, Set};
-use super::{reg, Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate};
+use super::{reg, Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate, FIRST_VECTOR};
 use crate::fault::{GeneralProtection, GuestResult};
 use crate::frame::Framed;
 
@@ -37,8 +39,6 @@ const LVT_NMI: u32 = 0x400;
 
 /// ESR: an illegal vector was received, or is in an LVT entry that fired.
 const ERROR_RECEIVE_VECTOR: u32 = 1 << 6;
-/// Vectors below are reserved for exceptions (SDM vol. 3 section 12.5.2).
-const FIRST_VECTOR: u8 = 16;
 
 /// Version register: an integrated APIC (0x14) whose LVT has 6 entries. No suppression of EOI broadcasts (bit 24).
 const VERSION: u32 = 0x0005_0014;
@@ -97,6 +97,8 @@ pub struct Lapic<H: AxVCpuHal> {
     /// Errors since the last write of ESR.
     errors: u32,
     timer: Timer,
+    /// We have changed a set of vectors: see [`take_changed`](Self::take_changed).
+    changed: bool,
 }
 
 impl<H: AxVCpuHal> Lapic<H> {
@@ -112,6 +114,7 @@ impl<H: AxVCpuHal> Lapic<H> {
             registers: Framed::zeroed()?,
             errors: 0,
             timer: Timer::new(),
+            changed: true,
         };
         lapic.init();
         if config.boot_processor {
@@ -134,6 +137,7 @@ impl<H: AxVCpuHal> Lapic<H> {
             registers.set(offset, LVT_MASKED);
         }
         self.errors = 0;
+        self.changed = true;
         self.timer.reset();
         self.show_ids();
     }
@@ -274,6 +278,7 @@ impl<H: AxVCpuHal> Lapic<H> {
         let registers = &mut *self.registers;
         registers.remove(Set::Requested, vector);
         registers.insert(Set::InService, vector);
+        self.changed = true;
         Some(vector)
     }
 
@@ -282,7 +287,13 @@ impl<H: AxVCpuHal> Lapic<H> {
         let registers = &mut *self.registers;
         let Some(vector) = registers.highest(Set::InService) else { return Effect::None };
         registers.remove(Set::InService, vector);
-        if registers.contains(Set::Level, vector) {
+        self.changed = true;
+        self.ended(vector)
+    }
+
+    /// `vector` is no longer in service.
+    fn ended(&self, vector: u8) -> Effect {
+        if self.registers.contains(Set::Level, vector) {
             Effect::InterruptEnd(vector)
         } else {
             Effect::None
@@ -318,10 +329,10 @@ impl<H: AxVCpuHal> Lapic<H> {
 
     /// Empties the mailbox into the registers: vectors into IRR, the timer's expiry into its interrupt, INIT into a reset of
     /// this APIC. What concerns the CPU is returned. With INIT, interrupts posted before it (or at the same time) are void.
-    pub fn collect(&mut self, mailbox: &Mailbox, clock: &dyn Fn() -> Clock) -> Posted {
+    pub fn collect(&mut self, mailbox: &Mailbox<H>, clock: &dyn Fn() -> Clock) -> Posted {
         let mut illegal = false;
         let disabled = self.mode() == Mode::Disabled;
-        let registers = &mut self.registers;
+        let (registers, changed) = (&mut self.registers, &mut self.changed);
         let posted = mailbox.take(|index, mut vectors, levels| {
             if disabled {
                 return; // Sent to what the APIC was a moment ago.
@@ -332,6 +343,7 @@ impl<H: AxVCpuHal> Lapic<H> {
                 vectors &= !reserved;
             }
             registers.request(index, vectors, levels);
+            *changed = true;
         });
         if posted.timer {
             self.timer.host_fired();
@@ -357,6 +369,7 @@ impl<H: AxVCpuHal> Lapic<H> {
             let registers = &mut *self.registers;
             registers.insert(Set::Requested, vector);
             registers.remove(Set::Level, vector);
+            self.changed = true;
         }
     }
 

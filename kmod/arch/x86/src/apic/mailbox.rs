@@ -12,15 +12,23 @@
 //! is not, and then its `INTERRUPTS`, set after its bit, was not in the state swapped and stays for the next collection.
 //! Nothing is lost, nothing is delivered twice.
 //!
+//! *Posting to the hardware.* On a CPU that can, edge-triggered interrupts go to a [`Descriptor`] instead, from which the CPU
+//! takes them without leaving the guest. The trigger mode must be in the registers before the interrupt, so whatever is or
+//! was level-triggered goes the other way.
+//!
 //! *Sleeping.* A thread about to sleep marks itself so and then asks [`Mailbox::pending`]; a poster posts and then looks
 //! whether the thread sleeps or runs the guest and must be kicked. Each side writes before it reads what the other writes, so
 //! each needs its write ordered before its read: the last step of posting is a sequentially consistent read-modify-write
 //! (a full barrier on x86), `pending` a sequentially consistent load, and the kernel's wait queues and run-state changes
 //! bring the barrier on the other side.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use super::Mode;
+use vcpu_core::{AxResult, AxVCpuHal, HostPhysAddr};
+
+use super::posted::Descriptor;
+use super::{Mode, FIRST_VECTOR};
+use crate::frame::Framed;
 
 /// [`Mailbox::state`]: number of NMIs, 0 to 2. One can be in service and one latched behind it; hardware collapses more.
 const NMI_MASK: u32 = 0x3;
@@ -94,9 +102,19 @@ pub struct Posted {
     pub timer: bool,
 }
 
+/// What a poster owes the vCPU, in any context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// Make it look: out of the guest, or out of its sleep.
+    Look,
+    /// Send the notification vector to its CPU if it is in the guest, which it does not leave then; or wake it.
+    Posted,
+    /// Nothing: another poster is about to.
+    Nothing,
+}
+
 /// The mailbox of one vCPU.
-#[derive(Debug)]
-pub struct Mailbox {
+pub struct Mailbox<H: AxVCpuHal> {
     /// Posted events: the flags above.
     state: AtomicU32,
     /// Posted vectors: vector `64 * i + b` is bit `b` of word `i`.
@@ -105,15 +123,19 @@ pub struct Mailbox {
     levels: [AtomicU64; 4],
     /// [`Identity`], in one word so that routing never sees half of a change.
     identity: AtomicU64,
+    /// What goes to the hardware, if [`posting`](Self::posting). In a frame of its own: the SDM wants it aligned to 64 bytes, and
+    /// Bochs (3.0) to a page.
+    descriptor: Option<Framed<Descriptor, H>>,
+    posting: AtomicBool,
 }
 
-impl Default for Mailbox {
+impl<H: AxVCpuHal> Default for Mailbox<H> {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Mailbox {
+impl<H: AxVCpuHal> Mailbox<H> {
     /// An empty mailbox of a vCPU that receives nothing yet: its APIC counts as disabled until it [publishes](Self::publish).
     pub const fn new() -> Self {
         Self {
@@ -121,22 +143,50 @@ impl Mailbox {
             irr: [const { AtomicU64::new(0) }; 4],
             levels: [const { AtomicU64::new(0) }; 4],
             identity: AtomicU64::new(0),
+            descriptor: None,
+            posting: AtomicBool::new(false),
         }
     }
 
+    /// The same, of a vCPU whose hardware may take interrupts by itself. May sleep.
+    ///
+    /// # Errors
+    /// [`AxError::NoMemory`](vcpu_core::AxError::NoMemory).
+    pub fn with_descriptor() -> AxResult<Self> {
+        Ok(Self { descriptor: Some(Framed::zeroed()?), ..Self::new() })
+    }
+
+    /// Address of the posted-interrupt descriptor, if there is one. It stays the same.
+    pub fn descriptor(&self) -> Option<HostPhysAddr> {
+        self.descriptor.as_ref().map(Framed::phys)
+    }
+
+    /// Edge-triggered interrupts go to the descriptor from now on, if there is one.
+    pub fn post_to_hardware(&self) {
+        self.posting.store(true, Ordering::Relaxed);
+    }
+
+    /// The descriptor, if interrupts go there.
+    fn hardware(&self) -> Option<&Descriptor> {
+        self.descriptor.as_deref().filter(|_| self.posting.load(Ordering::Relaxed))
+    }
+
     /// Posts a fixed interrupt; `level` for level-triggered, whose end the guest's EOI reports.
-    pub fn post_interrupt(&self, vector: u8, level: bool) {
+    pub fn post_interrupt(&self, vector: u8, level: bool) -> Notice {
         let (word, bit) = ((vector >> 6) as usize, 1u64 << (vector & 63));
         let (Some(irr), Some(levels)) = (self.irr.get(word), self.levels.get(word)) else {
-            return; // Not reached: a u8 has four words of vectors.
+            return Notice::Nothing; // Not reached: a u8 has four words of vectors.
         };
         if level {
             levels.fetch_or(bit, Ordering::Relaxed);
         } else if levels.load(Ordering::Relaxed) & bit != 0 {
             levels.fetch_and(!bit, Ordering::Relaxed);
+        } else if let Some(descriptor) = self.hardware().filter(|_| vector >= FIRST_VECTOR) {
+            return if descriptor.post(vector) { Notice::Posted } else { Notice::Nothing };
         }
         irr.fetch_or(bit, Ordering::Release);
         self.state.fetch_or(INTERRUPTS, Ordering::SeqCst);
+        Notice::Look
     }
 
     /// Posts a non-maskable interrupt.
@@ -170,18 +220,22 @@ impl Mailbox {
     /// Whether anything waits to be collected.
     #[inline]
     pub fn pending(&self) -> bool {
-        self.state.load(Ordering::SeqCst) != 0
+        self.state.load(Ordering::SeqCst) != 0 || self.hardware().is_some_and(Descriptor::pending)
     }
 
-    /// Takes everything out: vectors go to `accept` as (word index, vectors, those of them that are level-triggered) in the
-    /// layout of [`VectorSet`](super::VectorSet), the rest is returned. For the vCPU's thread only.
+    /// Takes everything out: vectors go to `accept` as (word index, vectors, those of them that are level-triggered), where
+    /// vector `64 * i + b` is bit `b` of word `i`; the rest is returned. For the vCPU's thread only.
     pub fn take(&self, mut accept: impl FnMut(usize, u64, u64)) -> Posted {
         // A plain load first: the common case is an empty mailbox, and a load leaves the line shared.
-        if self.state.load(Ordering::Relaxed) == 0 {
-            return Posted::default();
+        let state = match self.state.load(Ordering::Relaxed) {
+            0 => 0,
+            // Acquire pairs with the last step of posting; SeqCst because the next thing may be a decision to sleep.
+            _ => self.state.swap(0, Ordering::SeqCst),
+        };
+        // After the state, so that what was posted before an INIT is taken no later than that.
+        if let Some(descriptor) = self.hardware() {
+            descriptor.take(|index, vectors| accept(index, vectors, 0));
         }
-        // Acquire pairs with the last step of posting; SeqCst because the next thing may be a decision to sleep.
-        let state = self.state.swap(0, Ordering::SeqCst);
         if state & INTERRUPTS != 0 {
             for (index, (irr, levels)) in (0..self.irr.len()).zip(self.irr.iter().zip(&self.levels)) {
                 if irr.load(Ordering::Relaxed) != 0 {
@@ -219,7 +273,10 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::TestHal;
     use std::{collections::BTreeMap, sync::atomic::AtomicBool, thread, vec::Vec};
+
+    type Mailbox = super::Mailbox<TestHal>;
 
     fn drain(mailbox: &Mailbox) -> (Posted, BTreeMap<u8, bool>) {
         let mut vectors = BTreeMap::new();
@@ -257,6 +314,26 @@ mod tests {
         assert_eq!(drain(&mailbox).1, BTreeMap::from([(77, false), (78, true)]));
         mailbox.post_interrupt(78, false);
         assert_eq!(drain(&mailbox).1, BTreeMap::from([(78, false)]), "an old level mark does not stick");
+    }
+
+    #[test]
+    fn edges_go_to_the_hardware_but_what_is_or_was_level_does_not() {
+        let mailbox = Mailbox::with_descriptor().unwrap();
+        assert_eq!(mailbox.post_interrupt(77, false), Notice::Look, "not yet");
+        drain(&mailbox);
+        mailbox.post_to_hardware();
+        assert!(mailbox.descriptor().is_some_and(|at| at.is_aligned(4096)));
+        assert_eq!(mailbox.post_interrupt(77, false), Notice::Posted);
+        assert_eq!(mailbox.post_interrupt(200, false), Notice::Nothing, "a notification is on its way");
+        assert_eq!(mailbox.state.load(Ordering::Relaxed), 0);
+        assert!(mailbox.pending());
+        assert_eq!(mailbox.post_interrupt(78, true), Notice::Look);
+        assert_eq!(drain(&mailbox).1, BTreeMap::from([(77, false), (78, true), (200, false)]));
+        assert!(!mailbox.pending());
+        assert_eq!(mailbox.post_interrupt(78, false), Notice::Look, "the registers still say level");
+        assert_eq!(drain(&mailbox).1, BTreeMap::from([(78, false)]));
+        assert_eq!(mailbox.post_interrupt(78, false), Notice::Posted);
+        assert_eq!(mailbox.post_interrupt(15, false), Notice::Look, "an error, which the hardware does not see");
     }
 
     #[test]

@@ -2,9 +2,9 @@
 //! Interrupt messages: their decoding from an MSI or an interrupt command, and the rules of who receives them
 //! (SDM vol. 3 sections 12.6, 12.11, 12.12.9 and 12.12.10; APM vol. 2 sections 16.5, 16.6 and 16.11).
 
-use vcpu_core::{AxError, AxResult};
+use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
-use super::{Identity, Mailbox, Mode};
+use super::{Identity, Mailbox, Mode, Notice};
 
 /// What a message does at its receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +153,7 @@ impl Message {
 
     /// Whether the APIC behind `mailbox` receives the message. `sender` is the sender's APIC id, if an APIC sent it. For
     /// [`Delivery::LowestPriority`] only one of those that match gets it: see [`route`](Self::route).
-    pub fn matches(&self, mailbox: &Mailbox, sender: Option<u32>) -> bool {
+    pub fn matches<H: AxVCpuHal>(&self, mailbox: &Mailbox<H>, sender: Option<u32>) -> bool {
         self.addresses(&mailbox.identity(), sender)
     }
 
@@ -197,32 +197,32 @@ impl Message {
         }
     }
 
-    /// Posts the message to one receiver. The caller kicks the vCPU if this returns true.
+    /// Posts the message to one receiver, and says what the caller owes it; nothing if the message is dropped.
     ///
     /// System management interrupts are dropped: a guest has no system management mode. External interrupts are dropped, too:
     /// the 8259 is not behind the interrupt network, whoever models it injects its vectors.
-    pub fn deliver(&self, mailbox: &Mailbox) -> bool {
+    pub fn deliver<H: AxVCpuHal>(&self, mailbox: &Mailbox<H>) -> Option<Notice> {
         match self.delivery {
-            Delivery::Fixed | Delivery::LowestPriority => mailbox.post_interrupt(self.vector, self.level),
+            Delivery::Fixed | Delivery::LowestPriority => return Some(mailbox.post_interrupt(self.vector, self.level)),
             Delivery::Nmi => mailbox.post_nmi(),
             Delivery::Init => mailbox.post_init(),
             Delivery::StartUp => mailbox.post_sipi(self.vector),
-            Delivery::Smi | Delivery::External => return false,
+            Delivery::Smi | Delivery::External => return None,
         }
-        true
+        Some(Notice::Look)
     }
 
-    /// Delivers the message to everybody of `vcpus` whom it addresses, telling `delivered` each, and returns how many there
-    /// were. `mailbox` finds a vCPU's mailbox.
+    /// Delivers the message to everybody of `vcpus` whom it addresses, telling `delivered` each with what is owed to it, and
+    /// returns how many there were. `mailbox` finds a vCPU's mailbox.
     ///
     /// A lowest-priority message goes to the one of lowest processor priority; among equals the vector chooses, so that the
     /// interrupts of different devices spread.
-    pub fn route<T>(
+    pub fn route<T, H: AxVCpuHal>(
         &self,
         sender: Option<u32>,
         vcpus: impl Iterator<Item = T> + Clone,
-        mailbox: impl Fn(&T) -> &Mailbox,
-        mut delivered: impl FnMut(T),
+        mailbox: impl Fn(&T) -> &Mailbox<H>,
+        mut delivered: impl FnMut(T, Notice),
     ) -> usize {
         let receivers = vcpus.filter_map(|vcpu| {
             let identity = mailbox(&vcpu).identity();
@@ -230,9 +230,9 @@ impl Message {
         });
         let mut count = 0;
         let mut send = |vcpu: T| {
-            if self.deliver(mailbox(&vcpu)) {
+            if let Some(notice) = self.deliver(mailbox(&vcpu)) {
                 count += 1;
-                delivered(vcpu);
+                delivered(vcpu, notice);
             }
         };
         if self.delivery != Delivery::LowestPriority {
@@ -261,7 +261,10 @@ impl Message {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::TestHal;
     use std::{vec, vec::Vec};
+
+    type Mailbox = super::Mailbox<TestHal>;
 
     fn flat(id: u32, logical: u8) -> Identity {
         Identity { id, logical, cluster: false, mode: Mode::XApic, enabled: true, priority: 0 }
@@ -286,7 +289,8 @@ mod tests {
     fn receivers(message: &Message, sender: Option<u32>, identities: &[Identity]) -> Vec<u32> {
         let mut ids = vec![];
         let boxes = boxes(identities);
-        let count = message.route(sender, boxes.iter(), |mailbox| mailbox, |mailbox| ids.push(mailbox.identity().id));
+        let count =
+            message.route(sender, boxes.iter(), |mailbox| mailbox, |mailbox, _| ids.push(mailbox.identity().id));
         assert_eq!(count, ids.len());
         for mailbox in &boxes {
             let got = ids.contains(&mailbox.identity().id);

@@ -16,15 +16,20 @@ mod base;
 mod lapic;
 mod mailbox;
 mod message;
+mod posted;
 mod registers;
 mod timer;
 
 pub use base::Mode;
 pub use lapic::{Config, Effect, Lapic};
-pub use mailbox::{Identity, Mailbox, Posted};
+pub use mailbox::{Identity, Mailbox, Notice, Posted};
 pub use message::{Delivery, Message, Shorthand};
+pub(crate) use posted::Descriptor;
 pub(crate) use registers::Registers;
 pub use timer::{Clock, Timer, TimerMode, TimerUpdate, MIN_PERIOD_NS};
+
+/// Vectors below are reserved for exceptions (SDM vol. 3 section 12.5.2).
+const FIRST_VECTOR: u8 = 16;
 
 /// Physical address of the xAPIC page. Guests cannot move it.
 pub const BASE_ADDRESS: u64 = 0xfee0_0000;

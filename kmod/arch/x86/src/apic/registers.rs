@@ -108,6 +108,17 @@ impl Registers {
         None
     }
 
+    /// All of `set`: vector `64 * i + b` is bit `b` of word `i`.
+    pub(super) fn words(&self, set: Set) -> [u64; 4] {
+        let mut words = [0; 4];
+        for (index, register) in self.registers(set).enumerate() {
+            if let Some(word) = words.get_mut(index / 2) {
+                *word |= u64::from(register) << (32 * (index % 2));
+            }
+        }
+        words
+    }
+
     /// Requests the vectors `64 * index + b` for each bit `b` of `added`, of which those in `levels` are level-triggered.
     pub(super) fn request(&mut self, index: usize, added: u64, levels: u64) {
         for (half, shift) in [(0, 0), (1, 32)] {
@@ -157,6 +168,8 @@ mod tests {
                 let register = page.get(reg::IRR + 16 * u16::from(vector / 32));
                 prop_assert_eq!((register >> (vector % 32)) & 1 == 1, model.contains(&vector));
             }
+            let words = page.words(Set::Requested);
+            prop_assert!((0..=255u8).all(|vector| words[usize::from(vector / 64)] >> (vector % 64) & 1 == u64::from(model.contains(&vector))));
             prop_assert_eq!((page.highest(Set::InService), page.highest(Set::Level)), (None, None));
         }
     }

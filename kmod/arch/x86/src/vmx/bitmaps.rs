@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! The MSR bitmap (SDM vol. 3 section 25.6.9): every access exits, but for MSRs that are switched between host and guest anyway.
+//! The MSR bitmap (SDM vol. 3 section 25.6.9): every access exits, but for MSRs that are switched between host and guest anyway,
+//! and for those of the x2APIC while the CPU virtualizes them.
 //!
 //! There are no I/O bitmaps: the control that makes every port access exit needs none, and covers accesses that wrap around
 //! the end of the port space too.
@@ -7,6 +8,7 @@
 use vcpu_core::{AxResult, AxVCpuHal, HostPhysAddr};
 use x86::msr;
 
+use crate::apic::{reg, X2APIC_FIRST};
 use crate::frame::Frames;
 
 /// MSRs that the guest reads and writes directly: the VMCS or the window switches them, and hardware checks the values. Not those
@@ -20,6 +22,18 @@ const DIRECT: [u32; 6] = [
     msr::IA32_KERNEL_GSBASE,
 ];
 
+/// Registers of the x2APIC, by their place in the page, that the CPU reads for the guest. Not those that fault, nor the current
+/// count, which nobody keeps up to date, nor the interrupt command, whose halves the page has in different places than the CPU.
+fn x2apic_reads() -> impl Iterator<Item = u16> {
+    [reg::ID, reg::VERSION, reg::TPR, reg::PPR, reg::LDR, reg::SVR, reg::INITIAL_COUNT, reg::DIVIDE]
+        .into_iter()
+        .chain((reg::ISR..=reg::ESR).step_by(16))
+        .chain((reg::LVT_TIMER..=reg::LVT_ERROR).step_by(16))
+}
+
+/// Registers of the x2APIC whose writes the CPU carries out for the guest (SDM vol. 3 section 30.5).
+const X2APIC_WRITES: [u16; 3] = [reg::TPR, reg::EOI, reg::SELF_IPI];
+
 /// The bitmap: 1 KiB each for reads of low and high MSRs, then for writes of both.
 pub(crate) struct MsrBitmap<H: AxVCpuHal> {
     frame: Frames<H>,
@@ -31,19 +45,31 @@ impl<H: AxVCpuHal> MsrBitmap<H> {
     /// # Errors
     /// [`AxError::NoMemory`](vcpu_core::AxError::NoMemory).
     pub(crate) fn new() -> AxResult<Self> {
-        let mut frame = Frames::new(0)?;
-        let bytes = frame.bytes_mut();
-        bytes.fill(0xff);
+        let mut this = Self { frame: Frames::new(0)? };
+        this.frame.bytes_mut().fill(0xff);
         for index in DIRECT {
-            for write in [false, true] {
-                if let Some((byte, bit)) = position(index, write) {
-                    if let Some(byte) = bytes.get_mut(byte) {
-                        *byte &= !(1 << bit);
-                    }
-                }
-            }
+            this.set(index, false, false);
+            this.set(index, true, false);
         }
-        Ok(Self { frame })
+        Ok(this)
+    }
+
+    /// Lets accesses to MSR `index` exit, or not.
+    fn set(&mut self, index: u32, write: bool, exits: bool) {
+        let byte = position(index, write).and_then(|(byte, bit)| Some((self.frame.bytes_mut().get_mut(byte)?, bit)));
+        if let Some((byte, bit)) = byte {
+            *byte = *byte & !(1 << bit) | u8::from(exits) << bit;
+        }
+    }
+
+    /// Leaves the registers of the x2APIC that the CPU virtualizes to it, or has all of them exit.
+    pub(crate) fn virtualize_x2apic(&mut self, virtualized: bool) {
+        for offset in x2apic_reads() {
+            self.set(X2APIC_FIRST + u32::from(offset / 16), false, !virtualized);
+        }
+        for offset in X2APIC_WRITES {
+            self.set(X2APIC_FIRST + u32::from(offset / 16), true, !virtualized);
+        }
     }
 
     /// Its address, for the VMCS.
@@ -68,6 +94,7 @@ fn position(index: u32, write: bool) -> Option<(usize, u32)> {
 mod tests {
     use super::*;
     use crate::testing::TestHal;
+    use std::collections::BTreeSet;
 
     #[test]
     fn positions_are_those_of_the_manual() {
@@ -87,17 +114,35 @@ mod tests {
         }
     }
 
+    /// The accesses that do not exit: MSR, and whether it is a write.
+    fn direct(bitmap: &MsrBitmap<TestHal>) -> BTreeSet<(u32, bool)> {
+        let accesses = (0u32..0x2000).chain(0xc000_0000..0xc000_2000).flat_map(|index| [(index, false), (index, true)]);
+        let exits = |index, write| {
+            let (byte, bit) = position(index, write).unwrap();
+            bitmap.frame.bytes()[byte] >> bit & 1 != 0
+        };
+        accesses.filter(|&(index, write)| !exits(index, write)).collect()
+    }
+
     #[test]
     fn only_the_switched_msrs_are_direct() {
-        let bitmap = MsrBitmap::<TestHal>::new().unwrap();
-        let bytes = bitmap.frame.bytes();
-        for base in [0u32, 0xc000_0000] {
-            for index in base..base + 0x2000 {
-                for write in [false, true] {
-                    let (byte, bit) = position(index, write).unwrap();
-                    assert_eq!(bytes[byte] >> bit & 1 == 0, DIRECT.contains(&index), "{index:#x}");
-                }
-            }
-        }
+        let bitmap = MsrBitmap::new().unwrap();
+        assert_eq!(direct(&bitmap), DIRECT.into_iter().flat_map(|index| [(index, false), (index, true)]).collect());
+    }
+
+    #[test]
+    fn the_x2apic_is_open_while_it_is_virtualized() {
+        let mut bitmap = MsrBitmap::new().unwrap();
+        let closed = direct(&bitmap);
+        bitmap.virtualize_x2apic(true);
+        let opened: BTreeSet<_> = direct(&bitmap).difference(&closed).copied().collect();
+        let reads = [0x802, 0x803, 0x808, 0x80a, 0x80d, 0x80f, 0x838, 0x83e]
+            .into_iter()
+            .chain(0x810..=0x828)
+            .chain(0x832..=0x837);
+        let expected = reads.map(|index| (index, false)).chain([(0x808, true), (0x80b, true), (0x83f, true)]);
+        assert_eq!(opened, expected.collect());
+        bitmap.virtualize_x2apic(false);
+        assert_eq!(direct(&bitmap), closed);
     }
 }

@@ -12,6 +12,7 @@ pub(crate) mod pin {
     pub(crate) const NMI: u32 = 1 << 3;
     pub(crate) const VIRTUAL_NMI: u32 = 1 << 5;
     pub(crate) const PREEMPTION_TIMER: u32 = 1 << 6;
+    pub(crate) const POSTED_INTERRUPTS: u32 = 1 << 7;
 }
 
 /// Primary processor-based VM-execution controls (SDM vol. 3 section 25.6.2).
@@ -25,6 +26,7 @@ pub(crate) mod primary {
     pub(crate) const CR3_STORE: u32 = 1 << 16;
     pub(crate) const CR8_LOAD: u32 = 1 << 19;
     pub(crate) const CR8_STORE: u32 = 1 << 20;
+    pub(crate) const TPR_SHADOW: u32 = 1 << 21;
     pub(crate) const NMI_WINDOW: u32 = 1 << 22;
     pub(crate) const MOV_DR: u32 = 1 << 23;
     pub(crate) const IO: u32 = 1 << 24;
@@ -37,9 +39,12 @@ pub(crate) mod primary {
 pub(crate) mod secondary {
     pub(crate) const EPT: u32 = 1 << 1;
     pub(crate) const RDTSCP: u32 = 1 << 3;
+    pub(crate) const X2APIC_MODE: u32 = 1 << 4;
     pub(crate) const VPID: u32 = 1 << 5;
     pub(crate) const WBINVD: u32 = 1 << 6;
     pub(crate) const UNRESTRICTED_GUEST: u32 = 1 << 7;
+    pub(crate) const APIC_REGISTERS: u32 = 1 << 8;
+    pub(crate) const INTERRUPT_DELIVERY: u32 = 1 << 9;
     pub(crate) const PAUSE_LOOP: u32 = 1 << 10;
     pub(crate) const INVPCID: u32 = 1 << 12;
     pub(crate) const ENCLS: u32 = 1 << 15;
@@ -50,6 +55,7 @@ pub(crate) mod secondary {
 pub(crate) mod exit {
     pub(crate) const SAVE_DEBUG: u32 = 1 << 2;
     pub(crate) const HOST_64: u32 = 1 << 9;
+    pub(crate) const ACKNOWLEDGE: u32 = 1 << 15;
     pub(crate) const LOAD_PAT: u32 = 1 << 19;
     pub(crate) const LOAD_EFER: u32 = 1 << 21;
 }
@@ -60,6 +66,43 @@ pub(crate) mod entry {
     pub(crate) const IA32E: u32 = 1 << 9;
     pub(crate) const LOAD_PAT: u32 = 1 << 14;
     pub(crate) const LOAD_EFER: u32 = 1 << 15;
+}
+
+/// How far the CPU takes the local APIC off our hands. Each step includes those before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum ApicSupport {
+    /// Not at all.
+    #[default]
+    None,
+    /// CR8 is the task priority: TPR shadow.
+    TaskPriority,
+    /// The CPU reads the registers for the guest, delivers its interrupts and ends them: APIC-register virtualization,
+    /// virtual-interrupt delivery, x2APIC mode.
+    Delivery,
+    /// Other CPUs send interrupts to the guest while it runs: posted interrupts.
+    Posted,
+}
+
+impl ApicSupport {
+    /// As many steps of it.
+    pub(crate) const fn steps(count: u8) -> Self {
+        match count {
+            0 => Self::None,
+            1 => Self::TaskPriority,
+            2 => Self::Delivery,
+            _ => Self::Posted,
+        }
+    }
+
+    /// What the CPU has.
+    const fn new(msrs: &Msrs) -> Self {
+        const DELIVERY: u32 = secondary::X2APIC_MODE | secondary::APIC_REGISTERS | secondary::INTERRUPT_DELIVERY;
+        let task_priority = allows(msrs.primary, primary::TPR_SHADOW)
+            && allows_zero(msrs.primary, primary::CR8_LOAD | primary::CR8_STORE);
+        let delivery = task_priority && allows(msrs.secondary, DELIVERY);
+        let posted = delivery && allows(msrs.pin, pin::POSTED_INTERRUPTS) && allows(msrs.exit, exit::ACKNOWLEDGE);
+        Self::steps(task_priority as u8 + delivery as u8 + posted as u8)
+    }
 }
 
 /// What a CPU lacks, for people.
@@ -164,6 +207,8 @@ pub(crate) struct VmxCapabilities {
     pub(crate) invvpid_single: bool,
     /// Levels of the extended page table, if the CPU can walk five.
     pub(crate) five_levels: bool,
+    /// For guests whose local APIC is ours.
+    pub(crate) apic: ApicSupport,
 }
 
 impl VmxCapabilities {
@@ -223,6 +268,7 @@ impl VmxCapabilities {
             invept_single: ept(25),
             invvpid_single: ept(41),
             five_levels: ept(7),
+            apic: ApicSupport::new(msrs),
         })
     }
 
@@ -357,6 +403,29 @@ pub(crate) mod tests {
         let caps = VmxCapabilities::new(&msrs).unwrap();
         assert!(!caps.has_timer() && !caps.has_vpid() && !caps.has_pause_loop());
         assert_eq!(caps.secondary_for(true, true) & (secondary::RDTSCP | secondary::INVPCID), 0);
+    }
+
+    #[test]
+    fn the_apic_comes_in_steps() {
+        type Change = fn(&mut Msrs);
+        let cases: [(Change, ApicSupport); 8] = [
+            (|_| (), ApicSupport::Posted),
+            (|m| m.pin &= !(1 << 39), ApicSupport::Delivery),
+            (|m| m.exit &= !(1 << 47), ApicSupport::Delivery),
+            (|m| m.secondary &= !(1 << 36), ApicSupport::TaskPriority),
+            (|m| m.secondary &= !(1 << 40), ApicSupport::TaskPriority),
+            (|m| m.secondary &= !(1 << 41), ApicSupport::TaskPriority),
+            (|m| m.primary &= !(1 << 53), ApicSupport::None),
+            (|m| m.primary |= 1 << 19, ApicSupport::None),
+        ];
+        for (number, (change, support)) in cases.into_iter().enumerate() {
+            let mut msrs = recent();
+            change(&mut msrs);
+            assert_eq!(VmxCapabilities::new(&msrs).unwrap().apic, support, "case {number}");
+        }
+        for (steps, support) in [(0, ApicSupport::None), (2, ApicSupport::Delivery), (200, ApicSupport::Posted)] {
+            assert_eq!(ApicSupport::steps(steps), support);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::instructions;
 use super::registers::BLOCKING_NMI;
 use super::vmcs::Vmcs;
 use super::Vmx;
+use crate::apic::Effect;
 use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io};
 use crate::cpu;
 use crate::events::{Injection, Plan, AC, DB};
@@ -36,7 +37,7 @@ pub(super) const ENTRY_FAILURE: u32 = 1 << 31;
 pub(super) enum Code {
     /// An exception or a physical NMI.
     ExceptionOrNmi,
-    /// A physical interrupt, still pending.
+    /// A physical interrupt, still pending or acknowledged.
     Interrupt,
     /// Three faults in a row.
     TripleFault,
@@ -80,6 +81,12 @@ pub(super) enum Code {
     PreemptionTimer,
     /// XSETBV.
     Xsetbv,
+    /// The task priority has sunk below the threshold.
+    TaskPriority,
+    /// The CPU has ended an interrupt whose end is to be reported.
+    EndOfInterrupt,
+    /// The CPU has stored what the guest wrote to a register of the local APIC.
+    ApicWrite,
     /// Something else.
     Other,
 }
@@ -107,9 +114,12 @@ impl Code {
             33 => Self::InvalidState,
             40 => Self::Pause,
             41 => Self::EntryMachineCheck,
+            43 => Self::TaskPriority,
+            45 => Self::EndOfInterrupt,
             48 => Self::NestedPageFault,
             52 => Self::PreemptionTimer,
             55 => Self::Xsetbv,
+            56 => Self::ApicWrite,
             // GETSEC, RSM; VMCLEAR to VMXON; MWAIT, MONITOR; INVEPT, INVVPID; VMFUNC; ENCLS, ENCLV; SEAMCALL, TDCALL.
             11 | 17 | 19..=27 | 36 | 39 | 50 | 53 | 59 | 60 | 70 | 76 | 77 => Self::Undefined,
             _ => Self::Other,
@@ -184,6 +194,15 @@ pub(super) fn decode_event(info: u32, error_code: u32) -> Option<Injection> {
         SOFTWARE_INTERRUPT => Injection::Software(vector),
         _ => return None,
     })
+}
+
+/// The vector of a physical interrupt that the exit has acknowledged. Below 32 are exceptions, which the host lets no device have.
+const fn acknowledged(info: u32) -> Option<u8> {
+    if info & interruption::VALID != 0 && info as u8 >= 32 {
+        Some(info as u8)
+    } else {
+        None
+    }
 }
 
 /// Qualification of an I/O exit (SDM vol. 3 table 28-5).
@@ -262,6 +281,14 @@ impl<H: X86Hal> Vmx<H> {
             self.regs.set_dr6(dr6);
         }
         let code = Code::decode(reason);
+        if code == Code::Interrupt && self.local.virtual_apic.takes_posted_interrupts() {
+            // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
+            let per_cpu = unsafe { H::per_cpu().as_mut() };
+            per_cpu.host_interrupt = acknowledged(vmcs.read(Field::ExitInterruption) as u32);
+        }
+        if self.local.virtual_apic.keeps_priority_only(guest.lapic()) {
+            guest.apic_changed();
+        }
         let interruptibility = self.regs.read_exit(&vmcs, debug);
         let interrupted = interrupted(&vmcs);
         if interruptibility & BLOCKING_NMI == 0 {
@@ -302,6 +329,17 @@ impl<H: X86Hal> Vmx<H> {
                 // SAFETY: Kernel context, in the inner window.
                 unsafe { guest.debug.load() };
                 return Exit::Done(ExitKind::Register);
+            }
+            // What these exits are about has happened: RIP is behind the instruction.
+            Code::TaskPriority => return Exit::Apic(Effect::None),
+            Code::EndOfInterrupt => {
+                let vector = qualification() as u8;
+                return Exit::Apic(guest.lapic().map_or(Effect::None, |lapic| lapic.ended_by_hardware(vector)));
+            }
+            Code::ApicWrite => {
+                let offset = qualification() as u16 & 0xfff;
+                let effect = guest.with_lapic(|lapic, clock| lapic.written_by_hardware(offset, clock));
+                return Exit::Apic(effect.unwrap_or(Effect::None));
             }
             Code::Undefined => return Exit::Raise(Injection::UNDEFINED),
             Code::Rdpmc => return Exit::Raise(Injection::GENERAL_PROTECTION),
@@ -426,6 +464,9 @@ mod tests {
             (39, Code::Undefined),
             (40, Code::Pause),
             (41, Code::EntryMachineCheck),
+            (43, Code::TaskPriority),
+            (44, Code::Other),
+            (45, Code::EndOfInterrupt),
             (48, Code::NestedPageFault),
             (49, Code::Other),
             (50, Code::Undefined),
@@ -433,6 +474,7 @@ mod tests {
             (53, Code::Undefined),
             (54, Code::CacheFlush),
             (55, Code::Xsetbv),
+            (56, Code::ApicWrite),
             (59, Code::Undefined),
             (60, Code::Undefined),
             (70, Code::Undefined),
@@ -460,6 +502,13 @@ mod tests {
         }
         assert_eq!(decode_event(0x8000_0501, 0), None, "INT1 raises its exception again");
         assert_eq!(decode_event(0x8000_0130, 0), None, "type 1 is reserved");
+    }
+
+    #[test]
+    fn acknowledged_interrupts_have_a_vector() {
+        assert_eq!(acknowledged(0x8000_00ec), Some(0xec));
+        assert_eq!(acknowledged(0x0000_00ec), None, "still pending");
+        assert_eq!(acknowledged(0x8000_000f), None);
     }
 
     #[test]

@@ -39,6 +39,8 @@ macro_rules! fields {
 fields! {
     /// Virtual-processor identifier, not 0.
     ControlVpid = 0x0000,
+    /// Vector by which another CPU tells that it has posted interrupts.
+    ControlPostedVector = 0x0002,
 
     GuestEsSelector = 0x0800,
     GuestCsSelector = 0x0802,
@@ -48,6 +50,8 @@ fields! {
     GuestGsSelector = 0x080a,
     GuestLdtrSelector = 0x080c,
     GuestTrSelector = 0x080e,
+    /// RVI in the low half: the highest virtual interrupt requested; SVI in the high one: the highest in service.
+    GuestInterruptStatus = 0x0810,
 
     HostEsSelector = 0x0c00,
     HostCsSelector = 0x0c02,
@@ -61,8 +65,17 @@ fields! {
     ControlMsrBitmap = 0x2004,
     /// Added to the TSC that the guest reads.
     ControlTscOffset = 0x2010,
+    /// Physical address of the local APIC's registers.
+    ControlVirtualApic = 0x2012,
+    /// Physical address of the posted-interrupt descriptor.
+    ControlPostedDescriptor = 0x2016,
     /// EPTP: root of the extended page table, with its depth and memory type.
     ControlEptPointer = 0x201a,
+    /// Vectors whose end exits, 64 in each field.
+    ControlEoiExit0 = 0x201c,
+    ControlEoiExit1 = 0x201e,
+    ControlEoiExit2 = 0x2020,
+    ControlEoiExit3 = 0x2022,
     /// Leaves of ENCLS that exit.
     ControlEnclsBitmap = 0x202e,
     /// Leaves of ENCLV that exit.
@@ -99,6 +112,8 @@ fields! {
     ControlEntryErrorCode = 0x4018,
     /// Length of the instruction that an injected software event stands for.
     ControlEntryInstructionLength = 0x401a,
+    /// A task priority class below this one exits.
+    ControlTprThreshold = 0x401c,
     ControlSecondary = 0x401e,
     /// PAUSEs of a loop are at most so many cycles apart.
     ControlPauseGap = 0x4020,
@@ -266,10 +281,12 @@ mod tests {
     fn names_tell_the_width_that_the_encoding_has() {
         for &(field, name) in ALL {
             let expected = match name {
-                "ControlVpid" => Width::Bits16,
+                "ControlVpid" | "ControlPostedVector" | "GuestInterruptStatus" => Width::Bits16,
                 _ if name.ends_with("Selector") => Width::Bits16,
                 "ControlMsrBitmap" | "ControlTscOffset" | "ControlEptPointer" => Width::Bits64,
                 "ControlEnclsBitmap" | "ControlEnclvBitmap" => Width::Bits64,
+                "ControlVirtualApic" | "ControlPostedDescriptor" => Width::Bits64,
+                _ if name.contains("EoiExit") => Width::Bits64,
                 "ExitGuestPhysicalAddress" | "GuestLinkPointer" | "GuestDebugctl" => Width::Bits64,
                 "GuestPat" | "GuestEfer" | "HostPat" | "HostEfer" => Width::Bits64,
                 _ if name.contains("Pdpte") => Width::Bits64,
@@ -299,13 +316,15 @@ mod tests {
     #[test]
     fn encodings_are_those_of_appendix_b() {
         use Field::*;
-        let runs: [(u64, &[Field]); 29] = [
-            (0x0000, &[ControlVpid]),
+        let runs: [(u64, &[Field]); 32] = [
+            (0x0000, &[ControlVpid, ControlPostedVector]),
+            (0x0810, &[GuestInterruptStatus]),
             (0x0c00, &[HostEsSelector, HostCsSelector, HostSsSelector, HostDsSelector, HostFsSelector, HostGsSelector]),
             (0x0c0c, &[HostTrSelector]),
             (0x2004, &[ControlMsrBitmap]),
-            (0x2010, &[ControlTscOffset]),
-            (0x201a, &[ControlEptPointer]),
+            (0x2010, &[ControlTscOffset, ControlVirtualApic]),
+            (0x2016, &[ControlPostedDescriptor]),
+            (0x201a, &[ControlEptPointer, ControlEoiExit0, ControlEoiExit1, ControlEoiExit2, ControlEoiExit3]),
             (0x202e, &[ControlEnclsBitmap]),
             (0x2036, &[ControlEnclvBitmap]),
             (0x2400, &[ExitGuestPhysicalAddress]),
@@ -316,6 +335,7 @@ mod tests {
             (0x4008, &[ControlPageFaultMatch, ControlCr3TargetCount, ControlExit, ControlExitMsrStoreCount]),
             (0x4010, &[ControlExitMsrLoadCount, ControlEntry, ControlEntryMsrLoadCount, ControlEntryInterruption]),
             (0x4018, &[ControlEntryErrorCode, ControlEntryInstructionLength]),
+            (0x401c, &[ControlTprThreshold]),
             (0x401e, &[ControlSecondary, ControlPauseGap, ControlPauseWindow]),
             (0x4400, &[ExitInstructionError, ExitReason, ExitInterruption, ExitInterruptionErrorCode]),
             (0x4408, &[ExitVectoring, ExitVectoringErrorCode, ExitInstructionLength]),

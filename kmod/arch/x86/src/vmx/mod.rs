@@ -3,7 +3,7 @@
 //!
 //! [`fields`] names the fields of a VMCS, [`capabilities`] says what the CPU can do, [`instructions`] executes; [`registers`] is
 //! a vCPU's state between VMCS and memory, [`bitmaps`] the MSRs that do not exit, [`vpid`] the identifiers of translations,
-//! [`percpu`] what a CPU keeps, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
+//! [`virtual_apic`] what the CPU does for the local APIC, [`percpu`] what a CPU keeps, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
 //! [`check`] why an entry was refused; this file is the entry into the guest.
 
 mod bitmaps;
@@ -16,6 +16,7 @@ mod percpu;
 mod registers;
 mod switch;
 mod transfer;
+mod virtual_apic;
 mod vmcs;
 mod vpid;
 mod window;
@@ -36,12 +37,13 @@ use crate::state::{Guest, Registers};
 use crate::vcpu::InsnInfo;
 
 use bitmaps::MsrBitmap;
-use capabilities::{ept_pointer, primary, VmxCapabilities};
+use capabilities::{ept_pointer, primary, ApicSupport, VmxCapabilities};
 use check::GuestState;
 use fields::Field;
 use instructions::Scope;
 pub(crate) use percpu::VmxCpu;
 use registers::{group, VmxRegisters};
+use virtual_apic::VirtualApic;
 use vmcs::Vmcs;
 use vpid::Assignment;
 use window::Inner;
@@ -73,6 +75,7 @@ struct Local {
     vpid: Assignment,
     /// A VPID has been chosen in this window. Nobody else takes one meanwhile.
     has_vpid: bool,
+    virtual_apic: VirtualApic,
     inner: Inner,
     /// What the VMCS has as primary controls.
     primary: u64,
@@ -107,7 +110,9 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
     }
 
     /// The VMCS cannot be reached yet: its controls are written in the first window.
-    fn setup(&mut self, _guest: &Guest<H>) {}
+    fn setup(&mut self, guest: &Guest<H>) {
+        self.local.virtual_apic = VirtualApic::new(self.caps.apic, guest);
+    }
 
     fn open(&mut self, guest: &mut Guest<H>) -> AxResult {
         self.local.cpu = guest.open_window(&mut self.regs.frame);
@@ -144,6 +149,14 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
         }
     }
 
+    fn delivers_interrupts(&self, guest: &Guest<H>) -> bool {
+        guest.lapic().is_some_and(|lapic| self.local.virtual_apic.delivers(lapic.mode()))
+    }
+
+    fn takes_posted_interrupts(&self) -> bool {
+        self.local.virtual_apic.takes_posted_interrupts()
+    }
+
     fn leave(&mut self, guest: &mut Guest<H>) -> AxResult {
         self.close_inner(guest)
     }
@@ -166,7 +179,7 @@ impl<H: X86Hal> Vmx<H> {
     /// # Errors
     /// [`AxError::NoMemory`].
     pub(crate) fn new() -> AxResult<Self> {
-        let caps = caps::vmx().map_err(|_| AxError::Unsupported)?;
+        let caps = Self::capabilities()?;
         let mut vmcs = Frames::new(0)?;
         write_revision(&mut vmcs, caps.revision);
         Ok(Self {
@@ -176,6 +189,21 @@ impl<H: X86Hal> Vmx<H> {
             bitmap: MsrBitmap::new()?,
             caps,
         })
+    }
+
+    /// What is used of the CPU's.
+    fn capabilities() -> AxResult<VmxCapabilities> {
+        let mut caps = caps::vmx().map_err(|_| AxError::Unsupported)?;
+        if H::notification_vector().is_none() {
+            caps.apic = caps.apic.min(ApicSupport::Delivery);
+        }
+        caps.apic = caps.apic.min(ApicSupport::steps(H::apic_steps()));
+        Ok(caps)
+    }
+
+    /// Whether vCPUs with a local APIC can have interrupts posted to them on this CPU.
+    pub(crate) fn takes_posted_interrupts_here() -> bool {
+        Self::capabilities().is_ok_and(|caps| caps.apic >= ApicSupport::Posted)
     }
 
     /// Loads the upper level of PAE paging into the VMCS, which for the guest's own writes of CR3 the CPU does itself. An exit
@@ -230,7 +258,7 @@ impl<H: X86Hal> Vmx<H> {
                 vmcs.write(Field::ControlEntryInstructionLength, self.local.injected_length.into());
             }
         }
-        let mut controls = self.caps.primary;
+        let mut controls = self.local.virtual_apic.primary(self.caps.primary);
         if plan.interrupt_window {
             controls |= primary::INTERRUPT_WINDOW;
         }
@@ -247,6 +275,9 @@ impl<H: X86Hal> Vmx<H> {
         self.regs.write_back(&mut vmcs, nmi_blocked);
         if self.regs.state.dirty & group::SYSCALL != 0 {
             self.load_syscall();
+        }
+        if let Some(lapic) = guest.lapic_for_hardware() {
+            self.local.virtual_apic.before_entry(&mut vmcs, lapic, &mut self.bitmap);
         }
         self.choose_vpid(guest, &mut vmcs)?;
         vmcs.finish()

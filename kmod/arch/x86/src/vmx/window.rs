@@ -16,7 +16,7 @@
 use vcpu_core::{AxError, AxResult};
 use x86::msr;
 
-use super::capabilities::{ept_pointer, Fixed};
+use super::capabilities::{ept_pointer, exit, Fixed};
 use super::fields::Field;
 use super::instructions::{self, Selectors, Table};
 use super::registers::{group, CR4_VMXE, SYSCALL_MSRS};
@@ -346,7 +346,10 @@ impl<H: X86Hal> Vmx<H> {
         vmcs.write(Field::ControlPrimary, caps.primary.into());
         let secondary = caps.secondary_for(has(Feature::RDTSCP), has(Feature::INVPCID));
         vmcs.write(Field::ControlSecondary, secondary.into());
-        vmcs.write(Field::ControlExit, caps.exit.into());
+        self.local.virtual_apic.write_constants(vmcs, guest, (caps.pin, secondary));
+        // Posted interrupts need it; otherwise the host's interrupts stay where they are until it can take them by itself.
+        let acknowledge = if self.local.virtual_apic.takes_posted_interrupts() { exit::ACKNOWLEDGE } else { 0 };
+        vmcs.write(Field::ControlExit, (caps.exit | acknowledge).into());
         vmcs.write(Field::ControlEntry, caps.entry.into());
         vmcs.write(Field::ControlExceptionBitmap, EXCEPTIONS.into());
         vmcs.write(Field::ControlMsrBitmap, self.bitmap.phys().as_u64());

@@ -3,8 +3,8 @@
 
 use vcpu_core::AxVCpuHal;
 
-use super::super::{reg, Delivery, Message, Shorthand, MSR_TSC_DEADLINE, X2APIC_FIRST};
-use super::{Clock, Effect, Lapic, Mode, Set, FIRST_VECTOR, SVR_BITS};
+use super::super::{reg, Delivery, Message, Shorthand, FIRST_VECTOR, MSR_TSC_DEADLINE, X2APIC_FIRST};
+use super::{Clock, Effect, Lapic, Mode, Set, SVR_BITS};
 use crate::fault::{GeneralProtection, GuestResult};
 
 /// LVT: delivery status. Read-only, and always zero here: interrupts do not linger on the way.
@@ -22,7 +22,7 @@ const ICR_RESERVED: u64 = 0xfff0_0000 | (1 << 17) | (1 << 16) | (1 << 13);
 /// ICR: bits that are stored: all that are not reserved but delivery status (bit 12), which is always idle.
 pub(super) const ICR_BITS: u32 = 0x000c_cfff;
 /// ICR: to the sender itself.
-const ICR_MYSELF: u32 = 1 << 18;
+pub(super) const ICR_MYSELF: u32 = 1 << 18;
 
 impl<H: AxVCpuHal> Lapic<H> {
     // --- Registers, whatever the mode ---
@@ -62,7 +62,7 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// Writes the registers that both modes have; `None` for what neither has or only one. Bits that cannot be set are ignored.
-    fn write(&mut self, offset: u16, value: u32, clock: &dyn Fn() -> Clock) -> Option<Effect> {
+    pub(super) fn write(&mut self, offset: u16, value: u32, clock: &dyn Fn() -> Clock) -> Option<Effect> {
         match offset {
             reg::TPR => self.registers.set(reg::TPR, value & 0xff),
             reg::EOI => return Some(self.eoi()),
@@ -95,7 +95,7 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// Carries out an interrupt command. `destination` is in x2APIC layout if that is the mode, otherwise in bits 31:24.
-    fn send(&mut self, command: u32, destination: u32) -> Effect {
+    pub(super) fn send(&mut self, command: u32, destination: u32) -> Effect {
         let x2apic = self.mode() == Mode::X2Apic;
         let Some(message) = Message::from_icr((u64::from(destination) << 32) | u64::from(command), x2apic) else {
             return Effect::None;

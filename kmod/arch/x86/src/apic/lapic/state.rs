@@ -76,6 +76,7 @@ impl<H: AxVCpuHal> Lapic<H> {
             registers.set(offset, get(offset));
         }
         self.errors = 0;
+        self.changed = true;
         let (mode, masked) = self.timer_lvt();
         self.timer.set_lvt(mode, masked);
         self.timer.restore(initial, current, divide, &clock());

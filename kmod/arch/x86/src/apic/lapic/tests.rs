@@ -28,6 +28,7 @@ fn config(id: u32) -> Config {
 }
 
 type Lapic = super::Lapic<TestHal>;
+type Mailbox = super::Mailbox<TestHal>;
 
 fn new(config: Config) -> Lapic {
     Lapic::new(config).unwrap()
@@ -60,7 +61,9 @@ const fn msr(offset: u16) -> u32 {
 /// Posts vectors and collects them.
 fn post(lapic: &mut Lapic, vectors: &[(u8, bool)]) -> Posted {
     let mailbox = Mailbox::new();
-    vectors.iter().for_each(|(vector, level)| mailbox.post_interrupt(*vector, *level));
+    for (vector, level) in vectors {
+        mailbox.post_interrupt(*vector, *level);
+    }
     lapic.collect(&mailbox, &no_clock)
 }
 
