@@ -51,6 +51,8 @@ impl Cpus {
     /// What the module refuses.
     pub fn new(code: &[u8], others: &[u32], x2apic: bool) -> Result<Self, Stop> {
         let mut machine = Machine::with(Mode::Long, code, Apic::InKernel)?;
+        let stack = |id: u32| HIGH + u64::from(id + 1) * 0x1000;
+        machine.touch_tables(others.iter().copied().map(stack))?;
         let cpuid = machine.system.supported_cpuid()?;
         let (control, segments) = (machine.vcpu.get::<Control>()?, machine.vcpu.get::<Segments>()?);
         let mut vcpus = Vec::new();
@@ -61,7 +63,7 @@ impl Cpus {
             vcpu.set(&segments)?;
             let mut general: General = vcpu.get()?;
             general.rip = IDLE;
-            general.gpr[RSP] = HIGH + u64::from(*id + 1) * 0x1000;
+            general.gpr[RSP] = stack(*id);
             vcpu.set(&general)?;
             vcpu.set(&Events { activity: ACTIVITY_RUNNING, ..vcpu.get()? })?;
             vcpus.push(vcpu);

@@ -62,6 +62,13 @@ pub const LOOPS_UNINTERRUPTED: Flaw = Flaw {
     what: "takes no interrupt while a guest loops that was entered with RFLAGS.IF clear",
 };
 
+/// An exit that interrupts the delivery of an interrupt which the CPU has taken from the local APIC by itself tells of an
+/// earlier event instead, and the interrupt is lost.
+pub const DELIVERY_FORGOTTEN: Flaw = Flaw {
+    on: &[Emulated::BochsVmx],
+    what: "forgets the virtual interrupt whose delivery finds memory that is not mapped yet",
+};
+
 impl Flaw {
     /// Whether this CPU has it.
     pub fn here(&self) -> bool {

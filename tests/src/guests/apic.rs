@@ -37,16 +37,17 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Address of a message to APIC id 0, and the id of the register for the spurious vector.
-const MSI: u64 = 0xfee0_0000;
+pub(super) const MSI: u64 = 0xfee0_0000;
 const SVR: u32 = 0xf0;
 
 /// A machine with APIC enabled, and a handler for vector 0x40 at CODE + 0x100 and for 0x60 at CODE + 0x180. Interrupts
 /// are as the code sets them.
-fn machine(code: &[u8]) -> Result<Machine, Stop> {
+pub(super) fn machine(code: &[u8]) -> Result<Machine, Stop> {
     let mut m = Machine::with(Mode::Long, code, Apic::InKernel)?;
     m.vector(0x40, CODE + 0x100)?;
     m.vector(0x60, CODE + 0x180)?;
     m.vcpu.apic_access(SVR, Some(0x1ff))?;
+    m.touch_tables([])?;
     Ok(m)
 }
 
@@ -72,12 +73,12 @@ fn message() -> CaseResult {
 }
 
 /// The register at `offset` of the xAPIC page, in either mode.
-fn register(m: &Machine, offset: usize) -> Result<u32, Stop> {
+pub(super) fn register(m: &Machine, offset: usize) -> Result<u32, Stop> {
     Ok(m.vcpu.get::<LocalApic>()?.regs[offset / 16])
 }
 
 /// The result of a thread.
-fn join<T>(thread: thread::JoinHandle<T>) -> Result<T, Stop> {
+pub(super) fn join<T>(thread: thread::JoinHandle<T>) -> Result<T, Stop> {
     thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))
 }
 

@@ -5,6 +5,7 @@
 mod apic;
 mod control;
 mod cpuid;
+mod delivery;
 mod events;
 mod fpu;
 mod hostile;
@@ -36,6 +37,7 @@ pub fn cases() -> Vec<Case> {
         events::cases(),
         interrupts::cases(),
         apic::cases(),
+        delivery::cases(),
         ipi::cases(),
         fpu::cases(),
         hostile::cases(),
