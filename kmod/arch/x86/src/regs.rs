@@ -88,7 +88,7 @@ pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
 /// DR6.BS: single step.
 pub(crate) const DR6_BS: u64 = 1 << 14;
 /// Bits of DR6 that can be set or clear: B0-B3, BD, BS, BT.
-const DR6_VOLATILE: u64 = 0xe00f;
+pub(crate) const DR6_VOLATILE: u64 = 0xe00f;
 /// The bit of DR7 that reads as one.
 pub(crate) const DR7_FIXED: u64 = 1 << 10;
 /// Bits of DR7 that must be zero: 11, 12, 14, 15 and the upper half.

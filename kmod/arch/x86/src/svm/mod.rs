@@ -23,7 +23,7 @@ use crate::cpuid::Feature;
 use crate::events::Plan;
 use crate::frame::Framed;
 use crate::hal::X86Hal;
-use crate::regs::{cr0, cr4, efer, rflags, DR6_BS};
+use crate::regs::{cr0, cr4, efer, rflags, DR6_BS, DR6_VOLATILE};
 use crate::state::{Guest, Registers};
 use crate::vcpu::InsnInfo;
 
@@ -320,7 +320,9 @@ impl<H: X86Hal> Svm<H> {
         self.local.iret = Iret::No;
         guest.events.unmask_nmi();
         // IRET has loaded the guest's own flags. If the guest was stepping itself, the trap is its own.
-        let ours = debug_exit && stepped == Some(false) && self.regs.dr6() & DR6_BS != 0;
+        // Bochs' emulated CPU (3.0) intercepts #DB before it sets DR6: no cause at all is the step, too.
+        let cause = self.regs.dr6() & DR6_VOLATILE;
+        let ours = debug_exit && stepped == Some(false) && (cause & DR6_BS != 0 || cause == 0);
         if ours {
             self.regs.set_dr6(self.regs.dr6() & !DR6_BS);
         }
