@@ -2,12 +2,14 @@
 //! The kernel module: `/dev/axvcpu`.
 //!
 //! What is where: `device` and `system` the device, `vm`, `aspace` and `vcpu` the objects behind file descriptors (`fd`), `run` the loop
-//! that runs a guest, `shared` what threads and interrupts may touch of a vCPU at any time, `timer` its time, `notifier`
-//! and `tables` what an address space is made of, `percpu` and `hal` the host as the backends see it, `ffi` the calls into
+//! that runs a guest, `irqfd` and `ioeventfd` what eventfds (`eventfd`) do in a VM, `shared` what threads and interrupts may
+//! touch of a vCPU at any time, `timer` its time, `notifier` and `tables` what an address space is made of, `published`
+//! tables that are read without a lock, `percpu` and `hal` the host as the backends see it, `ffi` the calls into
 //! C. What only one architecture has is in `arch`: `x86/` or `arm64/`. The backends themselves are the crates `x86_vcpu`
 //! and `arm_vcpu`, the rules of the trait and the page tables `vcpu_core`, the structures of the ABI `axvcpu_uapi`.
 //!
-//! Locks, outermost first: `Vm::creation`, `Vcpu::inner` (never both), `AddressSpace::state`.
+//! Locks, outermost first: `Vm::creation`, `Irqfds::list`, `IoEventfds::changes`, `Vcpu::inner` (never two of these),
+//! `AddressSpace::state`. The kernel's lock of an eventfd is innermost: under it interrupts are routed, which takes none.
 
 use kernel::prelude::*;
 
@@ -20,11 +22,15 @@ mod arch;
 mod arch;
 mod aspace;
 mod device;
+mod eventfd;
 mod fd;
 mod ffi;
 mod hal;
+mod ioeventfd;
+mod irqfd;
 mod notifier;
 mod percpu;
+mod published;
 mod run;
 mod runpage;
 mod shared;

@@ -32,6 +32,11 @@ mod raw {
             fops: *const bindings::file_operations,
             private: *mut core::ffi::c_void,
         ) -> i32;
+        pub(super) fn axvcpu_listen(
+            file: *mut bindings::file,
+            wait: *mut bindings::wait_queue_entry,
+            wake: bindings::wait_queue_func_t,
+        );
         pub(super) fn axvcpu_preempt_disable();
         pub(super) fn axvcpu_preempt_enable();
         pub(super) fn axvcpu_irq_disable();
@@ -208,6 +213,21 @@ pub(crate) unsafe fn anon_fd(
         return Err(Error::from_errno(fd));
     }
     Ok(fd)
+}
+
+/// A function that a wait queue calls for an entry.
+pub(crate) type Wake =
+    unsafe extern "C" fn(*mut bindings::wait_queue_entry, c_uint, c_int, *mut core::ffi::c_void) -> c_int;
+
+/// Initialises `wait` and puts it into the wait queue of the eventfd that `file` is. `wake` is called at once, without poll
+/// flags, and from then on at each wake-up, always under the eventfd's lock.
+///
+/// # Safety
+/// `file` is an eventfd. `wait` can be written, stays where it is until it has been taken out of the queue, and `wake` may be
+/// called with it from now on.
+pub(crate) unsafe fn listen(file: *mut bindings::file, wait: *mut bindings::wait_queue_entry, wake: Wake) {
+    // SAFETY: By the caller's promise.
+    unsafe { raw::axvcpu_listen(file, wait, Some(wake)) }
 }
 
 /// Proof that this thread stays on its CPU: preemption is off while it lives.

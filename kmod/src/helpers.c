@@ -7,10 +7,12 @@
  */
 #include <linux/anon_inodes.h>
 #include <linux/entry-virt.h>
+#include <linux/eventfd.h>
 #include <linux/gfp.h>
 #include <linux/irqflags.h>
 #include <linux/mm.h>
 #include <linux/pgtable.h>
+#include <linux/poll.h>
 #include <linux/preempt.h>
 #include <linux/rcupdate.h>
 #include <linux/rcuwait.h>
@@ -20,6 +22,7 @@
 #include <linux/smp.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
+#include <linux/wait.h>
 
 #include "helpers.h"
 
@@ -122,6 +125,33 @@ out:
 int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private)
 {
 	return anon_inode_getfd(name, fops, private, O_RDWR | O_CLOEXEC);
+}
+
+struct axvcpu_listen {
+	poll_table table;
+	struct wait_queue_entry *wait;
+};
+
+/* The callback's first call tells of signals from before; from then on none is missed. */
+static void axvcpu_listen_queue(struct file *file, wait_queue_head_t *head, poll_table *table)
+{
+	struct wait_queue_entry *wait = container_of(table, struct axvcpu_listen, table)->wait;
+
+	spin_lock_irq(&head->lock);
+	__add_wait_queue(head, wait);
+	wait->func(wait, TASK_NORMAL, 0, poll_to_key(0));
+	spin_unlock_irq(&head->lock);
+}
+
+void axvcpu_listen(struct file *file, struct wait_queue_entry *wait, wait_queue_func_t wake)
+{
+	struct axvcpu_listen listen = { .wait = wait };
+
+	init_waitqueue_func_entry(wait, wake);
+	/* Before readers in userspace, which would take the count away. */
+	wait->flags = WQ_FLAG_PRIORITY;
+	init_poll_funcptr(&listen.table, axvcpu_listen_queue);
+	vfs_poll(file, &listen.table);
 }
 
 void axvcpu_preempt_disable(void)

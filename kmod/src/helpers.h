@@ -4,7 +4,9 @@
 #define AXVCPU_HELPERS_H
 
 #include <linux/types.h>
+#include <linux/wait.h>
 
+struct file;
 struct file_operations;
 struct mm_struct;
 struct page;
@@ -24,6 +26,7 @@ bool axvcpu_access_ok(unsigned long addr, unsigned long size);
 int axvcpu_insert_page(struct vm_area_struct *vma, unsigned long addr);
 unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr);
 int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private);
+void axvcpu_listen(struct file *file, struct wait_queue_entry *wait, wait_queue_func_t wake);
 void axvcpu_preempt_disable(void);
 void axvcpu_preempt_enable(void);
 void axvcpu_irq_disable(void);

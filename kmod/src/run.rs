@@ -230,6 +230,12 @@ impl Vcpu {
                 self.send_ipi(inner, target_cpu, vector);
                 None
             }
+            Exit::IoWrite { port, width, data } if self.vm.ioeventfds.port_write(port, width, data, irq_off) => None,
+            Exit::NestedPageFault { addr, access_flags } if self.signals(inner, addr, access_flags, irq_off) => {
+                self.shared.stats.count_exit(ExitKind::Mmio);
+                None
+            }
+            Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off) => None,
             // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.
             Exit::Halt if inner.in_kernel_apic && inner.vcpu.arch()?.interrupts_enabled() => Some(Stop::Again),
             exit => Some(Stop::Exit(exit)),

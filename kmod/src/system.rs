@@ -9,7 +9,7 @@ use axvcpu_uapi::{
 };
 use kernel::prelude::*;
 
-use crate::{abi, arch, aspace, fd, vm, vm::Vm};
+use crate::{abi, arch, aspace, fd, irqfd, vm, vm::Vm};
 
 /// An ioctl of the device, which has no state.
 ///
@@ -31,6 +31,7 @@ fn info() -> SystemInfo {
         max_regions: aspace::MAX_REGIONS as u32,
         run_page_size: core::mem::size_of::<RunPage>() as u32,
         vms: vm::count(),
+        max_eventfds: irqfd::MAX_EVENTFDS as u32,
         ..SystemInfo::default()
     })
 }

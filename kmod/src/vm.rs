@@ -2,7 +2,7 @@
 //! A virtual machine: what its vCPUs and address spaces have in common.
 //!
 //! vCPU slots are filled once and never emptied, so interrupts are routed without a lock. Creating is serialised by
-//! `creation`, which is taken inside no other lock.
+//! `creation`, which is taken inside no other lock. The eventfds have locks of their own (`irqfd`, `ioeventfd`).
 
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -21,6 +21,8 @@ use crate::{
     arch::{self, VmState},
     aspace::AddressSpace,
     fd::{self, FdObject, FileOperations},
+    ioeventfd::IoEventfds,
+    irqfd::Irqfds,
     shared::{Need, Shared},
     vcpu::Vcpu,
 };
@@ -41,6 +43,11 @@ pub(crate) fn count() -> u32 {
 /// A VM.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Vm {
+    // First, so that no signal comes any more when the rest is dropped.
+    #[pin]
+    pub(crate) irqfds: Irqfds,
+    #[pin]
+    pub(crate) ioeventfds: IoEventfds,
     /// The address space of the process that created it, the only one that may use it.
     mm: ARef<Mm>,
     slots: [SetOnce<Arc<Shared>>; MAX_VCPUS],
@@ -76,6 +83,8 @@ impl Vm {
         let mm = current_mm()?;
         let this = Arc::pin_init(
             pin_init!(Self {
+                irqfds <- Irqfds::new(),
+                ioeventfds <- IoEventfds::new(),
                 mm,
                 slots: [const { SetOnce::new() }; MAX_VCPUS],
                 creation <- new_mutex!(()),
@@ -263,6 +272,8 @@ impl FdObject for Vm {
         match cmd {
             ioctl::CREATE_ADDRESS_SPACE => Self::create_address_space(this, abi::read(arg)?),
             ioctl::CREATE_VCPU => Self::create_vcpu(this, abi::read(arg)?),
+            ioctl::IRQFD => this.irqfds.change(&this, &abi::read(arg)?),
+            ioctl::IOEVENTFD => this.ioeventfds.change(&abi::read(arg)?),
             _ => arch::vm_ioctl(&this, cmd, arg),
         }
     }
@@ -277,5 +288,7 @@ impl FdObject for Vm {
         seq_print!(to, "faults:\t{}\n", stats.faults);
         seq_print!(to, "invalidations:\t{}\n", stats.invalidations);
         seq_print!(to, "shootdowns:\t{}\n", stats.shootdowns);
+        seq_print!(to, "irqfds:\t{}\n", self.irqfds.count());
+        seq_print!(to, "ioeventfds:\t{}\n", self.ioeventfds.count());
     }
 }

@@ -48,6 +48,10 @@ pub const CREATE_VCPU: u32 = write::<vm::CreateVcpu>(0x11);
 pub const SIGNAL_MSI: u32 = write::<vm::Msi>(0x12);
 /// Reads the VM's statistics: [`vm::VmStats`].
 pub const VM_STATS: u32 = read::<vm::VmStats>(0x13);
+/// Attaches an eventfd that interrupts the guest, or detaches it: [`vm::Irqfd`].
+pub const IRQFD: u32 = write::<vm::Irqfd>(0x14);
+/// Attaches an eventfd that the guest signals, or detaches it: [`vm::IoEventfd`].
+pub const IOEVENTFD: u32 = write::<vm::IoEventfd>(0x15);
 
 // On an address space.
 

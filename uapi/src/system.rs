@@ -41,6 +41,8 @@ pub const FEATURE_DECODE_ASSISTS: u64 = 1 << 2;
 pub const FEATURE_HUGE_2M: u64 = 1 << 3;
 /// [`SystemInfo::features`]: the paravirtual clock is offered.
 pub const FEATURE_PV_CLOCK: u64 = 1 << 4;
+/// [`SystemInfo::features`]: eventfds can interrupt guests and be signalled by them (`IRQFD`, `IOEVENTFD`).
+pub const FEATURE_EVENTFD: u64 = 1 << 5;
 
 abi_struct! {
     /// What the module is and can do. The layout of this structure is frozen: `INFO` has the same number in every
@@ -76,8 +78,8 @@ abi_struct! {
         pub xcr0_supported: u64,
         /// VMs that exist now, in the whole system.
         pub vms: u32,
-        /// Zero.
-        pub reserved0: u32,
+        /// Eventfds per VM that interrupt the guest, at most; and as many that the guest signals.
+        pub max_eventfds: u32,
         /// Zero.
         pub reserved: [u64; 7],
     }

@@ -37,6 +37,53 @@ abi_struct! {
     }
 }
 
+/// [`Irqfd::flags`]: detach.
+pub const IRQFD_DETACH: u32 = 1 << 0;
+/// [`Irqfd::flags`]: signal [`Irqfd::resample_fd`] when the guest has handled the interrupt.
+pub const IRQFD_RESAMPLE: u32 = 1 << 1;
+
+abi_struct! {
+    /// `IRQFD`: an eventfd each signal of which delivers an interrupt message, in the format of [`Msi`].
+    pub struct Irqfd: 24 {
+        /// The eventfd.
+        pub fd: i32,
+        /// With [`IRQFD_RESAMPLE`]: an eventfd that is signalled at the end of the interrupt, which must be level-triggered.
+        /// Otherwise zero.
+        pub resample_fd: i32,
+        /// Message address. Zero to detach.
+        pub address: u64,
+        /// Message data. Zero to detach.
+        pub data: u32,
+        /// `IRQFD_*`.
+        pub flags: u32,
+    }
+}
+
+/// [`IoEventfd::flags`]: detach what was attached with the other fields.
+pub const IOEVENTFD_DETACH: u32 = 1 << 0;
+/// [`IoEventfd::flags`]: the address is a port (x86), not a guest physical address.
+pub const IOEVENTFD_PORT: u32 = 1 << 1;
+/// [`IoEventfd::flags`]: only writes of [`IoEventfd::data`] count.
+pub const IOEVENTFD_DATAMATCH: u32 = 1 << 2;
+
+abi_struct! {
+    /// `IOEVENTFD`: an eventfd that certain writes of the guest signal, which are complete with that: `RUN` does not return.
+    pub struct IoEventfd: 32 {
+        /// Port or guest physical address.
+        pub address: u64,
+        /// With [`IOEVENTFD_DATAMATCH`]: the value, which fits the width. Otherwise zero.
+        pub data: u64,
+        /// The eventfd; -1 to detach.
+        pub fd: i32,
+        /// Width of the write in bytes: 1, 2, 4 or 8 (not for ports), or 0 for any.
+        pub width: u32,
+        /// `IOEVENTFD_*`.
+        pub flags: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
 abi_struct! {
     /// `VM_STATS`: counters since the VM was created.
     pub struct VmStats: 64 {

@@ -7,10 +7,11 @@ use axvcpu_uapi::{
     run as abi_run,
     vcpu::ExitKind,
 };
-use vcpu_core::{AxResult, AxVCpu};
+use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
 
 use super::VCpu;
 use crate::{
+    ffi::IrqOff,
     hal::Host,
     vcpu::{Inner, Vcpu},
 };
@@ -27,6 +28,11 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, _go_on: impl FnMut(ExitKind) 
 impl Vcpu {
     /// Interrupts between vCPUs would be an interrupt controller's, which is not in the kernel.
     pub(crate) fn send_ipi(&self, _inner: &Inner, _target: u64, _vector: u64) {}
+
+    /// Writes come with what the guest has written, to be matched by the user.
+    pub(crate) fn signals(&self, _inner: &mut Inner, _addr: GuestPhysAddr, _access: AccessFlags, _off: &IrqOff) -> bool {
+        false
+    }
 
     /// There is no paravirtual clock.
     pub(crate) fn update_clock(&self, _inner: &mut Inner) {}

@@ -14,7 +14,7 @@ use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
 pub(crate) use exits::enter;
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
 pub(crate) use backends::Backends;
-pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, VmState};
+pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, Message, VmState};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
 
 use crate::{
@@ -68,3 +68,6 @@ pub(crate) fn new_mailbox() -> AxResult<Mailbox> {
 pub(crate) fn interrupts_on(irq_off: IrqOff) {
     drop(irq_off);
 }
+
+/// Whether the kernel can tell of writes to ports and addresses which ones they are, as far as `ioeventfd` asks for it.
+pub(crate) const KNOWS_WRITES: bool = false;

@@ -60,3 +60,24 @@ pub(crate) fn new_vm() -> VmState {
 pub(crate) fn vm_ioctl(_vm: &Vm, _cmd: u32, _arg: usize) -> Result<isize> {
     Err(ENOTTY)
 }
+
+/// An interrupt message. There is none: no interrupt controller is in the kernel that would take it.
+pub(crate) struct Message {
+    pub(crate) vector: u8,
+    pub(crate) level: bool,
+}
+
+impl Message {
+    /// # Errors
+    /// `Unsupported`, always.
+    pub(crate) fn from_msi(_address: u64, _data: u32) -> AxResult<Self> {
+        Err(AxError::Unsupported)
+    }
+}
+
+impl Vm {
+    /// Nobody takes messages.
+    pub(crate) fn route(&self, _message: &Message, _sender: Option<u32>) -> bool {
+        false
+    }
+}

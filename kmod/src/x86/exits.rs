@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The part of `RUN` that is x86's own: inter-processor interrupts through the local APIC, and what the run page shows.
+//! The part of `RUN` that is x86's own: inter-processor interrupts through the local APIC, writes that need no decoding, and
+//! what the run page shows.
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
-use vcpu_core::{AxResult, AxVCpu};
+use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
 use x86_vcpu::apic::Message;
 
 use super::VCpu;
 use crate::{
+    ffi::IrqOff,
     hal::Host,
     vcpu::{Inner, Vcpu},
 };
@@ -33,6 +35,14 @@ impl Vcpu {
         if let Some(message) = Message::from_icr(destination << 32 | command & 0xffff_ffff, true) {
             self.vm.route(&message, Some(arch.apic_id()));
         }
+    }
+
+    /// Whether the nested page fault was a write that signals an eventfd, and that is complete with that.
+    #[inline]
+    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, off: &IrqOff) -> bool {
+        let written = access.contains(AccessFlags::WRITE) && !access.contains(AccessFlags::PAGE_WALK);
+        let complete = || inner.vcpu.arch_mut().is_ok_and(VCpu::skip_store);
+        written && self.vm.ioeventfds.memory_write(addr.as_u64(), off, complete)
     }
 
     /// After an access to the local APIC by ioctl: what the registers set in motion.

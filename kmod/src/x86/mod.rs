@@ -21,7 +21,7 @@ pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
 pub(crate) use vm::{new_vm, vm_ioctl, VmState};
 pub(crate) use x86_vcpu::{
-    apic::TimerUpdate,
+    apic::{Message, TimerUpdate},
     NestedTable, Reply,
 };
 
@@ -80,3 +80,6 @@ pub(crate) fn interrupts_on(irq_off: IrqOff) {
         None => drop(irq_off),
     }
 }
+
+/// Whether the kernel can tell of writes to ports and addresses which ones they are, as far as `ioeventfd` asks for it.
+pub(crate) const KNOWS_WRITES: bool = true;

@@ -120,7 +120,7 @@ fn close_on_exec() -> CaseResult {
 }
 
 /// All orders of four things.
-fn orders() -> Vec<[usize; 4]> {
+pub(super) fn orders() -> Vec<[usize; 4]> {
     let mut orders = Vec::new();
     for code in 0..256 {
         let order = [code & 3, (code >> 2) & 3, (code >> 4) & 3, code >> 6];
@@ -133,7 +133,7 @@ fn orders() -> Vec<[usize; 4]> {
 
 /// Descriptors of the device, a VM, an address space and a vCPU that is ready to spin; nothing else refers to the
 /// objects.
-fn bare(memory: &Memory) -> Result<[Option<OwnedFd>; 4], Stop> {
+pub(super) fn bare(memory: &Memory) -> Result<[Option<OwnedFd>; 4], Stop> {
     let mut objects = Objects::new()?;
     let region = MapRegion {
         guest_addr: 0x1000,

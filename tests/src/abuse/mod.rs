@@ -3,6 +3,7 @@
 //! before, and the host must not mind (its kernel log is looked at by whoever runs this).
 
 mod arguments;
+mod eventfds;
 mod files;
 mod limits;
 mod order;
@@ -29,6 +30,7 @@ pub fn cases() -> Vec<Case> {
         order::cases(),
         ranges::cases(),
         files::cases(),
+        eventfds::cases(),
         processes::cases(),
         limits::cases(),
         random::cases(),
@@ -55,13 +57,15 @@ struct Call {
 }
 
 /// The ABI's ioctls.
-const CALLS: [Call; 21] = [
+const CALLS: [Call; 23] = [
     Call { name: "INFO", request: ioctl::INFO, kind: Kind::System },
     Call { name: "SUPPORTED_CPUID", request: ioctl::SUPPORTED_CPUID, kind: Kind::System },
     Call { name: "CREATE_VM", request: ioctl::CREATE_VM, kind: Kind::System },
     Call { name: "CREATE_ADDRESS_SPACE", request: ioctl::CREATE_ADDRESS_SPACE, kind: Kind::Vm },
     Call { name: "CREATE_VCPU", request: ioctl::CREATE_VCPU, kind: Kind::Vm },
     Call { name: "SIGNAL_MSI", request: ioctl::SIGNAL_MSI, kind: Kind::Vm },
+    Call { name: "IRQFD", request: ioctl::IRQFD, kind: Kind::Vm },
+    Call { name: "IOEVENTFD", request: ioctl::IOEVENTFD, kind: Kind::Vm },
     Call { name: "VM_STATS", request: ioctl::VM_STATS, kind: Kind::Vm },
     Call { name: "MAP", request: ioctl::MAP, kind: Kind::AddressSpace },
     Call { name: "UNMAP", request: ioctl::UNMAP, kind: Kind::AddressSpace },

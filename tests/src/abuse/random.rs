@@ -11,7 +11,8 @@ use crate::random::{seed, Random};
 use crate::{code, ensure, raw, table};
 use axvcpu_uapi::client::{Backing, Errno, Memory};
 use axvcpu_uapi::ioctl;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -80,6 +81,8 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
     const SIZE: usize = 1 << 16;
     let start = arena.start().as_ptr() as u64;
     let mut made = Vec::new();
+    let eventfds = [eventfd()?, eventfd()?];
+    let events = [0, 1].map(|i| eventfds[i].as_fd().as_raw_fd() as u64);
     for _ in 0..count {
         harness::check_time()?;
         let file = files.pick(random);
@@ -108,6 +111,7 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
             1 => 0,
             _ => start + 0x1000 * random.below(8) as u64,
         };
+        let noise = random.word();
         match call.request {
             ioctl::SUPPORTED_CPUID => {
                 (words[0], words[1]) = (address, random.pick(&[0, 1, 100, 1000, u64::MAX]) & 0xffff_ffff)
@@ -129,6 +133,17 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
                 }
             }
             ioctl::SET_EPT_ROOT => words[0] = random.word() % 40,
+            ioctl::IRQFD => {
+                words[0] = random.pick(&events) | random.pick(&[0, 0, events[0], events[1]]) << 32;
+                words[1] = random.pick(&[0, 0, 0xfee0_0000, 0xfee0_0000, 0xfeef_f000, noise]);
+                words[2] = random.pick(&[0, 0x40, 0xc040, noise & 0xffff]) | (random.word() % 4) << 32;
+            }
+            ioctl::IOEVENTFD => {
+                words[0] = random.pick(&[0x80, 0x80, 0x1000, 0xa_0000, noise]);
+                words[1] = random.pick(&[0, 0, 1, noise]);
+                words[2] = random.pick(&[events[0], events[1], 0xffff_ffff]) | random.pick(&[0, 0, 1, 2, 8, 5]) << 32;
+                words[3] = random.word() % 9;
+            }
             ioctl::CREATE_VM | ioctl::CREATE_ADDRESS_SPACE if random.below(4) != 0 => words[0] = 0,
             ioctl::CREATE_VCPU if random.below(4) != 0 => words[0] = random.word() % 8,
             _ => {}
@@ -157,9 +172,17 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
             }
         }
         made.push(call.kind == Kind::Vcpu && result.is_ok());
+        if random.below(16) == 0 {
+            // With their counts full they would block, but they do not wait.
+            let _ = eventfds[random.below(2)].write(1);
+        }
     }
     ensure!(made.contains(&true), "no call on a vCPU ever succeeded");
     Ok(())
+}
+
+fn eventfd() -> Result<EventFd, Stop> {
+    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?)
 }
 
 /// Random calls from several threads, and one more that kicks every vCPU all the time.

@@ -6,6 +6,7 @@ mod apic;
 mod control;
 mod cpuid;
 mod delivery;
+mod eventfds;
 mod events;
 mod fpu;
 mod hostile;
@@ -39,6 +40,7 @@ pub fn cases() -> Vec<Case> {
         apic::cases(),
         delivery::cases(),
         ipi::cases(),
+        eventfds::cases(),
         fpu::cases(),
         hostile::cases(),
         memory::cases(),

@@ -58,6 +58,14 @@ pub enum Error {
     MapRunPage(Errno),
     /// `SIGNAL_MSI` failed.
     SignalMsi(Errno),
+    /// `IRQFD` failed to attach.
+    AttachInterrupt(Errno),
+    /// `IRQFD` failed to detach.
+    DetachInterrupt(Errno),
+    /// `IOEVENTFD` failed to attach.
+    AttachIo(Errno),
+    /// `IOEVENTFD` failed to detach.
+    DetachIo(Errno),
     /// `VM_STATS` failed.
     VmStats(Errno),
     /// Memory could not be allocated.
@@ -160,6 +168,10 @@ impl Error {
             | Self::CreateAddressSpace(errno)
             | Self::MapRunPage(errno)
             | Self::SignalMsi(errno)
+            | Self::AttachInterrupt(errno)
+            | Self::DetachInterrupt(errno)
+            | Self::AttachIo(errno)
+            | Self::DetachIo(errno)
             | Self::VmStats(errno)
             | Self::AdviseMemory(errno)
             | Self::SetEntry(errno)
@@ -230,6 +242,9 @@ impl Error {
                 "addresses and sizes must be multiples of 4096 inside the guest's address width, and the access rights \
                  must include reading"
             }
+            (Self::AttachInterrupt(_), Errno::EEXIST) => "the eventfd is attached already",
+            (Self::AttachIo(_), Errno::EEXIST) => "an eventfd is attached to such writes already",
+            (Self::DetachInterrupt(_) | Self::DetachIo(_), Errno::ENOENT) => "nothing of that kind is attached",
             (Self::Inject(_), Errno::EAGAIN) => "an event of that kind is still waiting to be delivered",
             (_, Errno::ENOSPC) => "a limit of the module is reached, see axvcpu(4)",
             _ => return None,
@@ -260,6 +275,10 @@ impl fmt::Display for Error {
             Self::CreateVcpu { id, .. } => write!(f, "cannot create vCPU {id}")?,
             Self::MapRunPage(_) => f.write_str("cannot map the vCPU's run page")?,
             Self::SignalMsi(_) => f.write_str("cannot deliver an interrupt message")?,
+            Self::AttachInterrupt(_) => f.write_str("cannot let an eventfd interrupt the guest")?,
+            Self::DetachInterrupt(_) => f.write_str("cannot stop an eventfd from interrupting the guest")?,
+            Self::AttachIo(_) => f.write_str("cannot let the guest signal an eventfd")?,
+            Self::DetachIo(_) => f.write_str("cannot stop the guest from signalling an eventfd")?,
             Self::VmStats(_) => f.write_str("cannot read the virtual machine's statistics")?,
             Self::AllocateMemory { size, .. } => write!(f, "cannot allocate {size} bytes of guest memory")?,
             Self::AdviseMemory(_) => f.write_str("cannot change how the system treats guest memory")?,

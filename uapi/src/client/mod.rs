@@ -37,6 +37,7 @@
 
 mod aspace;
 mod error;
+mod eventfd;
 mod memory;
 mod run_page;
 mod sys;
@@ -46,6 +47,7 @@ mod vm;
 
 pub use aspace::{AddressSpace, Permissions, Slot};
 pub use error::{Error, Result};
+pub use eventfd::{IoAddress, IoPattern};
 pub use memory::{Backing, Memory};
 pub use nix::errno::Errno;
 pub use run_page::{Exit, Snapshot};

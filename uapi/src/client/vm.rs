@@ -4,6 +4,7 @@
 
 use super::aspace::AddressSpace;
 use super::error::{Error, Result};
+use super::eventfd::IoEvents;
 use super::sys;
 use super::vcpu::Vcpu;
 use crate::ioctl;
@@ -16,12 +17,17 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct Vm {
     fd: Arc<OwnedFd>,
+    io_events: Arc<IoEvents>,
     xsave_size: usize,
 }
 
 impl Vm {
     pub(super) fn new(fd: OwnedFd, xsave_size: usize) -> Self {
-        Self { fd: Arc::new(fd), xsave_size }
+        Self { fd: Arc::new(fd), io_events: Arc::default(), xsave_size }
+    }
+
+    pub(super) fn io_events(&self) -> &IoEvents {
+        &self.io_events
     }
 
     /// Creates an empty address space.

@@ -215,6 +215,11 @@ impl Events {
         self.nmis = self.nmis.saturating_add(count).min(if self.nmi_masked { 1 } else { 2 });
     }
 
+    /// Whether an event goes in before the instruction at RIP: then that is not the instruction that has caused the last exit.
+    pub(crate) fn event_waits(&self) -> bool {
+        self.event.is_some()
+    }
+
     /// Raises an exception at the current instruction. It takes the place of whatever waits to go in: there can be nothing, or
     /// the #DB of an instruction that is undone by this.
     pub(crate) fn raise(&mut self, exception: Injection) {

@@ -4,6 +4,7 @@
 
 use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
+use vcpu_core::npt::Format;
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason as Reason};
 
 use crate::apic::{self, Effect, Mode};
@@ -12,7 +13,10 @@ use crate::cpu;
 use crate::cpuid::Dynamic;
 use crate::events::{Activity, Injection, Plan};
 use crate::hal::X86Hal;
+use crate::length::{self, Found, MAX_LENGTH};
+use crate::linear::Paging;
 use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB, TSC_AUX};
+use crate::nested::NestedMemory;
 use crate::regs::{cr0, rflags, DR6_BS, DR7_GD};
 use crate::state::{is_long_code, Guest, Registers};
 
@@ -256,6 +260,26 @@ impl<H: X86Hal> Guest<H> {
             regs.set_dr6(regs.dr6() | DR6_BS);
             self.events.raise_trap();
         }
+    }
+
+    /// Goes on behind the instruction at RIP if it is a plain store of 64-bit code, which does nothing but the write that the
+    /// last exit, a nested page fault, has told of. False, with nothing done, if it is another instruction or if an event was
+    /// being delivered. Interrupts have been off since the exit.
+    pub(crate) fn skip_store<F: Format>(&mut self, regs: &mut impl Registers) -> bool {
+        if self.events.event_waits() || !is_long_code(regs) {
+            return false;
+        }
+        // SAFETY: The root is the module's nested page table of `npt_levels` levels, in the backend's format (`set_ept_root`);
+        // interrupts are off until the caller has the answer, and the object is gone by then.
+        let memory = unsafe { NestedMemory::<H, F>::new(self.root, self.caps.npt_levels) };
+        let mut bytes = [0; MAX_LENGTH];
+        let paging = Paging { cr0: regs.cr0(), cr3: regs.cr3(), cr4: regs.cr4(), efer: regs.efer() };
+        let count = paging.read(&memory, regs.rip(), u64::MAX, &mut bytes);
+        let found = bytes.get(..count).and_then(|bytes| length::find(bytes, true, length::Instruction::Store));
+        if let Some(Found { length, .. }) = found {
+            self.advance(regs, regs.rip().wrapping_add(length.into()));
+        }
+        found.is_some()
     }
 
     /// #GP(0) at the current instruction.

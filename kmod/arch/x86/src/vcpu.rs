@@ -4,6 +4,7 @@
 
 use axvcpu_uapi::vcpu::{Event, ExitKind};
 use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Segments, EVENTS_INTERRUPT_SHADOW};
+use vcpu_core::npt::{Ept, Npt};
 use vcpu_core::{AxArchVCpu, AxError, AxResult, AxVCpuExitReason, GuestPhysAddr, HostPhysAddr};
 
 use crate::apic::{Mailbox, TimerUpdate};
@@ -408,6 +409,16 @@ impl<H: X86Hal> X86VCpu<H> {
     #[inline]
     pub fn flush_tlb(&mut self) {
         on!(&mut self.hardware, hw => hw.regs_mut().flush_tlb());
+    }
+
+    /// Goes on behind the instruction of the last exit, a nested page fault by a write, if it is a plain store of 64-bit code:
+    /// one that does nothing but the write, which is to have no effect on memory. Otherwise does nothing. Returns whether it
+    /// was one. To be called after [`run`](AxArchVCpu::run), before interrupts go on.
+    pub fn skip_store(&mut self) -> bool {
+        match &mut self.hardware {
+            Hardware::Svm(hw) => self.guest.skip_store::<Npt>(hw.regs_mut()),
+            Hardware::Vmx(hw) => self.guest.skip_store::<Ept>(hw.regs_mut()),
+        }
     }
 
     /// The last exit's instruction, as far as the CPU has told it.
