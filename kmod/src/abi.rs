@@ -34,6 +34,17 @@ pub(crate) fn write<T: AbiStruct>(addr: usize, value: T) -> Result {
     UserSlice::new(UserPtr::from_addr(addr), T::SIZE).writer().write(&Wire(value))
 }
 
+/// Writes words to the caller's memory at `addr`.
+///
+/// # Errors
+/// `EFAULT`; a first part may have been written.
+pub(crate) fn write_words(addr: u64, words: &[u64]) -> Result {
+    let addr = usize::try_from(addr).map_err(|_| EFAULT)?;
+    // SAFETY: Integers have no padding, and bytes no alignment.
+    let bytes = unsafe { core::slice::from_raw_parts(words.as_ptr().cast::<u8>(), core::mem::size_of_val(words)) };
+    UserSlice::new(UserPtr::from_addr(addr), bytes.len()).writer().write_slice(bytes)
+}
+
 /// The address of element `index` of an array of `T` at `base` in the caller's memory.
 ///
 /// # Errors

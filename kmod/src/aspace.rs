@@ -24,6 +24,7 @@ use kernel::{
 };
 use vcpu_core::{
     changes::Changes,
+    dirty::DirtyLog,
     npt::{LeafCount, MemoryType, PageSize, Permissions},
     regions::{Region, RegionMap},
     AccessFlags, AxError, GuestPhysAddr, HostPhysAddr,
@@ -38,6 +39,8 @@ use crate::{
     tables::{Memory, Retired, Spare},
     vm::{Member, Vm},
 };
+
+mod log;
 
 /// Regions per address space.
 pub(crate) const MAX_REGIONS: usize = 512;
@@ -68,6 +71,7 @@ struct State {
     retired: Retired,
     /// Changes of the host's memory, and of regions.
     changes: Changes,
+    log: Option<DirtyLog<log::Places>>,
 }
 
 /// Storage of the regions.
@@ -113,8 +117,13 @@ impl AddressSpace {
         let mut memory = Memory { spare: &mut spare, retired: &mut retired };
         let (table, limit) = arch::new_table(&mut memory).map_err(abi::errno)?;
         let root = table.root();
-        let state =
-            State { regions: RegionMap::new(Slots(slots)), table: Some(table), retired, changes: Changes::default() };
+        let state = State {
+            regions: RegionMap::new(Slots(slots)),
+            table: Some(table),
+            retired,
+            changes: Changes::default(),
+            log: None,
+        };
         let mm = vm.mm().clone();
         let vm = Member::address_space(vm);
         let this = Arc::pin_init(
@@ -194,20 +203,24 @@ impl AddressSpace {
         if !page.writable() {
             perms = perms.intersection(Permissions::READ.union(Permissions::EXECUTE));
         }
-        let (guest, phys, size) = self.leaf_for(&region, page_addr, page.phys());
+        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, page.phys());
         let start = region.host_of(guest);
         if state.changes.disturbed(snapshot, &(start..start.saturating_add(size.bytes()))) {
             return Ok(Fault::Resolved);
         }
         let before = state.leaf_count();
         let State { table, retired, .. } = &mut *state;
-        let table = table.as_mut().ok_or(EINVAL)?;
-        let tables = table.table_count();
         // Another vCPU may have been faster; what it mapped may allow more than what was found here, and must not shrink.
-        let present = table.query(page_addr, &Memory { spare, retired });
+        let present = table.as_ref().ok_or(EINVAL)?.query(page_addr, &Memory { spare, retired });
         if present.is_some_and(|mapping| mapping.perms.bits() & needed == needed) {
             return Ok(Fault::Resolved);
         }
+        let logged = state.log_frames();
+        let perms = state.admit(page_addr, write, perms, spare)?;
+        self.account_log(logged, state.log_frames());
+        let State { table, retired, .. } = &mut *state;
+        let table = table.as_mut().ok_or(EINVAL)?;
+        let tables = table.table_count();
         let replaces = !present.is_some_and(|old| old.size == size && old.hpa.align_down(size.bytes()) == phys);
         if arch::BREAK_BEFORE_MAKE && replaces {
             let dropped = table.zap(guest, size.bytes(), &mut Memory { spare, retired });
@@ -233,9 +246,10 @@ impl AddressSpace {
     }
 
     /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, the
-    /// region and the alignment allow. The lock is held; the answer holds if nothing is changing there.
+    /// region, the alignment and the dirty log allow. The lock is held; the answer holds if nothing is changing there.
     fn leaf_for(
         &self,
+        state: &State,
         region: &Region,
         addr: GuestPhysAddr,
         phys: HostPhysAddr,
@@ -247,7 +261,8 @@ impl AddressSpace {
         let inside = region.contains(guest)
             && guest.checked_add(large - 1).is_some_and(|last| region.contains(last))
             && (host ^ addr.as_u64()) & (large - 1) == 0
-            && (phys.as_u64() ^ addr.as_u64()) & (large - 1) == 0;
+            && (phys.as_u64() ^ addr.as_u64()) & (large - 1) == 0
+            && !state.log.as_ref().is_some_and(|log| log.touches(guest, PageSize::Size2M));
         if !inside {
             return small;
         }
@@ -380,6 +395,7 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
+        drop(self.end_log());
         if let Some(table) = self.table.take() {
             table.free_all(&mut Memory { spare: &mut Spare::empty(), retired: &mut self.retired });
         }
@@ -395,6 +411,7 @@ impl PinnedDrop for AddressSpace {
         let state = self.state.lock();
         let tables = state.table.as_ref().map_or(0, NestedTable::table_count);
         self.account(state.leaf_count(), LeafCount::default(), 0u64.wrapping_sub(tables));
+        self.account_log(state.log_frames(), 0);
     }
 }
 
@@ -431,22 +448,26 @@ impl FdObject for AddressSpace {
             ioctl::MAP => this.map(abi::read(arg)?),
             ioctl::UNMAP => this.unmap(abi::read(arg)?),
             ioctl::PROTECT => this.protect(abi::read(arg)?),
+            ioctl::START_DIRTY_LOG => this.start_log(abi::read(arg)?),
+            ioctl::READ_DIRTY_LOG => this.read_log(arg),
+            ioctl::STOP_DIRTY_LOG => this.stop_log(),
             _ => Err(ENOTTY),
         }
     }
 
     fn show(&self, to: &SeqFile) {
-        let (regions, leaves, tables, bytes) = {
+        let (regions, leaves, tables, log, bytes) = {
             let state = self.state.lock();
             let regions = state.regions.as_slice();
             let bytes = regions.iter().fold(0u64, |sum, region| sum.wrapping_add(region.size));
             let tables = state.table.as_ref().map_or(0, NestedTable::table_count);
-            (regions.len(), state.leaf_count(), tables, bytes)
+            (regions.len(), state.leaf_count(), tables, state.log_frames(), bytes)
         };
         seq_print!(to, "regions:\t{}\n", regions);
         seq_print!(to, "region-bytes:\t{}\n", bytes);
         seq_print!(to, "pages-4k:\t{}\n", leaves.size_4k);
         seq_print!(to, "pages-2m:\t{}\n", leaves.size_2m);
         seq_print!(to, "table-pages:\t{}\n", tables);
+        seq_print!(to, "log-pages:\t{}\n", log);
     }
 }

@@ -11,15 +11,18 @@ use vcpu_core::{
 
 use crate::ffi;
 
-/// Zeroed frames in stock, enough for one mapping.
+/// Frames that one fault can need: tables, and one of the dirty log.
+const STOCK: usize = MAX_TABLES_PER_MAP + 1;
+
+/// Zeroed frames in stock, enough for one fault.
 pub(crate) struct Spare {
-    frames: [Option<HostPhysAddr>; MAX_TABLES_PER_MAP],
+    frames: [Option<HostPhysAddr>; STOCK],
 }
 
 impl Spare {
     /// No frames: for operations that allocate none.
     pub(crate) const fn empty() -> Self {
-        Self { frames: [None; MAX_TABLES_PER_MAP] }
+        Self { frames: [None; STOCK] }
     }
 
     /// Fills the stock. May sleep.

@@ -70,6 +70,7 @@ pub(crate) struct Stats {
     pub(crate) faults: AtomicU64,
     pub(crate) invalidations: AtomicU64,
     pub(crate) shootdowns: AtomicU64,
+    pub(crate) log_pages: AtomicU64,
 }
 
 static OPERATIONS: FileOperations<Vm> = FileOperations::new();
@@ -193,7 +194,7 @@ impl Vm {
             faults: get(&self.stats.faults),
             invalidations: get(&self.stats.invalidations),
             shootdowns: get(&self.stats.shootdowns),
-            reserved: 0,
+            log_pages: get(&self.stats.log_pages),
         }
     }
 }
@@ -288,6 +289,7 @@ impl FdObject for Vm {
         seq_print!(to, "faults:\t{}\n", stats.faults);
         seq_print!(to, "invalidations:\t{}\n", stats.invalidations);
         seq_print!(to, "shootdowns:\t{}\n", stats.shootdowns);
+        seq_print!(to, "log-pages:\t{}\n", stats.log_pages);
         seq_print!(to, "irqfds:\t{}\n", self.irqfds.count());
         seq_print!(to, "ioeventfds:\t{}\n", self.ioeventfds.count());
     }

@@ -222,6 +222,19 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Another vCPU of the machine, without in-kernel APIC, in the state that the first one is in.
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn add_vcpu(&mut self, id: u32) -> Result<Vcpu, Stop> {
+        let cpuid = self.system.supported_cpuid()?;
+        let mut vcpu = self.create_vcpu(id, Apic::None, &cpuid)?;
+        vcpu.set(&self.vcpu.get::<Control>()?)?;
+        vcpu.set(&self.vcpu.get::<Segments>()?)?;
+        vcpu.set(&self.vcpu.get::<General>()?)?;
+        Ok(vcpu)
+    }
+
     /// Creates another vCPU on the same memory, which would start at address 0 in real mode.
     ///
     /// # Errors

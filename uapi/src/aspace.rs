@@ -32,6 +32,8 @@ abi_struct! {
 
 abi_struct! {
     /// `UNMAP`: a range of guest physical addresses, all of it mapped. Regions that it cuts are split.
+    ///
+    /// `START_DIRTY_LOG`: a range of guest physical addresses, mapped or not, in multiples of [`DIRTY_LOG_GRANULE`].
     pub struct Range: 16 {
         /// First guest physical address, a multiple of 4096.
         pub guest_addr: u64,
@@ -51,5 +53,22 @@ abi_struct! {
         pub flags: u32,
         /// Zero.
         pub reserved: u32,
+    }
+}
+
+/// Ranges of the dirty log begin and end at multiples of this many bytes: 64 pages, a word of the bitmap.
+pub const DIRTY_LOG_GRANULE: u64 = 64 * 4096;
+
+abi_struct! {
+    /// `READ_DIRTY_LOG`: which pages of a range, which is in the log, were written since the log was started or last read.
+    pub struct DirtyLogRead: 32 {
+        /// First guest physical address, a multiple of [`DIRTY_LOG_GRANULE`].
+        pub guest_addr: u64,
+        /// Length in bytes, a multiple of [`DIRTY_LOG_GRANULE`], not zero.
+        pub size: u64,
+        /// Address of an array of 64-bit words in the caller's memory: bit `i % 64` of word `i / 64` tells of page `i`.
+        pub bitmap_addr: u64,
+        /// Out: pages that were written.
+        pub pages: u64,
     }
 }

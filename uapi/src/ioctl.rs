@@ -61,6 +61,12 @@ pub const MAP: u32 = write::<aspace::MapRegion>(0x20);
 pub const UNMAP: u32 = write::<aspace::Range>(0x21);
 /// Changes the access rights of a mapped range: [`aspace::ProtectRange`].
 pub const PROTECT: u32 = write::<aspace::ProtectRange>(0x22);
+/// Starts to log which pages of a range the guest writes: [`aspace::Range`].
+pub const START_DIRTY_LOG: u32 = write::<aspace::Range>(0x23);
+/// Reads the dirty log and clears it: [`aspace::DirtyLogRead`].
+pub const READ_DIRTY_LOG: u32 = read_write::<aspace::DirtyLogRead>(0x24);
+/// Stops logging.
+pub const STOP_DIRTY_LOG: u32 = none(0x25);
 
 // On a vCPU.
 

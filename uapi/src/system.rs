@@ -43,6 +43,8 @@ pub const FEATURE_HUGE_2M: u64 = 1 << 3;
 pub const FEATURE_PV_CLOCK: u64 = 1 << 4;
 /// [`SystemInfo::features`]: eventfds can interrupt guests and be signalled by them (`IRQFD`, `IOEVENTFD`).
 pub const FEATURE_EVENTFD: u64 = 1 << 5;
+/// [`SystemInfo::features`]: address spaces have a dirty log.
+pub const FEATURE_DIRTY_LOG: u64 = 1 << 6;
 
 abi_struct! {
     /// What the module is and can do. The layout of this structure is frozen: `INFO` has the same number in every

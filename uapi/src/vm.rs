@@ -103,7 +103,7 @@ abi_struct! {
         pub invalidations: u64,
         /// TLB shoot-downs that had to interrupt a running vCPU.
         pub shootdowns: u64,
-        /// Zero.
-        pub reserved: u64,
+        /// Pages that dirty logs occupy now, of 4 KiB.
+        pub log_pages: u64,
     }
 }

@@ -13,6 +13,7 @@ extern crate std;
 mod addr;
 mod arch;
 pub mod changes;
+pub mod dirty;
 mod error;
 mod hal;
 pub mod npt;

@@ -3,7 +3,7 @@
 
 use arm_vcpu::Capabilities;
 use axvcpu_uapi::system::{
-    SystemInfo, ARCH_AARCH64, BACKEND_NONE, BACKEND_VHE, FEATURE_HUGE_2M, STATUS_HOST_NOT_AT_EL2, STATUS_READY,
+    SystemInfo, ARCH_AARCH64, BACKEND_NONE, BACKEND_VHE, FEATURE_DIRTY_LOG, FEATURE_HUGE_2M, STATUS_HOST_NOT_AT_EL2, STATUS_READY,
     STATUS_TOO_OLD,
 };
 use kernel::prelude::*;
@@ -34,7 +34,7 @@ pub(crate) fn describe(info: SystemInfo) -> SystemInfo {
         Ok(caps) => SystemInfo {
             backend: BACKEND_VHE,
             status: STATUS_READY,
-            features: FEATURE_HUGE_2M,
+            features: FEATURE_HUGE_2M | FEATURE_DIRTY_LOG,
             guest_phys_bits: caps.shape.bits(),
             ..info
         },

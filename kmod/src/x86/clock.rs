@@ -11,6 +11,7 @@ use vcpu_core::GuestPhysAddr;
 
 use crate::{
     aspace::AddressSpace,
+    tables::Spare,
     vcpu::{Inner, Vcpu},
 };
 
@@ -22,12 +23,12 @@ impl Vcpu {
     /// mistake: nothing is written.
     pub(crate) fn update_clock(&self, inner: &mut Inner) {
         let Ok(arch) = inner.vcpu.arch_mut() else { return };
-        let Some(aspace) = &inner.aspace else { return };
+        let (Some(aspace), spare) = (&inner.aspace, &mut inner.spare) else { return };
         let base = self.vm.arch();
         while let Some(update) =
             arch.clock_update(base, || real_time_ns().wrapping_sub(base.system_ns(x86_vcpu::read_tsc())))
         {
-            let _ = update.apply(|addr, bytes| write_guest(aspace, addr, bytes));
+            let _ = update.apply(|addr, bytes| write_guest(aspace, spare, addr, bytes));
         }
     }
 }
@@ -38,7 +39,7 @@ fn real_time_ns() -> u64 {
     unsafe { bindings::ktime_get_real_fast_ns() }
 }
 
-fn write_guest(aspace: &AddressSpace, addr: GuestPhysAddr, bytes: &[u8]) -> Result {
+fn write_guest(aspace: &AddressSpace, spare: &mut Spare, addr: GuestPhysAddr, bytes: &[u8]) -> Result {
     let mut addr = addr;
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -47,6 +48,7 @@ fn write_guest(aspace: &AddressSpace, addr: GuestPhysAddr, bytes: &[u8]) -> Resu
         let host = aspace.host_address(addr, MEM_WRITE).ok_or(EFAULT)?;
         let to = UserPtr::from_addr(usize::try_from(host).map_err(|_| EFAULT)?);
         UserSlice::new(to, part.len()).writer().write_slice(part)?;
+        aspace.wrote(addr, spare)?;
         addr = addr.checked_add(part.len() as u64).ok_or(EFAULT)?;
         rest = next;
     }

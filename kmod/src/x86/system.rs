@@ -4,7 +4,7 @@
 use axvcpu_uapi::{
     ioctl,
     system::{
-        CpuidTable, SystemInfo, ARCH_X86_64, BACKEND_NONE, BACKEND_SVM, BACKEND_VMX, FEATURE_DECODE_ASSISTS,
+        CpuidTable, SystemInfo, ARCH_X86_64, BACKEND_NONE, BACKEND_SVM, BACKEND_VMX, FEATURE_DECODE_ASSISTS, FEATURE_DIRTY_LOG,
         FEATURE_EVENTFD, FEATURE_HUGE_2M, FEATURE_IN_KERNEL_APIC, FEATURE_NEXT_RIP, FEATURE_PV_CLOCK, STATUS_DISABLED_BY_FIRMWARE,
         STATUS_IN_USE, STATUS_READY, STATUS_TOO_OLD, STATUS_UNSUPPORTED,
     },
@@ -76,7 +76,7 @@ fn backend_number() -> u32 {
 /// Adds what depends on the CPU's capabilities. It has a backend.
 fn describe_backend(info: SystemInfo) -> SystemInfo {
     let caps = Capabilities::host();
-    let mut features = FEATURE_IN_KERNEL_APIC | FEATURE_HUGE_2M | FEATURE_PV_CLOCK | FEATURE_EVENTFD;
+    let mut features = FEATURE_IN_KERNEL_APIC | FEATURE_HUGE_2M | FEATURE_PV_CLOCK | FEATURE_EVENTFD | FEATURE_DIRTY_LOG;
     if caps.next_rip {
         features |= FEATURE_NEXT_RIP;
     }

@@ -3,6 +3,7 @@
 //! before, and the host must not mind (its kernel log is looked at by whoever runs this).
 
 mod arguments;
+mod dirty;
 mod eventfds;
 mod files;
 mod limits;
@@ -31,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         ranges::cases(),
         files::cases(),
         eventfds::cases(),
+        dirty::cases(),
         processes::cases(),
         limits::cases(),
         random::cases(),
@@ -57,7 +59,7 @@ struct Call {
 }
 
 /// The ABI's ioctls.
-const CALLS: [Call; 23] = [
+const CALLS: [Call; 26] = [
     Call { name: "INFO", request: ioctl::INFO, kind: Kind::System },
     Call { name: "SUPPORTED_CPUID", request: ioctl::SUPPORTED_CPUID, kind: Kind::System },
     Call { name: "CREATE_VM", request: ioctl::CREATE_VM, kind: Kind::System },
@@ -70,6 +72,9 @@ const CALLS: [Call; 23] = [
     Call { name: "MAP", request: ioctl::MAP, kind: Kind::AddressSpace },
     Call { name: "UNMAP", request: ioctl::UNMAP, kind: Kind::AddressSpace },
     Call { name: "PROTECT", request: ioctl::PROTECT, kind: Kind::AddressSpace },
+    Call { name: "START_DIRTY_LOG", request: ioctl::START_DIRTY_LOG, kind: Kind::AddressSpace },
+    Call { name: "READ_DIRTY_LOG", request: ioctl::READ_DIRTY_LOG, kind: Kind::AddressSpace },
+    Call { name: "STOP_DIRTY_LOG", request: ioctl::STOP_DIRTY_LOG, kind: Kind::AddressSpace },
     Call { name: "SET_ENTRY", request: ioctl::SET_ENTRY, kind: Kind::Vcpu },
     Call { name: "SET_EPT_ROOT", request: ioctl::SET_EPT_ROOT, kind: Kind::Vcpu },
     Call { name: "SETUP", request: ioctl::SETUP, kind: Kind::Vcpu },

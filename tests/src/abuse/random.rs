@@ -133,6 +133,15 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
                 }
             }
             ioctl::SET_EPT_ROOT => words[0] = random.word() % 40,
+            ioctl::START_DIRTY_LOG if noise & 3 != 0 => {
+                (words[0], words[1]) = (0, random.pick(&[1 << 18, 1 << 20, 1 << 40]))
+            }
+            ioctl::READ_DIRTY_LOG => {
+                // No more words than the buffer has room for behind any of its addresses.
+                (words[0], words[1]) =
+                    (random.pick(&[0, 1 << 18, 1 << 19]), random.pick(&[1 << 18, 1 << 20, 1, 1 << 30]));
+                words[2] = address;
+            }
             ioctl::IRQFD => {
                 words[0] = random.pick(&events) | random.pick(&[0, 0, events[0], events[1]]) << 32;
                 words[1] = random.pick(&[0, 0, 0xfee0_0000, 0xfee0_0000, 0xfeef_f000, noise]);

@@ -6,6 +6,7 @@ mod apic;
 mod control;
 mod cpuid;
 mod delivery;
+mod dirty;
 mod eventfds;
 mod events;
 mod fpu;
@@ -44,6 +45,7 @@ pub fn cases() -> Vec<Case> {
         fpu::cases(),
         hostile::cases(),
         memory::cases(),
+        dirty::cases(),
         threads::cases(),
         smp::cases(),
     ]

@@ -296,13 +296,7 @@ fn two() -> CaseResult {
     );
     let mut m = Machine::new(Mode::Long, code)?;
     m.will_spin()?;
-    let mut second = m.vm.create_vcpu(1)?;
-    harness::watch(second.kicker());
-    second.set_entry(axvcpu_uapi::addr::GuestPhysAddr::new(CODE))?;
-    second.set_ept_root(&m.space)?;
-    second.setup(axvcpu_uapi::client::Apic::None, &m.system.supported_cpuid()?)?;
-    second.set(&m.vcpu.get::<axvcpu_uapi::x86::Control>()?)?;
-    second.set(&m.vcpu.get::<axvcpu_uapi::x86::Segments>()?)?;
+    let mut second = m.add_vcpu(1)?;
     let mut general: axvcpu_uapi::x86::General = m.vcpu.get()?;
     general.gpr[3] = 1;
     second.set(&general)?;

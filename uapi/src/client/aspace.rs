@@ -6,7 +6,9 @@ use super::error::{Error, Result};
 use super::memory::Backing;
 use super::sys;
 use crate::addr::GuestPhysAddr;
-use crate::aspace::{MapRegion, ProtectRange, Range, MEM_EXECUTE, MEM_READ, MEM_WRITE};
+use crate::aspace::{
+    DirtyLogRead, MapRegion, ProtectRange, Range, DIRTY_LOG_GRANULE, MEM_EXECUTE, MEM_READ, MEM_WRITE,
+};
 use crate::ioctl;
 use nix::errno::Errno;
 use std::mem::ManuallyDrop;
@@ -92,6 +94,46 @@ impl AddressSpace {
     ) -> Result<Slot<B>> {
         let size = memory.size();
         self.map(guest_addr, memory, 0, size, permissions)
+    }
+}
+
+impl AddressSpace {
+    /// Starts to log which pages of `size` bytes at `guest_addr` the guest writes. Both are multiples of
+    /// [`DIRTY_LOG_GRANULE`]; what is mapped in the range may change meanwhile. Writes by the program itself are not logged.
+    ///
+    /// # Errors
+    /// [`Error::StartDirtyLog`]: `EEXIST` if a log is there already, `EINVAL` for a bad range, `ENOSPC` for one that is too
+    /// large.
+    pub fn start_dirty_log(&self, guest_addr: GuestPhysAddr, size: u64) -> Result<()> {
+        let mut range = Range { guest_addr: guest_addr.as_u64(), size };
+        // SAFETY: the structure holds no address of this process.
+        unsafe { sys::with(self.fd.as_fd(), ioctl::START_DIRTY_LOG, &mut range) }
+            .map_err(|errno| Error::StartDirtyLog { guest_addr: range.guest_addr, size, errno })?;
+        Ok(())
+    }
+
+    /// Reads and clears the log of 64 pages for each word of `bitmap`, from `guest_addr` on, which is a multiple of
+    /// [`DIRTY_LOG_GRANULE`]. Bit `i` of a word tells of its page `i`: written since the log was started or last read. The
+    /// pages' content, read after this, includes every write that was told. Returns the number of bits that are set.
+    ///
+    /// # Errors
+    /// [`Error::ReadDirtyLog`]: `ENOENT` if there is no log, `EINVAL` if not all of the range is in it.
+    pub fn read_dirty_log(&self, guest_addr: GuestPhysAddr, bitmap: &mut [u64]) -> Result<u64> {
+        let size = bitmap.len() as u64 * DIRTY_LOG_GRANULE;
+        let mut read =
+            DirtyLogRead { guest_addr: guest_addr.as_u64(), size, bitmap_addr: bitmap.as_mut_ptr() as u64, pages: 0 };
+        // SAFETY: the kernel stores one word for each granule of the size, as many as `bitmap` has.
+        unsafe { sys::with(self.fd.as_fd(), ioctl::READ_DIRTY_LOG, &mut read) }.map_err(Error::ReadDirtyLog)?;
+        Ok(read.pages)
+    }
+
+    /// Stops logging, and forgets what was not read.
+    ///
+    /// # Errors
+    /// [`Error::StopDirtyLog`]: `ENOENT` if there is no log.
+    pub fn stop_dirty_log(&self) -> Result<()> {
+        sys::none(self.fd.as_fd(), ioctl::STOP_DIRTY_LOG).map_err(Error::StopDirtyLog)?;
+        Ok(())
     }
 }
 

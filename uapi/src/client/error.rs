@@ -113,6 +113,19 @@ pub enum Error {
         /// Why.
         errno: Errno,
     },
+    /// `START_DIRTY_LOG` failed.
+    StartDirtyLog {
+        /// First guest physical address.
+        guest_addr: u64,
+        /// Length in bytes.
+        size: u64,
+        /// Why.
+        errno: Errno,
+    },
+    /// `READ_DIRTY_LOG` failed.
+    ReadDirtyLog(Errno),
+    /// `STOP_DIRTY_LOG` failed.
+    StopDirtyLog(Errno),
     /// `SET_ENTRY` failed.
     SetEntry(Errno),
     /// `SET_EPT_ROOT` failed.
@@ -160,6 +173,7 @@ impl Error {
             | Self::Map { errno, .. }
             | Self::Unmap { errno, .. }
             | Self::Protect { errno, .. }
+            | Self::StartDirtyLog { errno, .. }
             | Self::GetRegisters { errno, .. }
             | Self::SetRegisters { errno, .. }
             | Self::Info(errno)
@@ -168,6 +182,8 @@ impl Error {
             | Self::CreateAddressSpace(errno)
             | Self::MapRunPage(errno)
             | Self::SignalMsi(errno)
+            | Self::ReadDirtyLog(errno)
+            | Self::StopDirtyLog(errno)
             | Self::AttachInterrupt(errno)
             | Self::DetachInterrupt(errno)
             | Self::AttachIo(errno)
@@ -245,6 +261,11 @@ impl Error {
             (Self::AttachInterrupt(_), Errno::EEXIST) => "the eventfd is attached already",
             (Self::AttachIo(_), Errno::EEXIST) => "an eventfd is attached to such writes already",
             (Self::DetachInterrupt(_) | Self::DetachIo(_), Errno::ENOENT) => "nothing of that kind is attached",
+            (Self::StartDirtyLog { .. }, Errno::EEXIST) => "the address space is being logged already",
+            (Self::ReadDirtyLog(_) | Self::StopDirtyLog(_), Errno::ENOENT) => "the address space is not being logged",
+            (Self::StartDirtyLog { .. } | Self::ReadDirtyLog(_), Errno::EINVAL) => {
+                "address and size must be multiples of 256 KiB, and what is read inside what is logged"
+            }
             (Self::Inject(_), Errno::EAGAIN) => "an event of that kind is still waiting to be delivered",
             (_, Errno::ENOSPC) => "a limit of the module is reached, see axvcpu(4)",
             _ => return None,
@@ -294,6 +315,11 @@ impl fmt::Display for Error {
             Self::Protect { guest_addr, size, .. } => {
                 write!(f, "cannot change access to {size:#x} bytes at guest physical address {guest_addr:#x}")?;
             }
+            Self::StartDirtyLog { guest_addr, size, .. } => {
+                write!(f, "cannot log writes to {size:#x} bytes at guest physical address {guest_addr:#x}")?;
+            }
+            Self::ReadDirtyLog(_) => f.write_str("cannot read the dirty log")?,
+            Self::StopDirtyLog(_) => f.write_str("cannot stop the dirty log")?,
             Self::SetEntry(_) => f.write_str("cannot set the entry point")?,
             Self::SetEptRoot(_) => f.write_str("cannot set the vCPU's address space")?,
             Self::Setup(_) => f.write_str("cannot set up the vCPU")?,

@@ -20,7 +20,7 @@ mod format;
 mod iter;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use core::fmt;
 

@@ -147,6 +147,20 @@ impl NestedTable {
         on!(self, table => table.zap(gpa, size, memory))
     }
 
+    /// Takes all permissions but `perms` away from what is mapped in the range.
+    ///
+    /// # Errors
+    /// See [`NestedPageTable::restrict`].
+    pub fn restrict(
+        &mut self,
+        gpa: GuestPhysAddr,
+        size: u64,
+        perms: Permissions,
+        memory: &mut impl TableMemory,
+    ) -> AxResult<Flush> {
+        on!(self, table => table.restrict(gpa, size, perms, memory))
+    }
+
     /// What is mapped at `gpa`.
     pub fn query(&self, gpa: GuestPhysAddr, memory: &impl TableMemory) -> Option<Mapping> {
         on!(self, table => table.query(gpa, memory))

@@ -17,7 +17,7 @@ const FIRST_FRAME: u64 = 0x000f_0000_0000_0000;
 type Observer = Box<dyn FnMut(&Frames)>;
 
 #[derive(Default)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     /// Every frame ever allocated, `None` once freed: an address is given once only, so that a stale one never seems good.
     frames: Vec<Option<Box<[u64; ENTRIES]>>>,
     /// How many more allocations succeed; `None` for all.
@@ -31,7 +31,7 @@ impl Frames {
         live.map(|(number, _)| FIRST_FRAME + number as u64 * FRAME_SIZE)
     }
 
-    fn live_count(&self) -> u64 {
+    pub(crate) fn live_count(&self) -> u64 {
         self.live().count() as u64
     }
 
