@@ -16,19 +16,19 @@ use std::time::Duration;
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "eventfds/signal-interrupts-a-running-guest" => running;
-        "eventfds/signal-wakes-a-halted-guest" => halted;
-        "eventfds/signal-from-before-counts" => before;
-        "eventfds/detached-signals-do-nothing" => detached;
-        "eventfds/level-is-sampled-again-at-the-end" => level;
-        "eventfds/closed-while-attached" => closed;
-        "eventfds/attached-and-detached-under-load" => storm;
-        "eventfds/port-output-by-width-and-value" => ports;
-        "eventfds/stores-to-an-address" => stores;
-        "eventfds/other-instructions-are-exits" => other_instructions;
-        "eventfds/widths-and-values-of-stores-by-the-library" => library;
-        "eventfds/guest-interrupts-itself" => round_trip;
-        "eventfds/table-replaced-while-the-guest-uses-it" => replaced;
+        "eventfds/signal-interrupts-a-running-guest" => running [abi];
+        "eventfds/signal-wakes-a-halted-guest" => halted [abi];
+        "eventfds/signal-from-before-counts" => before [abi];
+        "eventfds/detached-signals-do-nothing" => detached [abi];
+        "eventfds/level-is-sampled-again-at-the-end" => level [abi];
+        "eventfds/closed-while-attached" => closed [abi];
+        "eventfds/attached-and-detached-under-load" => storm [abi];
+        "eventfds/port-output-by-width-and-value" => ports [abi];
+        "eventfds/stores-to-an-address" => stores [abi];
+        "eventfds/other-instructions-are-exits" => other_instructions [abi];
+        "eventfds/widths-and-values-of-stores-by-the-library" => library [abi];
+        "eventfds/guest-interrupts-itself" => round_trip [abi];
+        "eventfds/table-replaced-while-the-guest-uses-it" => replaced [abi];
     }
 }
 

@@ -10,6 +10,7 @@ mod dirty;
 mod eventfds;
 mod events;
 mod fpu;
+mod host_memory;
 mod hostile;
 mod instructions;
 mod interrupts;
@@ -21,6 +22,7 @@ mod modes;
 mod msr;
 mod registers;
 mod smp;
+mod spaces;
 mod threads;
 
 use crate::harness::Case;
@@ -45,7 +47,9 @@ pub fn cases() -> Vec<Case> {
         fpu::cases(),
         hostile::cases(),
         memory::cases(),
+        host_memory::cases(),
         dirty::cases(),
+        spaces::cases(),
         threads::cases(),
         smp::cases(),
     ]

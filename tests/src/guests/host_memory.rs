@@ -1,0 +1,673 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the host does with guest memory under a running guest: swapping, freeing, moving, sharing, truncating, merging. What
+//! needs a host prepared for it (swap, a control group, huge pages, KSM) is skipped elsewhere; see
+//! scripts/lab/test-memory.sh.
+
+use crate::harness::{self, Case, CaseResult, Stop};
+use crate::machine::Machine;
+use crate::machine::Mode;
+use crate::{code, ensure, ensure_eq, raw, table};
+use axvcpu_uapi::addr::GuestPhysAddr;
+use axvcpu_uapi::aspace::{MapRegion, Range, MEM_READ, MEM_WRITE};
+use axvcpu_uapi::client::{Backing, Permissions, Slot};
+use axvcpu_uapi::exit::AxVCpuExitReason::{Interrupted, IoWrite};
+use axvcpu_uapi::ioctl;
+use nix::libc;
+use nix::sys::mman::{
+    madvise, mmap, mmap_anonymous, mprotect, mremap, munmap, MRemapFlags, MapFlags, MmapAdvise, ProtFlags,
+};
+use std::ffi::c_void;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+pub(super) fn cases() -> Vec<Case> {
+    table! {
+        "host-memory/swapped-under-pressure" => pressure [abi], in 90;
+        "host-memory/paged-out-while-the-guest-writes" => paged_out [abi], in 60;
+        "host-memory/freed-lazily" => freed [abi];
+        "host-memory/moved" => moved [abi];
+        "host-memory/forked-and-written-on-both-sides" => forked [abi];
+        "host-memory/protected-again-and-again" => protected [abi];
+        "host-memory/shared-file" => shared_file [abi];
+        "host-memory/private-file" => private_file [abi];
+        "host-memory/truncated-file" => truncated [abi];
+        "host-memory/reserved-huge-pages" => huge [abi];
+        "host-memory/transparent-huge-page-split-by-the-host" => split [abi];
+        "host-memory/merged-and-written" => merged [abi], in 60;
+        "host-memory/accounted-to-the-control-group" => accounted [abi], in 60;
+    }
+}
+
+/// Where the memory under test is for the guest.
+const BASE: u64 = 0x100_0000;
+const PAGE: usize = 0x1000;
+const LARGE: usize = 2 << 20;
+
+/// A mapping of the process, of whatever kind.
+struct Mapping {
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: The mapping belongs to the process, not to a thread, and its bytes are accessed atomically.
+unsafe impl Send for Mapping {}
+// SAFETY: As above.
+unsafe impl Sync for Mapping {}
+// SAFETY: The range stays mapped as long as the value; only guests and the atomic accesses below use it. Where a test takes
+// pages or rights away, the guest loses them with the process, which is what is tested.
+unsafe impl Backing for Mapping {
+    fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+    fn size(&self) -> usize {
+        self.size
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: Mapped by one of the functions below, and slots hold the value, so nothing uses it any more. It cannot fail.
+        let _ = unsafe { munmap(self.start.cast(), self.size) };
+    }
+}
+
+const BOTH: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+impl Mapping {
+    /// Anonymous memory, private or shared with children.
+    fn anonymous(size: usize, flags: MapFlags) -> Result<Self, Stop> {
+        let length = NonZeroUsize::new(size).ok_or(Stop::Fail("no size".into()))?;
+        // SAFETY: A new mapping at an address of the kernel's choice disturbs no existing memory.
+        let start = unsafe { mmap_anonymous(None, length, BOTH, flags) }?;
+        Ok(Self { start: start.cast(), size })
+    }
+
+    /// Of a file, shared or private.
+    fn file(file: &fs::File, size: usize, flags: MapFlags) -> Result<Self, Stop> {
+        let length = NonZeroUsize::new(size).ok_or(Stop::Fail("no size".into()))?;
+        // SAFETY: As above.
+        let start = unsafe { mmap(None, length, BOTH, flags, file, 0) }?;
+        Ok(Self { start: start.cast(), size })
+    }
+
+    /// The word at an offset.
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset % 8 == 0 && offset < self.size);
+        // SAFETY: Inside the mapping, aligned, and accessed atomically only.
+        unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(offset).cast()) }
+    }
+
+    fn get(&self, offset: usize) -> u64 {
+        self.word(offset).load(Ordering::Relaxed)
+    }
+
+    fn set(&self, offset: usize, value: u64) {
+        self.word(offset).store(value, Ordering::Relaxed);
+    }
+
+    fn address(&self, offset: usize) -> NonNull<c_void> {
+        assert!(offset < self.size);
+        // SAFETY: Inside the mapping.
+        unsafe { self.start.add(offset) }.cast()
+    }
+
+    fn advise(&self, offset: usize, size: usize, advice: MmapAdvise) -> CaseResult {
+        // SAFETY: Inside the mapping; the advice may drop its content, which the callers know.
+        Ok(unsafe { madvise(self.address(offset), size, advice) }?)
+    }
+
+    /// Has everything written to swap.
+    fn page_out(&self) -> CaseResult {
+        self.advise(0, self.size, MmapAdvise::MADV_PAGEOUT)
+    }
+}
+
+/// Maps all of it into the machine at [`BASE`].
+fn map(m: &Machine, mapping: Mapping) -> Result<(Arc<Mapping>, Slot<Mapping>), Stop> {
+    let mapping = Arc::new(mapping);
+    let slot = m.space.map_all(GuestPhysAddr::new(BASE), Arc::clone(&mapping), Permissions::RWX)?;
+    Ok((mapping, slot))
+}
+
+/// A number in a file of procfs, sysfs or a control group: the one behind `key`, or the first.
+fn number(path: &str, key: &str) -> Result<u64, Stop> {
+    let text = fs::read_to_string(path).map_err(|error| Stop::Fail(format!("{path}: {error}")))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    word.and_then(|word| word.parse().ok()).ok_or(Stop::Fail(format!("{path} does not tell {key}")))
+}
+
+fn needs_swap() -> CaseResult {
+    if fs::read_to_string("/proc/swaps").map_or(0, |text| text.lines().count()) < 2 {
+        return Err(Stop::Skip("the host has no swap".into()));
+    }
+    Ok(())
+}
+
+/// A control group of its own, in which this process is as long as the value lives.
+struct Group;
+
+impl Group {
+    const ROOT: &str = "/sys/fs/cgroup";
+    const PATH: &str = "/sys/fs/cgroup/axvcpu-test";
+
+    fn enter() -> Result<Self, Stop> {
+        if !fs::read_to_string(format!("{}/cgroup.subtree_control", Self::ROOT)).is_ok_and(|all| all.contains("memory"))
+        {
+            return Err(Stop::Skip("there are no control groups for memory".into()));
+        }
+        fs::create_dir(Self::PATH)?;
+        let group = Self;
+        fs::write(format!("{}/cgroup.procs", Self::PATH), std::process::id().to_string())?;
+        Ok(group)
+    }
+
+    fn file(name: &str) -> String {
+        format!("{}/{name}", Self::PATH)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // What fails here shows as a failure of the next test that wants a group.
+        let _ = fs::write(format!("{}/cgroup.procs", Self::ROOT), std::process::id().to_string());
+        let _ = fs::remove_dir(Self::PATH);
+    }
+}
+
+/// Goes through RCX pages from BASE on: each must hold R8 (or zero, with R9 set), and then gets R10. RAX is not zero at the
+/// end if all did.
+fn sweeper() -> &'static [u8] {
+    code!(
+        sweeper,
+        64,
+        "mov ebx, 0x1000000",
+        "2: mov rax, [rbx + 16]",
+        "cmp rax, r8",
+        "je 3f",
+        "test r9, r9",
+        "jz 4f",
+        "test rax, rax",
+        "jnz 4f",
+        "3: mov [rbx + 16], r10",
+        "add rbx, 0x1000",
+        "dec ecx",
+        "jnz 2b",
+        "mov al, 1",
+        "out 0x80, al",
+        "hlt",
+        "4: out 0x81, al",
+        "hlt",
+    )
+}
+
+/// One pass of the guest over all pages.
+fn sweep(m: &mut Machine, pages: usize, old: u64, new: u64, or_zero: bool) -> CaseResult {
+    m.modify(|general| {
+        general.rip = crate::machine::CODE;
+        (general.gpr[1], general.gpr[8], general.gpr[9], general.gpr[10]) = (pages as u64, old, or_zero.into(), new);
+    })?;
+    m.expect_mark(0x80).map(drop).map_err(|stop| stop.context(format_args!("looking for {old}")))
+}
+
+/// A guest larger than what its control group may have: it goes over its memory again and again, out to swap and back, and
+/// finds in each page what it has left there.
+fn pressure() -> CaseResult {
+    const SIZE: usize = 48 << 20;
+    needs_swap()?;
+    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let (memory, slot) = map(&m, Mapping::anonymous(SIZE, MapFlags::MAP_PRIVATE)?)?;
+    let _group = Group::enter()?;
+    fs::write(Group::file("memory.high"), (24 << 20).to_string())?;
+    let mut swapped = 0;
+    for pass in 0..4 {
+        sweep(&mut m, SIZE / PAGE, pass, pass + 1, false)?;
+        swapped = swapped.max(number(&Group::file("memory.swap.current"), "")?);
+    }
+    for page in 0..SIZE / PAGE {
+        ensure_eq!(memory.get(page * PAGE + 16), 4, "the program's view of page {page}");
+    }
+    println!("# {} MiB of {} were in swap", swapped >> 20, SIZE >> 20);
+    ensure!(swapped >= 8 << 20, "only {swapped} bytes were swapped out");
+    ensure!(m.vm.stats()?.invalidations > 1000, "invalidations: {:?}", m.vm.stats()?);
+    drop(slot);
+    Ok(())
+}
+
+/// Increments words in random pages, R10 counts; announced now and then.
+fn scribbler() -> &'static [u8] {
+    code!(
+        scribbler,
+        64,
+        "mov ebx, 0x1000000",
+        "2: mov ecx, 500",
+        "3: imul r8, r8, 0x3d4d51cb",
+        "add r8, 12345",
+        "mov rax, r8",
+        "shr rax, 20",
+        "and eax, 0x1ff",
+        "shl rax, 12",
+        "inc qword ptr [rax + rbx]",
+        "inc r10",
+        "dec ecx",
+        "jnz 3b",
+        "out 0x80, al",
+        "jmp 2b",
+    )
+}
+
+/// Runs the scribbler while `disturb` is called over and over, then compares what it has counted with the memory.
+fn disturbed(
+    m: &mut Machine,
+    memory: &Mapping,
+    times: u64,
+    tolerate: bool,
+    disturb: impl Fn() -> CaseResult + Sync,
+) -> CaseResult {
+    m.modify(|general| general.gpr[8] = 1)?;
+    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let result = thread::scope(|scope| -> CaseResult {
+        let disturber = scope.spawn(|| -> CaseResult {
+            while !stop.load(Ordering::Relaxed) {
+                disturb()?;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let result: CaseResult = (|| {
+            let mut rounds = 0;
+            while rounds < 40 || done.load(Ordering::Relaxed) < times {
+                ensure!(!disturber.is_finished(), "the disturbing thread has ended");
+                match m.run() {
+                    Ok(exit) if matches!(exit.reason, IoWrite { port: 0x80, .. }) => rounds += 1,
+                    Ok(exit) if exit.reason == Interrupted => {}
+                    Ok(exit) => return Err(Stop::Fail(format!("exit {:x?}", exit.reason))),
+                    // Not allowed just now.
+                    Err(Stop::Fail(why)) if tolerate && why.contains("EFAULT") => thread::yield_now(),
+                    Err(stop) => return Err(stop),
+                }
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::Relaxed);
+        disturber.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+        result
+    });
+    result?;
+    let sum: u64 = (0..512).map(|page| memory.get(page * PAGE)).sum();
+    ensure_eq!(sum, m.vcpu.general().gpr[10], "increments that are in memory, of those that the guest has made");
+    Ok(())
+}
+
+fn paged_out() -> CaseResult {
+    needs_swap()?;
+    let mut m = Machine::new(Mode::Long, scribbler())?;
+    let (memory, slot) = map(&m, Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE)?)?;
+    disturbed(&mut m, &memory, 20, false, || memory.page_out())?;
+    ensure!(m.vm.stats()?.invalidations > 0, "nothing was ever paged out");
+    drop(slot);
+    Ok(())
+}
+
+/// After MADV_FREE a page holds what it held, or zeros; and once it has been written it stays.
+fn freed() -> CaseResult {
+    const PAGES: usize = 256;
+    needs_swap()?;
+    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let (memory, slot) = map(&m, Mapping::anonymous(PAGES * PAGE, MapFlags::MAP_PRIVATE)?)?;
+    sweep(&mut m, PAGES, 0, 1, false)?;
+    memory.advise(0, memory.size, MmapAdvise::MADV_FREE)?;
+    memory.page_out()?;
+    let gone = (0..PAGES).filter(|page| memory.get(page * PAGE + 16) == 0).count();
+    ensure!(gone > 0, "no page was ever freed");
+    sweep(&mut m, PAGES, 1, 2, true)?;
+    memory.advise(0, memory.size, MmapAdvise::MADV_FREE)?;
+    // Written after it was freed, by a vCPU that could write all of it before.
+    sweep(&mut m, PAGES, 2, 3, true)?;
+    memory.page_out()?;
+    sweep(&mut m, PAGES, 3, 4, false)?;
+    drop(slot);
+    Ok(())
+}
+
+/// Memory that is moved in the process is gone for the guest, and is there again when the new place is mapped.
+fn moved() -> CaseResult {
+    let code = code!(
+        moved,
+        64,
+        "mov ebx, 0x1000000",
+        "mov qword ptr [rbx], 77",
+        "out 0x80, al",
+        "mov rax, [rbx]",
+        "out 0x80, al",
+        "hlt"
+    );
+    let mut m = Machine::new(Mode::Long, code)?;
+    let mapping = Mapping::anonymous(4 * PAGE, MapFlags::MAP_PRIVATE)?;
+    let region = |at: NonNull<u8>| MapRegion {
+        guest_addr: BASE,
+        size: 4 * PAGE as u64,
+        user_addr: at.as_ptr() as u64,
+        flags: MEM_READ | MEM_WRITE,
+        reserved: 0,
+    };
+    raw::plain(m.space.as_fd(), ioctl::MAP, region(mapping.start))?;
+    m.expect_mark(0x80)?;
+    // The new place is one that is free: a mapping that is replaced.
+    let target = Mapping::anonymous(4 * PAGE, MapFlags::MAP_PRIVATE)?;
+    let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
+    // SAFETY: Both ranges are ours, and nothing but the guest uses them.
+    let new = unsafe { mremap(mapping.address(0), mapping.size, target.size, flags, Some(target.address(0))) }?;
+    ensure_eq!(new.as_ptr() as usize, target.start.as_ptr() as usize, "new place");
+    std::mem::forget(mapping);
+    match m.run() {
+        Err(Stop::Fail(why)) if why.contains("EFAULT") => {}
+        other => return Err(Stop::Fail(format!("a read of memory that was moved gave {other:x?}"))),
+    }
+    raw::plain(m.space.as_fd(), ioctl::UNMAP, Range { guest_addr: BASE, size: 4 * PAGE as u64 })?;
+    raw::plain(m.space.as_fd(), ioctl::MAP, region(target.start))?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 77, "the word at the new place");
+    ensure_eq!(target.get(0), 77, "the program's view of it");
+    Ok(())
+}
+
+/// After fork, the guest's writes are the parent's and the child's are its own, whoever writes first.
+fn forked() -> CaseResult {
+    let code = code!(
+        forked,
+        64,
+        "mov ebx, 0x1000000",
+        "2: inc qword ptr [rbx]",
+        "out 0x80, al",
+        "mov rax, [rbx + 0x1000]",
+        "out 0x80, al",
+        "jmp 2b",
+    );
+    let mut m = Machine::new(Mode::Long, code)?;
+    let (memory, slot) = map(&m, Mapping::anonymous(2 * PAGE, MapFlags::MAP_PRIVATE)?)?;
+    let control = Mapping::anonymous(PAGE, MapFlags::MAP_SHARED)?;
+    memory.set(PAGE, 5);
+    m.expect_mark(0x80)?;
+    m.expect_mark(0x80)?;
+    // SAFETY: the child makes atomic accesses and leaves by `_exit`.
+    let child = match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Child => {
+            let wait = |value| {
+                while control.get(0) != value {
+                    std::hint::spin_loop();
+                    // SAFETY: no argument.
+                    unsafe { libc::sched_yield() };
+                }
+            };
+            // What the guest had written before; written here first.
+            let first = memory.get(0) == 1 && memory.get(PAGE) == 5;
+            memory.set(PAGE, 6);
+            control.set(0, 1);
+            // The guest has written meanwhile, in the page that it has and in this one's.
+            wait(2);
+            let second = memory.get(0) == 1 && memory.get(PAGE) == 6;
+            memory.set(0, 100);
+            control.set(0, 3);
+            wait(4);
+            let third = memory.get(0) == 100;
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(i32::from(!(first && second && third))) }
+        }
+        nix::unistd::ForkResult::Parent { child } => child,
+    };
+    let wait = |value| harness::wait_until("the child", || Ok(control.get(0) == value));
+    let result: CaseResult = (|| {
+        wait(1)?;
+        m.expect_mark(0x80)?;
+        m.expect_mark(0x80)?;
+        ensure_eq!(m.vcpu.general().gpr[0], 5, "what the guest reads of a page that the child has written");
+        ensure_eq!(memory.get(0), 2, "the program's view of the guest's write");
+        control.set(0, 2);
+        wait(3)?;
+        m.expect_mark(0x80)?;
+        m.expect_mark(0x80)?;
+        ensure_eq!(memory.get(0), 3, "the word that guest and child have written");
+        control.set(0, 4);
+        Ok(())
+    })();
+    if result.is_err() {
+        nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL)?;
+    }
+    let status = nix::sys::wait::waitpid(child, None)?;
+    result?;
+    ensure!(matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)), "the child saw the guest's writes: {status:?}");
+    drop(slot);
+    Ok(())
+}
+
+/// The right to write comes and goes under a guest that writes: it is refused meanwhile, and loses no write.
+fn protected() -> CaseResult {
+    let mut m = Machine::new(Mode::Long, scribbler())?;
+    let (memory, slot) = map(&m, Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE)?)?;
+    disturbed(&mut m, &memory, 100, true, || {
+        for protection in [ProtFlags::PROT_READ, BOTH] {
+            // SAFETY: The range belongs to the test, and is not written by the program meanwhile.
+            unsafe { mprotect(memory.address(0), memory.size, protection) }?;
+        }
+        Ok(())
+    })?;
+    drop(slot);
+    Ok(())
+}
+
+fn temporary_file(size: usize) -> Result<fs::File, Stop> {
+    let path = format!("/tmp/axvcpu-test-{}", std::process::id());
+    let file = fs::File::options().read(true).write(true).create_new(true).open(&path)?;
+    fs::remove_file(&path)?;
+    file.set_len(size as u64)?;
+    Ok(file)
+}
+
+/// Writes 1, announces it, and reads back.
+fn writer() -> &'static [u8] {
+    code!(
+        writer,
+        64,
+        "mov ebx, 0x1000000",
+        "mov rax, [rbx]",
+        "out 0x80, al",
+        "mov qword ptr [rbx], 0x11",
+        "out 0x80, al",
+        "mov rax, [rbx]",
+        "out 0x80, al",
+        "hlt",
+    )
+}
+
+fn file_word(file: &fs::File) -> Result<u64, Stop> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn shared_file() -> CaseResult {
+    let file = temporary_file(PAGE)?;
+    file.write_all_at(&7u64.to_le_bytes(), 0)?;
+    let mut m = Machine::new(Mode::Long, writer())?;
+    let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
+    m.expect_mark(0x80)?;
+    ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
+    file.write_all_at(&8u64.to_le_bytes(), 0)?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 8, "what the guest reads after the file has changed");
+    drop(slot);
+    Ok(())
+}
+
+/// The guest's writes stay out of a file that is mapped privately.
+fn private_file() -> CaseResult {
+    let file = temporary_file(PAGE)?;
+    file.write_all_at(&7u64.to_le_bytes(), 0)?;
+    let mut m = Machine::new(Mode::Long, writer())?;
+    let (memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_PRIVATE)?)?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
+    m.expect_mark(0x80)?;
+    ensure_eq!([file_word(&file)?, memory.get(0)], [7, 0x11], "file and memory after the guest has written");
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 0x11, "what the guest reads of its own copy");
+    drop(slot);
+    Ok(())
+}
+
+/// Beyond the end of a file there is no memory, for the guest as for the program.
+fn truncated() -> CaseResult {
+    let file = temporary_file(PAGE)?;
+    file.write_all_at(&7u64.to_le_bytes(), 0)?;
+    let mut m = Machine::new(Mode::Long, writer())?;
+    let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
+    m.expect_mark(0x80)?;
+    file.set_len(0)?;
+    match m.run() {
+        Err(Stop::Fail(why)) if why.contains("EFAULT") => {}
+        other => return Err(Stop::Fail(format!("a write beyond the end of a file gave {other:x?}"))),
+    }
+    file.set_len(PAGE as u64)?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
+    drop(slot);
+    Ok(())
+}
+
+fn huge() -> CaseResult {
+    let mut m = Machine::new(Mode::Long, writer())?;
+    let memory = match Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB) {
+        Ok(memory) => memory,
+        Err(_) => return Err(Stop::Skip("the host has no reserved huge pages".into())),
+    };
+    let before = m.vm.stats()?.pages_2m;
+    let (memory, slot) = map(&m, memory)?;
+    m.expect_mark(0x80)?;
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vm.stats()?.pages_2m, before + 1, "large leaves");
+    ensure_eq!(memory.get(0), 0x11, "the program's view");
+    // The page goes back to the reserve, and another one comes.
+    memory.advise(0, LARGE, MmapAdvise::MADV_DONTNEED)?;
+    ensure_eq!(m.vm.stats()?.pages_2m, before, "large leaves after the page has gone");
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[0], 0, "what the guest reads of a fresh page");
+    drop(slot);
+    Ok(())
+}
+
+/// The host splits a huge page when the rights of a part of it change: the guest's leaf goes, and small ones come.
+fn split() -> CaseResult {
+    let mut m = Machine::new(Mode::Long, writer())?;
+    let memory = Mapping::anonymous(2 * LARGE, MapFlags::MAP_PRIVATE)?;
+    let start = memory.start.as_ptr() as usize;
+    let offset = start.next_multiple_of(LARGE) - start;
+    memory.advise(0, memory.size, MmapAdvise::MADV_HUGEPAGE)?;
+    memory.set(offset, 3);
+    memory.set(offset + 5 * PAGE, 5);
+    let memory = Arc::new(memory);
+    let at = GuestPhysAddr::new(BASE);
+    let slot = m.space.map(at, Arc::clone(&memory), offset, LARGE, Permissions::RWX)?;
+    m.expect_mark(0x80)?;
+    let stats = m.vm.stats()?;
+    if stats.pages_2m == 0 {
+        return Err(Stop::Skip("the host gave no huge page".into()));
+    }
+    // SAFETY: The page belongs to the test, and the program only reads it.
+    unsafe { mprotect(memory.address(offset + 5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
+    ensure_eq!(m.vm.stats()?.pages_2m, stats.pages_2m - 1, "large leaves after the host has split its page");
+    m.expect_mark(0x80)?;
+    m.expect_mark(0x80)?;
+    let now = m.vm.stats()?;
+    ensure_eq!(now.pages_2m, stats.pages_2m - 1, "large leaves after the guest has come back");
+    ensure!(now.pages_4k > stats.pages_4k, "no small leaf has come in its place");
+    ensure_eq!([memory.get(offset), memory.get(offset + 5 * PAGE)], [0x11, 5], "the program's view");
+    drop(slot);
+    Ok(())
+}
+
+/// Equal pages that the kernel has merged part again when the guest writes one.
+fn merged() -> CaseResult {
+    const PAGES: usize = 64;
+    let run = "/sys/kernel/mm/ksm/run";
+    if fs::write("/sys/kernel/mm/ksm/sleep_millisecs", "1").is_err() || fs::write(run, "1").is_err() {
+        return Err(Stop::Skip("the kernel does not merge pages (KSM)".into()));
+    }
+    let result = (|| {
+        let mut m = Machine::new(Mode::Long, sweeper())?;
+        let (memory, slot) = map(&m, Mapping::anonymous(PAGES * PAGE, MapFlags::MAP_PRIVATE)?)?;
+        sweep(&mut m, PAGES, 0, 0x5a, false)?;
+        memory.advise(0, memory.size, MmapAdvise::MADV_MERGEABLE)?;
+        let sharing = || number("/sys/kernel/mm/ksm/pages_sharing", "");
+        harness::wait_until("pages to be merged", || {
+            thread::sleep(Duration::from_millis(20));
+            Ok(sharing()? >= PAGES as u64 / 2)
+        })?;
+        // Read while they are shared, then written: the first half only.
+        sweep(&mut m, PAGES, 0x5a, 0x5a, false)?;
+        harness::wait_until("pages to be merged again", || {
+            thread::sleep(Duration::from_millis(20));
+            Ok(sharing()? >= PAGES as u64 / 2)
+        })?;
+        sweep(&mut m, PAGES / 2, 0x5a, 0x5b, false)?;
+        for page in 0..PAGES {
+            let expected = if page < PAGES / 2 { 0x5b } else { 0x5a };
+            ensure_eq!(memory.get(page * PAGE + 16), expected, "page {page}");
+        }
+        ensure!(m.vm.stats()?.invalidations > 0, "nothing was ever merged under the guest");
+        drop(slot);
+        Ok(())
+    })();
+    fs::write(run, "2")?;
+    result
+}
+
+/// What the module allocates for a VM counts for the control group of who made it, and is given back.
+fn accounted() -> CaseResult {
+    const SIZE: usize = 64 << 20;
+    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let _group = Group::enter()?;
+    // The kernel sums these numbers up every two seconds.
+    let kernel = || {
+        thread::sleep(Duration::from_millis(2500));
+        number(&Group::file("memory.stat"), "kernel ")
+    };
+    let memory = Mapping::anonymous(SIZE, MapFlags::MAP_PRIVATE)?;
+    memory.advise(0, SIZE, MmapAdvise::MADV_NOHUGEPAGE)?;
+    let (memory, slot) = map(&m, memory)?;
+    for page in 0..SIZE / PAGE {
+        memory.set(page * PAGE + 16, 0);
+    }
+    let before = kernel()?;
+    sweep(&mut m, SIZE / PAGE, 0, 1, false)?;
+    let tables = m.vm.stats()?.table_pages;
+    let after = kernel()?;
+    println!(
+        "# {} MiB in small pages: {tables} pages of tables, {} KiB in the group",
+        SIZE >> 20,
+        (after - before) >> 10
+    );
+    ensure!(tables >= (SIZE / LARGE) as u64, "{tables} pages of tables");
+    let spread = |bytes: u64| bytes >= (SIZE / LARGE) as u64 * PAGE as u64;
+    ensure!(spread(after.saturating_sub(before)), "the group has {} bytes more for the tables", after - before);
+    // Each vCPU, and an address space: what is to be expected, and not more.
+    let before = kernel()?;
+    let vm = m.system.create_vm()?;
+    let space = vm.create_address_space()?;
+    let vcpus = (0..8).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+    let objects = kernel()?.saturating_sub(before);
+    println!("# a VM with an address space and 8 vCPUs: {} KiB in the group", objects >> 10);
+    ensure!((64 << 10..2 << 20).contains(&objects), "the group has {objects} bytes more for a VM with 8 vCPUs");
+    drop((vcpus, space, vm, slot));
+    harness::wait_until("the memory to be given back", || Ok(kernel()? <= before))?;
+    Ok(())
+}
