@@ -8,6 +8,7 @@ use axvcpu_uapi::client::{Apic, Errno, Error, IoAddress, IoPattern};
 use axvcpu_uapi::exit::AccessWidth::{Byte, Dword, Word};
 use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason};
 use axvcpu_uapi::vcpu::ExitKind;
+use axvcpu_uapi::x86::LocalApic;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -185,6 +186,9 @@ fn level() -> CaseResult {
         ensure_eq!(count(&resample)?, 0, "signals before the end, round {round}");
         m.expect_mark(0x82)?;
         ensure_eq!(count(&resample)?, 1, "signals at the end, round {round}");
+        // Word 2 of IRR, of which vector 0x40 is bit 0.
+        let waiting = m.vcpu.get::<LocalApic>()?.regs[0x22];
+        ensure_eq!(waiting, 0, "interrupts by signals while one was handled, round {round}");
     }
     // What is sent by another way ends as an exit.
     m.vm.signal_msi(MSI, LEVEL | 0x40)?;
