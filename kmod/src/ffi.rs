@@ -92,16 +92,18 @@ static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
 #[inline]
 pub(crate) fn phys_to_virt(addr: HostPhysAddr) -> *mut u8 {
     let start = match DIRECT_MAP.load(Ordering::Relaxed) {
-        0 => find_direct_map(),
+        0 => find_direct_map(addr),
         start => start,
     };
     start.wrapping_add(addr.as_u64() as usize) as *mut u8
 }
 
+/// Finds out with the help of an address that is memory: for any other, AArch64's arithmetic does not give a sum.
 #[cold]
-fn find_direct_map() -> usize {
+fn find_direct_map(memory: HostPhysAddr) -> usize {
     // SAFETY: Pure arithmetic on the direct map's base.
-    let start = unsafe { raw::axvcpu_phys_to_virt(0) } as usize;
+    let shown = unsafe { raw::axvcpu_phys_to_virt(memory.as_u64()) } as usize;
+    let start = shown.wrapping_sub(memory.as_u64() as usize);
     DIRECT_MAP.store(start, Ordering::Relaxed);
     start
 }

@@ -46,8 +46,14 @@ impl Backends {
 /// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation. It is Linux'
 /// decision for KVM's guests, but for the barrier between vCPUs, which is not told to modules.
 fn tell_mitigations() {
-    let Mitigations { clear_buffers, refill_rsb, untrain_returns, barrier_at_exit, barrier_before_user, branch_barrier } =
-        Host::mitigations();
+    let Mitigations {
+        clear_buffers,
+        refill_rsb,
+        untrain_returns,
+        barrier_at_exit,
+        barrier_before_user,
+        branch_barrier,
+    } = Host::mitigations();
     let word = |wanted: bool, word: &'static str| if wanted { word } else { "" };
     pr_info!(
         "at a change of vCPU:{} before entry:{} after exit:{}{}{} before userspace:{}\n",
