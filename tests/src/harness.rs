@@ -259,6 +259,7 @@ fn run_case(case: &Case, patience: u32) -> Option<CaseResult> {
         // The result was its last word, so it ends at once; its panic, if any, is in the result.
         let _ = thread.join();
     }
+    *WATCH.lock().unwrap_or_else(PoisonError::into_inner) = None;
     match result {
         Some(Ok(())) if watch.expired.load(Ordering::Relaxed) => {
             Some(Err(Stop::Fail("took longer than its limit".into())))
@@ -347,12 +348,15 @@ fn line(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    /// Cases share the watch, so one test runs them all.
+    /// Held by every test that runs a case or asks for its time: there is one watch in a program.
+    pub(crate) static ALONE: Mutex<()> = Mutex::new(());
+
     #[test]
     fn results_panics_and_overruns_are_told_apart() {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let case = |run| Case { name: "x", limit: Duration::from_millis(25), only: None, run };
         let run = |run| run_case(&case(run), 2);
         assert!(matches!(run(|| Ok(())), Some(Ok(()))));

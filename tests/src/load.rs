@@ -275,6 +275,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "affinity and fixed mappings")]
     fn this_machine_passes() {
+        let _alone = harness::tests::ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for case in [each as fn() -> CaseResult, clock, ring, storm, shootdown] {
             case().unwrap();
         }

@@ -51,7 +51,7 @@ fn count(event: &EventFd) -> Result<u64, Stop> {
     }
 }
 
-/// A machine in x2APIC mode as soon as the code, which begins with [`x2apic_code`], has run; vector 0x40 goes to
+/// A machine in x2APIC mode as soon as the code, which begins with `x2apic_code`, has run; vector 0x40 goes to
 /// CODE + 0x100.
 fn machine(code: &[u8]) -> Result<Machine, Stop> {
     let m = Machine::with(Mode::Long, code, Apic::InKernel)?;

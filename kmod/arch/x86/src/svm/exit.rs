@@ -199,7 +199,7 @@ impl<H: X86Hal> Svm<H> {
     /// Puts into `guest.exited` what the exit was that the VMCB holds.
     ///
     /// # Errors
-    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost): an entry was refused for no fault of the guest's state.
+    /// [`AxError::HardwareLost`]: an entry was refused for no fault of the guest's state.
     #[inline(never)]
     pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>) -> AxResult {
         let vmcb = &mut self.regs.vmcb;
