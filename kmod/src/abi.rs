@@ -102,3 +102,8 @@ pub(crate) fn errno(error: AxError) -> Error {
 pub(crate) fn other_process() -> Error {
     Error::from_errno(-(kernel::bindings::EXDEV as i32))
 }
+
+/// `EOPNOTSUPP`: what is asked for does not exist here. (The `kernel` crate has no constant for it before Linux 7.3.)
+pub(crate) fn not_supported() -> Error {
+    Error::from_errno(-(kernel::bindings::EOPNOTSUPP as i32))
+}

@@ -73,7 +73,7 @@ impl Pattern {
             return Err(EINVAL);
         }
         if !arch::KNOWS_WRITES || !port && (width.is_some() || data.is_some()) {
-            return Err(EOPNOTSUPP);
+            return Err(crate::abi::not_supported());
         }
         Ok(Self { port, address: arg.address, width: arg.width, data })
     }

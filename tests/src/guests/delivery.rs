@@ -18,19 +18,19 @@ use std::time::{Duration, Instant};
 
 pub(super) fn cases() -> Vec<Case> {
     table! {
-        "delivery/task-priority-holds-back-and-lets-go" => task_priority;
+        "delivery/task-priority-holds-back-and-lets-go" => task_priority [differs];
         "delivery/priorities-show-in-the-handler" => nested;
         "delivery/self-ipi-while-in-service-waits" => self_ipi_in_service;
-        "delivery/self-ipi-of-a-reserved-vector-is-an-error" => reserved_self_ipi;
-        "delivery/end-is-reported-of-the-latest-trigger-mode" => trigger_mode;
-        "delivery/end-in-the-xapic-page" => xapic_end;
+        "delivery/self-ipi-of-a-reserved-vector-is-an-error" => reserved_self_ipi [differs];
+        "delivery/end-is-reported-of-the-latest-trigger-mode" => trigger_mode [abi];
+        "delivery/end-in-the-xapic-page" => xapic_end [abi];
         "delivery/registers-are-shut-when-x2apic-mode-ends" => mode_ends;
-        "delivery/messages-to-a-guest-that-does-not-leave" => running, in 60;
-        "delivery/messages-at-the-edge-of-an-entry" => edge, in 60;
-        "delivery/messages-wake-and-none-is-lost" => sleeping, in 60;
-        "delivery/registers-in-flight" => in_flight;
-        "delivery/pending-on-another-cpu" => moved;
-        "delivery/nmi-into-a-handler" => nmi;
+        "delivery/messages-to-a-guest-that-does-not-leave" => running [abi], in 60;
+        "delivery/messages-at-the-edge-of-an-entry" => edge [abi], in 60;
+        "delivery/messages-wake-and-none-is-lost" => sleeping [abi], in 60;
+        "delivery/registers-in-flight" => in_flight [abi];
+        "delivery/pending-on-another-cpu" => moved [abi];
+        "delivery/nmi-into-a-handler" => nmi [abi];
     }
 }
 
