@@ -34,7 +34,7 @@ pub(crate) type PerCpu = ArmPerCpu;
 /// `NoMemory`, or that there is no backend.
 pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable, u64)> {
     let shape = Capabilities::host()?.shape;
-    Ok((NestedTable::new(shape, memory)?, shape.levels().limit()))
+    Ok((shape.new_table(memory)?, shape.levels().limit()))
 }
 
 /// What the run page may ask for.

@@ -42,7 +42,7 @@ pub(crate) type PerCpu = X86PerCpu<Host>;
 /// `NoMemory`, or that there is no backend.
 pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable, u64)> {
     let caps = Capabilities::host();
-    let table = NestedTable::new(x86_vcpu::detect()?, caps.npt_levels, memory)?;
+    let table = x86_vcpu::new_table(x86_vcpu::detect()?, caps.npt_levels, memory)?;
     Ok((table, 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit())))
 }
 

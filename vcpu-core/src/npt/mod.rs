@@ -16,6 +16,7 @@
 //! lost, so the bits are hints; what must not be missed is found by taking the write permission away
 //! ([`NestedPageTable::restrict`]).
 
+mod either;
 mod format;
 mod iter;
 mod table;
@@ -24,6 +25,7 @@ pub(crate) mod tests;
 
 use core::fmt;
 
+pub use either::EitherTable;
 pub use format::{Entry, Ept, Format, Leaf, Npt, Stage2, Stage2Lpa2};
 pub use iter::Leaves;
 pub use table::NestedPageTable;

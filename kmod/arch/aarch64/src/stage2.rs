@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! Stage 2: which shape of tables a CPU can walk, what VTCR_EL2 says of it, and the table in that shape.
 
-use vcpu_core::npt::{
-    Flush, IpaBits, LeafCount, Levels, Mapping, MemoryType, NestedPageTable, PageSize, Permissions, Stage2, Stage2Lpa2,
-    TableMemory,
-};
-use vcpu_core::{AxResult, GuestPhysAddr, HostPhysAddr};
+use vcpu_core::npt::{EitherTable, IpaBits, Levels, Stage2, Stage2Lpa2, TableMemory};
+use vcpu_core::{AxResult, HostPhysAddr};
+
+/// A nested page table: [`Stage2`] for addresses of up to 48 bits, [`Stage2Lpa2`] for 52.
+pub type NestedTable = EitherTable<Stage2, Stage2Lpa2>;
 
 /// The shape of stage 2 tables: the width of the guest's addresses, and the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,18 @@ impl Shape {
         })
     }
 
+    /// An empty table of this shape.
+    ///
+    /// # Errors
+    /// As [`NestedPageTable::new`](vcpu_core::npt::NestedPageTable::new).
+    pub fn new_table(self, memory: &mut impl TableMemory) -> AxResult<NestedTable> {
+        if self.lpa2 {
+            EitherTable::new_b(self.levels(), memory)
+        } else {
+            EitherTable::new_a(self.levels(), memory)
+        }
+    }
+
     /// The shape of the tables.
     pub const fn levels(self) -> Levels {
         Levels::Ipa(self.ipa)
@@ -76,99 +88,6 @@ impl Shape {
         // With 52-bit addresses bits 51:48 of the root lie in bits 5:2 (D24.2.192).
         let baddr = if self.lpa2 { root & 0xffff_ffff_ffc0 | root >> 46 & 0x3c } else { root & 0xffff_ffff_fffe };
         (vmid as u64) << 48 | baddr
-    }
-}
-
-/// A nested page table in the format that the CPU walks. Its methods are those of [`NestedPageTable`].
-pub enum NestedTable {
-    /// 48-bit addresses.
-    Stage2(NestedPageTable<Stage2>),
-    /// 52-bit addresses.
-    Lpa2(NestedPageTable<Stage2Lpa2>),
-}
-
-macro_rules! on {
-    ($self:ident, $table:ident => $body:expr) => {
-        match $self {
-            NestedTable::Stage2($table) => $body,
-            NestedTable::Lpa2($table) => $body,
-        }
-    };
-}
-
-impl NestedTable {
-    /// An empty table.
-    ///
-    /// # Errors
-    /// As [`NestedPageTable::new`].
-    pub fn new(shape: Shape, memory: &mut impl TableMemory) -> AxResult<Self> {
-        if shape.lpa2 {
-            NestedPageTable::new(shape.levels(), memory).map(Self::Lpa2)
-        } else {
-            NestedPageTable::new(shape.levels(), memory).map(Self::Stage2)
-        }
-    }
-
-    /// Address of the root.
-    pub fn root(&self) -> HostPhysAddr {
-        on!(self, table => table.root())
-    }
-
-    /// How many leaves there are.
-    pub fn leaf_count(&self) -> LeafCount {
-        on!(self, table => table.leaf_count())
-    }
-
-    /// How many frames are in use, those of the root included.
-    pub fn table_count(&self) -> u64 {
-        on!(self, table => table.table_count())
-    }
-
-    /// Maps a page where nothing is mapped, or changes the permissions of one: anything else must be dropped, and flushed,
-    /// first.
-    ///
-    /// # Errors
-    /// As [`NestedPageTable::map`].
-    pub fn map(
-        &mut self,
-        gpa: GuestPhysAddr,
-        hpa: HostPhysAddr,
-        size: PageSize,
-        perms: Permissions,
-        memory_type: MemoryType,
-        memory: &mut impl TableMemory,
-    ) -> AxResult<Flush> {
-        on!(self, table => table.map(gpa, hpa, size, perms, memory_type, memory))
-    }
-
-    /// Drops every leaf that has a byte in the range. The TLBs must be flushed if there were any.
-    #[must_use = "the TLBs must be flushed if anything was dropped"]
-    pub fn zap(&mut self, gpa: GuestPhysAddr, size: u64, memory: &mut impl TableMemory) -> LeafCount {
-        on!(self, table => table.zap(gpa, size, memory))
-    }
-
-    /// Takes all permissions but `perms` away from what is mapped in the range.
-    ///
-    /// # Errors
-    /// See [`NestedPageTable::restrict`].
-    pub fn restrict(
-        &mut self,
-        gpa: GuestPhysAddr,
-        size: u64,
-        perms: Permissions,
-        memory: &mut impl TableMemory,
-    ) -> AxResult<Flush> {
-        on!(self, table => table.restrict(gpa, size, perms, memory))
-    }
-
-    /// What is mapped at `gpa`.
-    pub fn query(&self, gpa: GuestPhysAddr, memory: &impl TableMemory) -> Option<Mapping> {
-        on!(self, table => table.query(gpa, memory))
-    }
-
-    /// Frees all frames.
-    pub fn free_all(self, memory: &mut impl TableMemory) {
-        on!(self, table => table.free_all(memory));
     }
 }
 

@@ -52,5 +52,5 @@ pub use hal::{Mitigations, X86Hal};
 pub use host_interrupt::HostInterrupt;
 pub use percpu::X86PerCpu;
 pub use svm::PermissionMaps;
-pub use table::NestedTable;
+pub use table::{new_table, NestedTable};
 pub use vcpu::{load_cpuid, supported_cpuid, InsnInfo, X86CreateConfig, X86SetupConfig, X86VCpu};
