@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What the backends keep for the whole system, from the module's load to its unload: the CPUs' records and the permission
-//! maps that all vCPUs share.
+//! What the backends keep for the whole system, from the module's load to its unload: the CPUs' records, and on SVM the
+//! permission maps that all vCPUs share.
 
 use core::{
     ptr,
@@ -9,20 +9,18 @@ use core::{
 
 use kernel::prelude::*;
 use vcpu_core::AxError;
-use x86_vcpu::{Capabilities, Mitigations, PermissionMaps, X86Hal};
+use x86_vcpu::{Backend, Capabilities, Mitigations, PermissionMaps, X86Hal};
 
 use crate::{abi, hal::Host, percpu::PerCpu};
 
-/// The permission maps, while [`Backends`] exists.
-static MAPS: AtomicPtr<PermissionMaps<Host>> = AtomicPtr::new(ptr::null_mut());
+/// The permission maps of SVM, while [`Backends`] exists there.
+static SVM_MAPS: AtomicPtr<PermissionMaps<Host>> = AtomicPtr::new(ptr::null_mut());
 
 /// The system-wide state of the backends. On a CPU without one there is none.
 pub(crate) struct Backends {
     _per_cpu: PerCpu,
-    _maps: Maps,
+    _svm_maps: Option<SvmMaps>,
 }
-
-struct Maps;
 
 impl Backends {
     /// Makes it, if the CPU has a backend.
@@ -30,16 +28,18 @@ impl Backends {
     /// # Errors
     /// `ENOMEM`, `ENOSPC`.
     pub(crate) fn new() -> Result<Option<Self>> {
-        if let Err(error) = x86_vcpu::detect() {
-            if let (AxError::Unsupported, Some(missing)) = (error, x86_vcpu::missing_feature()) {
-                pr_warn!("no vCPUs on this CPU: it lacks {}\n", missing);
+        let backend = match x86_vcpu::detect() {
+            Ok(backend) => backend,
+            Err(error) => {
+                if let (AxError::Unsupported, Some(missing)) = (error, x86_vcpu::missing_feature()) {
+                    pr_warn!("no vCPUs on this CPU: it lacks {}\n", missing);
+                }
+                return Ok(None);
             }
-            return Ok(None);
-        }
+        };
         tell_mitigations();
-        let maps = KBox::new(PermissionMaps::<Host>::new().map_err(abi::errno)?, GFP_KERNEL)?;
-        MAPS.store(KBox::into_raw(maps), Ordering::Release);
-        Ok(Some(Self { _maps: Maps, _per_cpu: PerCpu::new()? }))
+        let svm_maps = if backend == Backend::Svm { Some(SvmMaps::new()?) } else { None };
+        Ok(Some(Self { _svm_maps: svm_maps, _per_cpu: PerCpu::new()? }))
     }
 }
 
@@ -66,17 +66,28 @@ fn tell_mitigations() {
     );
 }
 
-impl Drop for Maps {
+/// Owns what `SVM_MAPS` points to. There is one at a time: [`Backends`] is made once, at the module's load.
+struct SvmMaps;
+
+impl SvmMaps {
+    fn new() -> Result<Self> {
+        let maps = KBox::new(PermissionMaps::<Host>::new().map_err(abi::errno)?, GFP_KERNEL)?;
+        SVM_MAPS.store(KBox::into_raw(maps), Ordering::Release);
+        Ok(Self)
+    }
+}
+
+impl Drop for SvmMaps {
     fn drop(&mut self) {
-        let maps = MAPS.swap(ptr::null_mut(), Ordering::AcqRel);
+        let maps = SVM_MAPS.swap(ptr::null_mut(), Ordering::AcqRel);
         // SAFETY: The pointer came from `KBox::into_raw` in `new`, and no vCPU exists any more that could use it.
         drop(unsafe { KBox::from_raw(maps) });
     }
 }
 
-/// The permission maps. A vCPU exists.
-pub(crate) fn maps() -> &'static PermissionMaps<Host> {
-    // SAFETY: A vCPU exists, so a VM could be created, so the CPU has a backend; and the module holds on to the maps until
-    // the last vCPU has gone with its file.
-    unsafe { &*MAPS.load(Ordering::Acquire) }
+/// The permission maps of SVM, if that is the backend. Called for a vCPU.
+pub(crate) fn svm_maps() -> Option<&'static PermissionMaps<Host>> {
+    // SAFETY: Null, or what `SvmMaps::new` has made; and the module holds on to that until the last vCPU has gone with its
+    // file.
+    unsafe { SVM_MAPS.load(Ordering::Acquire).as_ref() }
 }

@@ -13,8 +13,8 @@ impl X86Hal for Host {
         percpu::current()
     }
 
-    fn maps() -> &'static PermissionMaps<Self> {
-        backends::maps()
+    fn svm_maps() -> Option<&'static PermissionMaps<Self>> {
+        backends::svm_maps()
     }
 
     fn tsc_khz() -> u32 {

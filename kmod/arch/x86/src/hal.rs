@@ -14,8 +14,8 @@ pub trait X86Hal: AxVCpuHal {
     /// preemption is on again.
     fn per_cpu() -> NonNull<X86PerCpu<Self>>;
 
-    /// The permission maps that every vCPU of the module uses. They outlive the last vCPU.
-    fn maps() -> &'static PermissionMaps<Self>;
+    /// The permission maps that every vCPU on SVM uses, if there is SVM. They outlive the last vCPU.
+    fn svm_maps() -> Option<&'static PermissionMaps<Self>>;
 
     /// Frequency of the time-stamp counter, in kHz; not 0.
     fn tsc_khz() -> u32;

@@ -52,9 +52,9 @@ impl X86Hal for TestHal {
         unimplemented!("tests do not execute privileged instructions")
     }
 
-    fn maps() -> &'static PermissionMaps<Self> {
+    fn svm_maps() -> Option<&'static PermissionMaps<Self>> {
         static MAPS: OnceLock<&'static PermissionMaps<TestHal>> = OnceLock::new();
-        MAPS.get_or_init(|| Box::leak(Box::new(PermissionMaps::new().unwrap())))
+        Some(MAPS.get_or_init(|| Box::leak(Box::new(PermissionMaps::new().unwrap()))))
     }
 
     fn tsc_khz() -> u32 {

@@ -119,6 +119,7 @@ enum Iret {
 pub(crate) struct Svm<H: X86Hal> {
     regs: SvmRegisters<H>,
     local: Framed<Local, H>,
+    maps: &'static PermissionMaps<H>,
 }
 
 impl<H: X86Hal> Backend<H> for Svm<H> {
@@ -185,16 +186,16 @@ impl<H: X86Hal> Svm<H> {
     /// Makes it. May sleep.
     ///
     /// # Errors
-    /// [`AxError::NoMemory`].
+    /// [`AxError::NoMemory`]; [`AxError::Unsupported`] where the module does not run on SVM.
     pub(crate) fn new(caps: &Capabilities) -> AxResult<Self> {
-        Ok(Self { regs: SvmRegisters::new(caps)?, local: Framed::new(Local::default())? })
+        let maps = H::svm_maps().ok_or(AxError::Unsupported)?;
+        Ok(Self { regs: SvmRegisters::new(caps)?, local: Framed::new(Local::default())?, maps })
     }
 
     /// Fills the control area.
     fn write_controls(&mut self, guest: &Guest<H>) {
         let caps = guest.caps;
         let has = |feature| guest.cpuid.as_ref().is_some_and(|table| table.has(feature));
-        let maps = H::maps();
         let vmcb = &mut self.regs.vmcb;
         vmcb.set_intercept_cr(CR4_WRITE);
         // DR0 to DR3 are loaded when the guest first touches a debug register.
@@ -210,8 +211,8 @@ impl<H: X86Hal> Svm<H> {
         // What the guest's CPUID lacks does not exist for it.
         vmcb.set_intercept2(INTERCEPT2 | if has(Feature::RDTSCP) { 0 } else { intercept2::RDTSCP });
         vmcb.set_intercept3(INTERCEPT3 | if has(Feature::INVPCID) { 0 } else { intercept3::INVPCID });
-        vmcb.set_iopm_base(maps.io().as_u64());
-        vmcb.set_msrpm_base(maps.msr().as_u64());
+        vmcb.set_iopm_base(self.maps.io().as_u64());
+        vmcb.set_msrpm_base(self.maps.msr().as_u64());
         vmcb.set_int_control(int_control::MASKING);
         vmcb.set_nested_control(NP_ENABLE);
         vmcb.set_nested_cr3(guest.root.as_u64());
