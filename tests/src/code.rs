@@ -1,23 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guest code, assembled together with the tests.
 
-/// The bytes of a piece of guest code: `code!(name, bits, "instruction", ...)`, where `name` is unique in the module
-/// and `bits` is 16, 32 or 64.
-///
-/// The code begins at the label `77`; `.org 77b + 0x100` continues at offset 0x100. Further local labels are numbers
-/// made of the digits 2 to 9 (in Intel syntax `0b` and `1b` are binary numbers). Only position-independent code can be
-/// written, as the assembler does not know the guest's addresses.
+/// The bytes that the lines of assembly make, which `code!` completes for the architecture. `name` is unique in the module.
+#[doc(hidden)]
 #[macro_export]
-macro_rules! code {
-    ($name:ident, $bits:literal, $($line:literal),+ $(,)?) => {{
+macro_rules! assembled {
+    ($name:ident, $($line:expr),+) => {{
         mod $name {
             core::arch::global_asm!(
                 ".pushsection .rodata.guest, \"a\", @progbits",
+                ".balign 4",
                 concat!("\"", module_path!(), "::start\":"),
-                "77:",
-                concat!(".code", $bits),
                 $($line,)+
-                ".code64",
                 concat!("\"", module_path!(), "::end\":"),
                 ".popsection",
             );
@@ -37,7 +31,31 @@ macro_rules! code {
     }};
 }
 
-#[cfg(test)]
+/// The bytes of a piece of guest code: `code!(name, bits, "instruction", ...)`, where `name` is unique in the module
+/// and `bits` is 16, 32 or 64.
+///
+/// The code begins at the label `77`; `.org 77b + 0x100` continues at offset 0x100. Further local labels are numbers
+/// made of the digits 2 to 9 (in Intel syntax `0b` and `1b` are binary numbers). Only position-independent code can be
+/// written, as the assembler does not know the guest's addresses.
+#[cfg(target_arch = "x86_64")]
+#[macro_export]
+macro_rules! code {
+    ($name:ident, $bits:literal, $($line:literal),+ $(,)?) => {
+        $crate::assembled!($name, "77:", concat!(".code", $bits), $($line,)+ ".code64")
+    };
+}
+
+/// The bytes of a piece of guest code: `code!(name, "instruction", ...)`, where `name` is unique in the module. Local labels
+/// are numbers. Only position-independent code can be written, as the assembler does not know the guest's addresses.
+#[cfg(target_arch = "aarch64")]
+#[macro_export]
+macro_rules! code {
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        $crate::assembled!($name, $($line),+)
+    };
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     #[test]
     fn code_is_assembled_for_its_mode() {

@@ -169,8 +169,7 @@ impl Cpus {
                     })
                 })
                 .collect();
-            let results =
-                threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(Stop::Fail("a thread panicked".into()))));
+            let results = threads.into_iter().map(|t| harness::joined(t.join()).and_then(|result| result));
             results.fold(Ok(()), CaseResult::and)
         })
     }

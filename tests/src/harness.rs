@@ -224,6 +224,14 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool, Stop>)
     Ok(())
 }
 
+/// What a thread came to, from its `join`.
+///
+/// # Errors
+/// A failure if it panicked.
+pub fn joined<T>(result: std::thread::Result<T>) -> Result<T, Stop> {
+    result.map_err(|_| Stop::Fail("a thread panicked".into()))
+}
+
 /// Runs one case under the watchdog, with its limit multiplied. `None` if it never came back.
 fn run_case(case: &Case, patience: u32) -> Option<CaseResult> {
     let limit = case.limit * patience;

@@ -9,10 +9,6 @@
 
 #[cfg(target_arch = "x86_64")]
 pub mod abuse;
-#[cfg(target_arch = "x86_64")]
-pub mod code;
-#[cfg(target_arch = "aarch64")]
-#[path = "arm64/code.rs"]
 pub mod code;
 #[cfg(target_arch = "x86_64")]
 pub mod cpus;
@@ -34,5 +30,6 @@ pub mod machine;
 pub mod machine;
 #[cfg(target_arch = "x86_64")]
 pub mod peer;
+pub mod pin;
 pub mod random;
 pub mod raw;

@@ -3,10 +3,10 @@
 //! whether the CPUs keep what they promise each other. A machine without a hypervisor passes as well.
 
 use crate::harness::{self, Case, CaseResult, Stop};
+use crate::pin::{pin, Allowed, SELF};
 use crate::{ensure, ensure_eq, table};
-use nix::sched::{sched_getaffinity, sched_getcpu, sched_setaffinity, CpuSet};
+use nix::sched::sched_getcpu;
 use nix::sys::mman::{mmap_anonymous, munmap, MapFlags, ProtFlags};
-use nix::unistd::Pid;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex, PoisonError};
@@ -29,18 +29,6 @@ const DURATION: Duration = Duration::from_secs(2);
 /// The longest that a thread may wait to be woken: far above what a busy emulator needs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// CPUs that this program may use.
-fn cpus() -> Result<Vec<usize>, Stop> {
-    let all = sched_getaffinity(Pid::from_raw(0))?;
-    Ok((0..CpuSet::count()).filter(|cpu| all.is_set(*cpu) == Ok(true)).collect())
-}
-
-fn pin(cpu: usize) -> CaseResult {
-    let mut set = CpuSet::new();
-    set.set(cpu)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
-}
-
 /// Runs `work` on a thread for each CPU, pinned, all at once, and gives the first error. The argument is the thread's place
 /// in the list of CPUs.
 fn on_every_cpu(cpus: &[usize], work: impl Fn(usize) -> CaseResult + Sync) -> CaseResult {
@@ -52,21 +40,20 @@ fn on_every_cpu(cpus: &[usize], work: impl Fn(usize) -> CaseResult + Sync) -> Ca
             .map(|(place, cpu)| {
                 let (start, work) = (&start, &work);
                 scope.spawn(move || {
-                    let pinned = pin(*cpu);
+                    let pinned = pin(SELF, *cpu);
                     start.wait();
                     pinned.and_then(|()| work(place))
                 })
             })
             .collect();
-        let results =
-            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(Stop::Fail("a thread panicked".into()))));
+        let results = threads.into_iter().map(|t| harness::joined(t.join()).and_then(|result| result));
         results.fold(Ok(()), CaseResult::and)
     })
 }
 
 /// A pinned thread is where it should be, also by what the CPU itself says (RDTSCP or RDPID behind `getcpu`).
 fn each() -> CaseResult {
-    let cpus = cpus()?;
+    let cpus = Allowed::now()?.cpus.clone();
     on_every_cpu(&cpus, |place| {
         for _ in 0..1000 {
             ensure_eq!(sched_getcpu()?, cpus[place], "the CPU of a thread pinned to CPU {}", cpus[place]);
@@ -77,7 +64,7 @@ fn each() -> CaseResult {
 
 /// What one CPU has read of the clock, the next one to look reads no less.
 fn clock() -> CaseResult {
-    let (cpus, latest, base) = (cpus()?, AtomicU64::new(0), Instant::now());
+    let (cpus, latest, base) = (Allowed::now()?.cpus.clone(), AtomicU64::new(0), Instant::now());
     on_every_cpu(&cpus, |place| {
         let mut rounds = 0u64;
         while base.elapsed() < DURATION {
@@ -97,7 +84,7 @@ fn clock() -> CaseResult {
 /// A token goes round the CPUs, each asleep until it comes: every hand-over wakes an idle CPU.
 fn ring() -> CaseResult {
     const ROUNDS: usize = 300;
-    let cpus = cpus()?;
+    let cpus = Allowed::now()?.cpus.clone();
     let token = AtomicUsize::new(0);
     let threads: Mutex<Vec<Option<Thread>>> = Mutex::new(vec![None; cpus.len()]);
     let ready = Barrier::new(cpus.len());
@@ -128,7 +115,7 @@ fn ring() -> CaseResult {
 /// One CPU wakes all others again and again, and waits until each has answered.
 fn storm() -> CaseResult {
     const ROUNDS: u64 = 300;
-    let cpus = cpus()?;
+    let cpus = Allowed::now()?.cpus.clone();
     let round = Mutex::new(0u64);
     let (next_round, answered) = (std::sync::Condvar::new(), AtomicUsize::new(0));
     let leader: Mutex<Option<Thread>> = Mutex::new(None);
@@ -223,7 +210,7 @@ impl Drop for Window {
 /// One CPU replaces pages that the others read all the time. Whoever knows of the new page must not see the old one, which
 /// its CPU's TLB may hold until the shoot-down interrupt.
 fn shootdown() -> CaseResult {
-    let cpus = cpus()?;
+    let cpus = Allowed::now()?.cpus.clone();
     let window = Window::new()?;
     let published: [AtomicU64; PAGES] = [const { AtomicU64::new(0) }; PAGES];
     let (done, begin) = (AtomicBool::new(false), Instant::now());

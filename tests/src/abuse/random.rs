@@ -231,10 +231,8 @@ fn run(threads: usize, count: usize) -> CaseResult {
                 scope.spawn(move || calls(files, current, arena, &mut random, count))
             })
             .collect();
-        let results: Vec<CaseResult> = workers
-            .into_iter()
-            .map(|worker| worker.join().unwrap_or_else(|_| Err(Stop::Fail("a thread panicked".into()))))
-            .collect();
+        let results: Vec<CaseResult> =
+            workers.into_iter().map(|worker| harness::joined(worker.join()).and_then(|result| result)).collect();
         stop.store(true, Ordering::Relaxed);
         results.into_iter().collect::<CaseResult>()
     });

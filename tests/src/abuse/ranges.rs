@@ -3,7 +3,7 @@
 
 use super::Objects;
 use crate::flaws;
-use crate::harness::{Case, CaseResult, Stop};
+use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::FLAGS_IF;
 use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
@@ -232,7 +232,7 @@ fn run_page() -> CaseResult {
         kicker.kick()
     });
     let result = objects.vcpu.run().map(|exit| exit.reason);
-    kick.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+    harness::joined(kick.join())??;
     let interrupted = Ok(axvcpu_uapi::exit::AxVCpuExitReason::Interrupted);
     let refused = Err(axvcpu_uapi::client::Error::Run(Errno::EFAULT));
     ensure!(result == interrupted || result == refused, "RUN: {result:?}");

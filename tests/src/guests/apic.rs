@@ -2,6 +2,7 @@
 //! The local APIC in the kernel: messages, priorities, end of interrupt, timer, inter-processor interrupts, and HLT
 //! that sleeps.
 
+use super::x2apic::{machine, register, started, x2apic_code, MSI};
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, Mode, CODE, STACK};
 use crate::{code, ensure, ensure_eq, table};
@@ -10,7 +11,7 @@ use axvcpu_uapi::client::{Apic, Errno, Error};
 use axvcpu_uapi::exit::AccessFlags;
 use axvcpu_uapi::exit::AccessWidth::Byte;
 use axvcpu_uapi::exit::AxVCpuExitReason::{Halt, InterruptEnd, Interrupted, IoWrite};
-use axvcpu_uapi::x86::{Control, Events, LocalApic, ACTIVITY_HALTED, ACTIVITY_WAIT_FOR_SIPI};
+use axvcpu_uapi::x86::{Control, Events, ACTIVITY_HALTED, ACTIVITY_WAIT_FOR_SIPI};
 use std::thread;
 use std::time::Duration;
 
@@ -36,50 +37,17 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
-/// Address of a message to APIC id 0, and the id of the register for the spurious vector.
-pub(super) const MSI: u64 = 0xfee0_0000;
-const SVR: u32 = 0xf0;
-
-/// A machine with APIC enabled, and a handler for vector 0x40 at CODE + 0x100 and for 0x60 at CODE + 0x180. Interrupts
-/// are as the code sets them.
-pub(super) fn machine(code: &[u8]) -> Result<Machine, Stop> {
-    let mut m = Machine::with(Mode::Long, code, Apic::InKernel)?;
-    m.vector(0x40, CODE + 0x100)?;
-    m.vector(0x60, CODE + 0x180)?;
-    m.vcpu.apic_access(SVR, Some(0x1ff))?;
-    m.touch_tables([])?;
-    Ok(m)
-}
-
-/// Code for the start of x2APIC mode: IA32_APIC_BASE with both enable bits.
-macro_rules! x2apic_code {
-    ($name:ident, $($line:literal),+ $(,)?) => {
-        code!($name, 64, "mov ecx, 0x1b", "rdmsr", "or eax, 0xc00", "wrmsr", $($line),+)
-    };
-}
-
 fn message() -> CaseResult {
     let code = code!(message, 64, "sti", "out 0x80, al", "2: jmp 2b", ".org 77b + 0x100", "out 0x81, al", "hlt");
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     let messages = m.messages.clone();
     let sender = thread::spawn(move || {
         thread::sleep(Duration::from_millis(30));
         messages.signal_msi(MSI, 0x40);
     });
     m.expect_mark(0x81)?;
-    join(sender)?;
+    harness::joined(sender.join())?;
     Ok(())
-}
-
-/// The register at `offset` of the xAPIC page, in either mode.
-pub(super) fn register(m: &Machine, offset: usize) -> Result<u32, Stop> {
-    Ok(m.vcpu.get::<LocalApic>()?.regs[offset / 16])
-}
-
-/// The result of a thread.
-pub(super) fn join<T>(thread: thread::JoinHandle<T>) -> Result<T, Stop> {
-    thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))
 }
 
 fn halt_sleeps() -> CaseResult {
@@ -94,7 +62,7 @@ fn halt_sleeps() -> CaseResult {
         Ok(vm.signal_msi(MSI, 0x40)?)
     });
     m.expect_mark(0x81)?;
-    join(sender)??;
+    harness::joined(sender.join())??;
     ensure_eq!(m.read_u64(STACK - 40)?, CODE + 2, "interrupted RIP, behind HLT");
     m.expect_mark(0x80)?;
     let stats = m.vcpu.stats()?;
@@ -114,8 +82,7 @@ fn halt_pending() -> CaseResult {
         "out 0x81, al",
         "iretq"
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     m.messages.signal_msi(MSI, 0x40);
     m.expect_mark(0x81)?;
     // The shadow of STI covers HLT, which the interrupt ends.
@@ -149,7 +116,7 @@ fn halt_kick() -> CaseResult {
             Ok(kicker.kick()?)
         });
         m.expect(Interrupted)?;
-        join(kick)??;
+        harness::joined(kick.join())??;
         ensure_eq!(m.vcpu.get::<Events>()?.activity, ACTIVITY_HALTED, "activity after the kick");
     }
     m.messages.signal_msi(MSI, 0x40);
@@ -170,25 +137,18 @@ fn priorities() -> CaseResult {
         ".org 77b + 0x100", // 0x40
         "sti",
         "out 0x81, al",
-        "xor eax, eax",
-        "xor edx, edx",
-        "mov ecx, 0x80b",
-        "wrmsr",
+        "eoi",
         "iretq",
         ".org 77b + 0x180", // 0x60
         "sti",
         "nop",
         "out 0x82, al",
-        "xor eax, eax",
-        "xor edx, edx",
-        "mov ecx, 0x80b",
-        "wrmsr",
+        "eoi",
         "nop",
         "out 0x84, al",
         "iretq",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     // Both wait: the higher goes first, and the lower comes in the moment of its EOI.
     m.messages.signal_msi(MSI, 0x40);
     m.messages.signal_msi(MSI, 0x60);
@@ -225,8 +185,7 @@ fn cr8() -> CaseResult {
         "out 0x81, al",
         "iretq",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     m.messages.signal_msi(MSI, 0x40);
     m.expect_mark(0x80)?;
     ensure_eq!(m.vcpu.apic_access(0x80, None)?, 0x40, "task priority register");
@@ -245,15 +204,11 @@ fn level() -> CaseResult {
         "hlt",
         ".org 77b + 0x100",
         "out 0x81, al",
-        "xor eax, eax",
-        "xor edx, edx",
-        "mov ecx, 0x80b",
-        "wrmsr",
+        "eoi",
         "out 0x82, al",
         "iretq",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     // Level-triggered and asserted.
     m.messages.level_triggered(MSI, 0xc040);
     m.messages.signal_msi(MSI, 0xc040);
@@ -279,30 +234,15 @@ fn self_ipi() -> CaseResult {
     let code = x2apic_code!(
         self_ipi,
         "sti",
-        "xor edx, edx",
-        "mov eax, 0x40",
-        "mov ecx, 0x83f",
-        "wrmsr",
+        "write 0x83f, 0x40",
         "nop",
         "out 0x80, al",
-        "mov eax, 0x40060",
-        "mov ecx, 0x830",
-        "wrmsr",
+        "write 0x830, 0x40060",
         "nop",
         "out 0x80, al",
         "hlt",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "wrmsr",
-        "iretq",
-        ".org 77b + 0x180",
-        "out 0x82, al",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "wrmsr",
-        "iretq",
+        "handler 0x100, 0x81",
+        "handler 0x180, 0x82",
     );
     let mut m = machine(code)?;
     for port in [0x81, 0x80, 0x82, 0x80] {
@@ -349,10 +289,7 @@ fn x2apic() -> CaseResult {
         "mov ecx, 0x803",
         "rdmsr",
         "mov r9d, eax",
-        "mov ecx, 0x808",
-        "mov eax, 0x70",
-        "xor edx, edx",
-        "wrmsr",
+        "write 0x808, 0x70",
         "mov r10, cr8",
         "mov ecx, 0x80d",
         "rdmsr",
@@ -380,16 +317,9 @@ fn x2apic() -> CaseResult {
 fn timer_once() -> CaseResult {
     let code = x2apic_code!(
         timer_once,
-        "xor edx, edx",
-        "mov ecx, 0x83e",
-        "mov eax, 0xb",
-        "wrmsr",
-        "mov ecx, 0x832",
-        "mov eax, 0x40",
-        "wrmsr",
-        "mov ecx, 0x838",
-        "mov eax, 200000000",
-        "wrmsr",
+        "write 0x83e, 0xb",
+        "write 0x832, 0x40",
+        "write 0x838, 200000000",
         "mov ecx, 0x839",
         "rdmsr",
         "out 0x80, eax",
@@ -416,16 +346,9 @@ fn timer_once() -> CaseResult {
 fn timer_periodic() -> CaseResult {
     let code = x2apic_code!(
         timer_periodic,
-        "xor edx, edx",
-        "mov ecx, 0x83e",
-        "mov eax, 0xb",
-        "wrmsr",
-        "mov ecx, 0x832",
-        "mov eax, 0x20040",
-        "wrmsr",
-        "mov ecx, 0x838",
-        "mov eax, 20000000",
-        "wrmsr",
+        "write 0x83e, 0xb",
+        "write 0x832, 0x20040",
+        "write 0x838, 20000000",
         "2: sti",
         "hlt",
         "cli",
@@ -434,9 +357,7 @@ fn timer_periodic() -> CaseResult {
         "inc r14",
         "mov eax, r14d",
         "out 0x81, al",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "wrmsr",
+        "eoi",
         "iretq",
     );
     let mut m = machine(code)?;
@@ -449,10 +370,7 @@ fn timer_periodic() -> CaseResult {
 fn timer_deadline() -> CaseResult {
     let code = x2apic_code!(
         timer_deadline,
-        "xor edx, edx",
-        "mov ecx, 0x832",
-        "mov eax, 0x40040",
-        "wrmsr",
+        "write 0x832, 0x40040",
         "rdtsc",
         "add eax, 40000000",
         "adc edx, 0",
@@ -516,7 +434,7 @@ fn second_cpu() -> CaseResult {
         Ok((first, then))
     });
     m.expect_mark(0x80)?;
-    let (first, then) = join(thread)??;
+    let (first, then) = harness::joined(thread.join())??;
     let width = axvcpu_uapi::exit::AccessWidth::Word;
     ensure_eq!(first, IoWrite { port: 0x90, width, data: 0x500 }, "first exit of CPU 1");
     ensure_eq!(then, Halt, "second exit of CPU 1");

@@ -2,16 +2,15 @@
 //! The local APIC where a CPU may take part in it: priorities, ends of interrupts and messages that reach a guest which does
 //! not leave, registers that are read and written while interrupts are in flight. The same must come out whoever does it.
 
-use super::apic::{join, machine, register, MSI};
-use crate::harness::{Case, CaseResult, Stop};
+use super::x2apic::{machine, register, started, x2apic_code, MSI};
+use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, CODE, DATA};
+use crate::pin::{pin, Allowed, SELF};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::client::{Memory, Vm};
 use axvcpu_uapi::exit::AccessWidth::Byte;
 use axvcpu_uapi::exit::AxVCpuExitReason::{InterruptEnd, Interrupted, IoWrite};
 use axvcpu_uapi::x86::{Control, LocalApic};
-use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
-use nix::unistd::Pid;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,36 +33,8 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
-/// Code in x2APIC mode. `$end`: end of interrupt, from a handler that keeps RAX, RCX and RDX.
-macro_rules! x2apic {
-    ($name:ident, $($line:literal),+ $(,)?) => {
-        code!(
-            $name,
-            64,
-            ".macro write msr, value",
-            "mov ecx, \\msr",
-            "mov eax, \\value",
-            "xor edx, edx",
-            "wrmsr",
-            ".endm",
-            ".macro eoi",
-            "push rax; push rcx; push rdx",
-            "write 0x80b, 0",
-            "pop rdx; pop rcx; pop rax",
-            ".endm",
-            "mov ecx, 0x1b",
-            "rdmsr",
-            "or eax, 0xc00",
-            "wrmsr",
-            $($line,)+
-            ".purgem write",
-            ".purgem eoi",
-        )
-    };
-}
-
 fn task_priority() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         task_priority,
         "sti",
         "write 0x808, 0x5f",
@@ -82,17 +53,10 @@ fn task_priority() -> CaseResult {
         "nop",
         "out 0x85, al",
         "hlt",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "eoi",
-        "iretq",
-        ".org 77b + 0x180",
-        "out 0x82, al",
-        "eoi",
-        "iretq",
+        "handler 0x100, 0x81",
+        "handler 0x180, 0x82",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     ensure_eq!(register(&m, 0x220)?, 1, "IRR of vectors 0x40 and up");
     ensure_eq!(register(&m, 0xa0)?, 0x5f, "processor priority");
     m.expect_mark(0x82)?;
@@ -108,7 +72,7 @@ fn task_priority() -> CaseResult {
 
 /// Three classes nest, and each handler reads its own priority and what is in service.
 fn nested() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         nested,
         "sti",
         "write 0x83f, 0x40",
@@ -137,10 +101,7 @@ fn nested() -> CaseResult {
         "out 0x83, eax",
         "eoi",
         "iretq",
-        ".org 77b + 0x200", // 0x41
-        "out 0x84, al",
-        "eoi",
-        "iretq",
+        "handler 0x200, 0x84", // 0x41
     );
     let mut m = machine(code)?;
     m.vector(0x41, CODE + 0x200)?;
@@ -155,7 +116,7 @@ fn nested() -> CaseResult {
 }
 
 fn self_ipi_in_service() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         self_ipi_in_service,
         "sti",
         "write 0x83f, 0x40",
@@ -184,7 +145,7 @@ fn self_ipi_in_service() -> CaseResult {
 
 /// Vectors below 16 are exceptions': bit 5 of the error status, and the error's own interrupt.
 fn reserved_self_ipi() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         reserved_self_ipi,
         "write 0x837, 0x40",
         "sti",
@@ -195,10 +156,7 @@ fn reserved_self_ipi() -> CaseResult {
         "rdmsr",
         "out 0x80, eax",
         "hlt",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "eoi",
-        "iretq",
+        "handler 0x100, 0x81",
     );
     let mut m = machine(code)?;
     m.expect_mark(0x81)?;
@@ -207,7 +165,7 @@ fn reserved_self_ipi() -> CaseResult {
 }
 
 fn trigger_mode() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         trigger_mode,
         "sti",
         "2: out 0x80, al",
@@ -219,8 +177,7 @@ fn trigger_mode() -> CaseResult {
         "out 0x82, al",
         "iretq",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     for level in [true, false, false, true, true, false] {
         m.vm.signal_msi(MSI, if level { 0xc040 } else { 0x40 })?;
         m.expect_mark(0x81)?;
@@ -250,8 +207,7 @@ fn xapic_end() -> CaseResult {
         "out 0x82, al",
         "iretq",
     );
-    let mut m = machine(code)?;
-    m.expect_mark(0x80)?;
+    let mut m = started(code)?;
     m.vm.signal_msi(MSI, 0xc060)?;
     m.expect_mark(0x82)?;
     m.vm.signal_msi(MSI, 0x40)?;
@@ -268,7 +224,7 @@ fn xapic_end() -> CaseResult {
 
 /// The MSRs fault again, reads and writes, so that none of the host's can be reached by them.
 fn mode_ends() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         mode_ends,
         "write 0x808, 0x30",
         "mov ecx, 0x808",
@@ -307,7 +263,7 @@ fn mode_ends() -> CaseResult {
 /// Handlers of 0x40 and 0x60 that count at DATA and DATA + 8.
 macro_rules! counting {
     ($name:ident, $($line:literal),+ $(,)?) => {
-        x2apic!(
+        x2apic_code!(
             $name,
             $($line,)+
             ".org 77b + 0x100",
@@ -353,7 +309,7 @@ fn receive(m: &mut Machine, count: u64) -> CaseResult {
             Err(stop) => break Err(stop),
         }
     };
-    join(sender)??;
+    harness::joined(sender.join())??;
     result?;
     ensure_eq!((m.read_u64(DATA)?, m.read_u64(DATA + 8)?), (count, count), "interrupts counted");
     Ok(())
@@ -376,7 +332,7 @@ fn sleeping() -> CaseResult {
 
 /// What is requested and in service can be read, and set: the guest finds what was set.
 fn in_flight() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         in_flight,
         "sti",
         "write 0x83f, 0x40",
@@ -389,14 +345,8 @@ fn in_flight() -> CaseResult {
         "out 0x80, al",
         "eoi",
         "iretq",
-        ".org 77b + 0x180", // 0x60
-        "out 0x82, al",
-        "eoi",
-        "iretq",
-        ".org 77b + 0x200", // 0x41
-        "out 0x81, al",
-        "eoi",
-        "iretq",
+        "handler 0x180, 0x82", // 0x60
+        "handler 0x200, 0x81", // 0x41
     );
     let mut m = machine(code)?;
     m.vector(0x41, CODE + 0x200)?;
@@ -425,12 +375,7 @@ fn in_flight() -> CaseResult {
 
 /// Requested on one CPU, delivered on another, many times.
 fn moved() -> CaseResult {
-    let here = Pid::from_raw(0);
-    let all = sched_getaffinity(here)?;
-    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false)).collect();
-    if cpus.len() < 2 {
-        return Err(Stop::Skip("there is one CPU only".into()));
-    }
+    let allowed = Allowed::several()?;
     let mut m = machine(counting!(
         moved,
         "2: out 0x80, al",
@@ -441,23 +386,13 @@ fn moved() -> CaseResult {
         "cli",
         "jmp 2b",
     ))?;
-    let mut result = Ok(());
-    for (round, cpu) in (1..=60).zip(cpus.iter().cycle()) {
-        let mut set = CpuSet::new();
-        set.set(*cpu)?;
-        result = sched_setaffinity(here, &set).map_err(Stop::from).and_then(|()| {
-            m.expect_mark(0x80)?;
-            ensure_eq!((m.read_u64(DATA)?, m.read_u64(DATA + 8)?), (round - 1, round - 1), "interrupts counted");
-            m.vm.signal_msi(MSI, 0x40)?;
-            m.expect_mark(0x81)?;
-            Ok(())
-        });
-        if result.is_err() {
-            break;
-        }
+    for (round, cpu) in (1..=60).zip(allowed.cpus.iter().cycle()) {
+        pin(SELF, *cpu)?;
+        m.expect_mark(0x80)?;
+        ensure_eq!((m.read_u64(DATA)?, m.read_u64(DATA + 8)?), (round - 1, round - 1), "interrupts counted");
+        m.vm.signal_msi(MSI, 0x40)?;
+        m.expect_mark(0x81)?;
     }
-    sched_setaffinity(here, &all)?;
-    result?;
     let migrations = m.vcpu.stats()?.migrations;
     ensure!(migrations > 10, "the vCPU moved {migrations} times");
     Ok(())
@@ -465,7 +400,7 @@ fn moved() -> CaseResult {
 
 /// An NMI comes into the handler of an interrupt, which it leaves in service.
 fn nmi() -> CaseResult {
-    let code = x2apic!(
+    let code = x2apic_code!(
         nmi,
         "sti",
         "write 0x83f, 0x40",

@@ -277,7 +277,7 @@ fn scribble(huge: bool) -> CaseResult {
         stop.store(true, Ordering::Relaxed);
         let mut written = 0;
         for runner in runners {
-            written += runner.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+            written += harness::joined(runner.join())??;
         }
         reading?;
         told += take()?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Eventfds that interrupt the guest, and eventfds that the guest signals, in the kernel or through the client library.
 
+use super::x2apic::{x2apic_code, MSI};
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, Mode, CODE, HOLE};
 use crate::{code, ensure, ensure_eq, table};
@@ -33,8 +34,6 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
-/// Address of a message to APIC id 0.
-const MSI: u64 = 0xfee0_0000;
 /// Data of a message: level-triggered, asserted.
 const LEVEL: u32 = 0xc000;
 
@@ -51,42 +50,33 @@ fn count(event: &EventFd) -> Result<u64, Stop> {
     }
 }
 
-/// A machine in x2APIC mode as soon as the code, which begins with `x2apic_code`, has run; vector 0x40 goes to
-/// CODE + 0x100.
+/// A machine whose APIC is enabled as soon as the code, an `enabling_code`, has run; vector 0x40 goes to CODE + 0x100.
 fn machine(code: &[u8]) -> Result<Machine, Stop> {
     let m = Machine::with(Mode::Long, code, Apic::InKernel)?;
     m.vector(0x40, CODE + 0x100)?;
     Ok(m)
 }
 
-/// Code that enables the APIC in x2APIC mode first: IA32_APIC_BASE with both enable bits, SVR with its own.
-macro_rules! x2apic_code {
+/// Code that enables the APIC itself, in x2APIC mode.
+macro_rules! enabling_code {
     ($name:ident, $($line:literal),+ $(,)?) => {
-        code!($name, 64, "mov ecx, 0x1b", "rdmsr", "or eax, 0xc00", "wrmsr", "mov ecx, 0x80f", "mov eax, 0x1ff",
-            "xor edx, edx", "wrmsr", $($line),+)
+        x2apic_code!($name, "write 0x80f, 0x1ff", $($line),+)
     };
 }
 
 /// Spins with interrupts on; the handler announces itself, ends the interrupt and announces that.
 fn spinner() -> &'static [u8] {
-    x2apic_code!(
+    enabling_code!(
         spinner,
         "sti",
         "out 0x80, al",
         "2: jmp 2b",
         ".org 77b + 0x100",
         "out 0x81, al",
-        "xor eax, eax",
-        "xor edx, edx",
-        "mov ecx, 0x80b",
-        "wrmsr",
+        "eoi",
         "out 0x82, al",
         "iretq",
     )
-}
-
-fn join<T>(thread: thread::JoinHandle<T>) -> Result<T, Stop> {
-    thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))
 }
 
 fn running() -> CaseResult {
@@ -104,14 +94,14 @@ fn running() -> CaseResult {
         })
     };
     m.expect_mark(0x81)?;
-    join(signaller)??;
+    harness::joined(signaller.join())??;
     m.expect_mark(0x82)?;
     ensure_eq!(count(&event)?, 0, "count of the eventfd, which the kernel takes");
     Ok(())
 }
 
 fn halted() -> CaseResult {
-    let code = x2apic_code!(halted, "sti", "hlt", "out 0x80, al", "hlt", ".org 77b + 0x100", "out 0x81, al", "iretq");
+    let code = enabling_code!(halted, "sti", "hlt", "out 0x80, al", "hlt", ".org 77b + 0x100", "out 0x81, al", "iretq");
     let mut m = machine(code)?;
     let event = eventfd()?;
     m.vm.attach_interrupt(&event, MSI, 0x40, None)?;
@@ -124,7 +114,7 @@ fn halted() -> CaseResult {
     });
     m.expect_mark(0x81)?;
     m.expect_mark(0x80)?;
-    join(signaller)?
+    harness::joined(signaller.join())?
 }
 
 /// A signal from before attaching interrupts, once; also one from between detaching and attaching.
@@ -144,7 +134,7 @@ fn before() -> CaseResult {
 }
 
 fn detached() -> CaseResult {
-    let code = x2apic_code!(
+    let code = enabling_code!(
         detached,
         "sti",
         "out 0x80, al",
@@ -246,7 +236,7 @@ fn storm() -> CaseResult {
                     vm.detach_interrupt(&event)?;
                 }
                 drop(event);
-                signaller.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+                harness::joined(signaller.join())??;
             }
             Ok(())
         });
@@ -263,7 +253,7 @@ fn storm() -> CaseResult {
             }
         };
         stop.store(true, Ordering::Relaxed);
-        changer.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+        harness::joined(changer.join())??;
         result
     })
 }
@@ -416,7 +406,7 @@ fn library() -> CaseResult {
 
 /// One eventfd both ways: the guest's store interrupts the guest, and no program is involved.
 fn round_trip() -> CaseResult {
-    let code = x2apic_code!(
+    let code = enabling_code!(
         round_trip,
         "sti",
         "mov ebx, 0xa0000",
@@ -431,10 +421,7 @@ fn round_trip() -> CaseResult {
         "hlt",
         ".org 77b + 0x100",
         "inc r10",
-        "xor eax, eax",
-        "xor edx, edx",
-        "mov ecx, 0x80b",
-        "wrmsr",
+        "eoi",
         "iretq",
     );
     let mut m = machine(code)?;
@@ -490,7 +477,7 @@ fn replaced() -> CaseResult {
             Ok(())
         })();
         stop.store(true, Ordering::Relaxed);
-        changer.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+        harness::joined(changer.join())??;
         result?;
         ensure_eq!([count(&stores)?, count(&outputs)?], [2000 * rounds; 2], "stores and outputs");
         Ok(())

@@ -24,6 +24,7 @@ mod registers;
 mod smp;
 mod spaces;
 mod threads;
+mod x2apic;
 
 use crate::harness::Case;
 

@@ -3,6 +3,7 @@
 //! wait for each other's answers, and spin. One lost interrupt or wake-up, and the case hangs for good: there is no timer
 //! that would save it.
 
+use super::x2apic::apic_code;
 use crate::cpus::Cpus;
 use crate::harness::{Case, CaseResult, Stop};
 use crate::machine::{CODE, DATA};
@@ -47,9 +48,8 @@ fn team(code: &[u8], count: u32, rounds: u64) -> Result<Cpus, Stop> {
 /// A token goes round: whoever gets it wakes the next and goes to sleep. `STI` right before `HLT` lets no interrupt in
 /// between; the hypervisor has to keep the same promise when the vCPU goes to sleep.
 fn sleepers(count: u32, rounds: u64) -> CaseResult {
-    let code = code!(
+    let code = apic_code!(
         sleepers,
-        64,
         "cli",
         "test r15, r15",
         "jz 4f", // The first has the token.
@@ -72,17 +72,8 @@ fn sleepers(count: u32, rounds: u64) -> CaseResult {
         "jnz 2b",
         "out 0x81, al",
         ".org 77b + 0x100",
-        "push rax",
-        "push rcx",
-        "push rdx",
         "inc dword ptr [r13]",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
-        "pop rcx",
-        "pop rax",
+        "eoi",
         "iretq",
     );
     let mut cpus = team(code, count, rounds)?;
@@ -114,9 +105,8 @@ fn ring_of_sleepers() -> CaseResult {
 /// The pattern of a TLB shoot-down: each asks all others by a broadcast, and spins until all have answered from their
 /// handlers; everybody does so all the time.
 fn answers(count: u32, rounds: u64) -> CaseResult {
-    let code = code!(
+    let code = apic_code!(
         answers,
-        64,
         "sti",
         "2: xor ecx, ecx", // A byte in each other row: the question.
         "3: cmp ecx, r15d",
@@ -128,10 +118,7 @@ fn answers(count: u32, rounds: u64) -> CaseResult {
         "4: inc ecx",
         "cmp ecx, r14d",
         "jb 3b",
-        "mov ecx, 0x830",
-        "xor edx, edx",
-        "mov eax, 0xc4040",
-        "wrmsr",
+        "write 0x830, 0xc4040",
         "xor ecx, ecx", // It is cleared: the answer.
         "5: mov eax, ecx",
         "shl eax, 6",
@@ -154,27 +141,17 @@ fn answers(count: u32, rounds: u64) -> CaseResult {
         "hlt",
         "cli",
         "jmp 8b",
-        "9: mov ecx, 0x830",
-        "xor edx, edx",
-        "mov eax, 0xc4040",
-        "wrmsr",
+        "9: write 0x830, 0xc4040",
         "out 0x81, al",
         ".org 77b + 0x100",
-        "push rax",
         "push rcx",
-        "push rdx",
         "xor ecx, ecx",
         "2: mov byte ptr [r13 + rcx], 0",
         "inc ecx",
         "cmp ecx, r14d",
         "jb 2b",
-        "mov ecx, 0x80b",
-        "xor eax, eax",
-        "xor edx, edx",
-        "wrmsr",
-        "pop rdx",
         "pop rcx",
-        "pop rax",
+        "eoi",
         "iretq",
     );
     let mut cpus = team(code, count, rounds)?;

@@ -96,7 +96,7 @@ fn different() -> CaseResult {
             Ok(())
         })();
         stop.store(true, Ordering::Relaxed);
-        let rounds = runner.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+        let rounds = harness::joined(runner.join())??;
         result?;
         ensure_eq!(pages[0].read_u64(8)?, 20_000, "writes in the first address space");
         ensure_eq!(pages[1].read_u64(8)?, rounds * 1000, "writes in the second");
@@ -190,7 +190,7 @@ fn remapped() -> CaseResult {
         }
         let mut accesses = 0;
         for runner in runners {
-            accesses += runner.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+            accesses += harness::joined(runner.join())??;
         }
         changing?;
         ensure!(accesses > TIMES, "the guest was there only {accesses} times");

@@ -3,14 +3,13 @@
 
 use crate::harness::{self, Case, CaseResult, Hypervisor, Stop};
 use crate::machine::{Machine, Mode, CODE, DATA};
+use crate::pin::{pin, Allowed};
 use crate::{code, ensure, ensure_eq, raw, table};
 use axvcpu_uapi::client::{Errno, Memory};
 use axvcpu_uapi::exit::AxVCpuExitReason::Interrupted;
 use axvcpu_uapi::ioctl;
 use axvcpu_uapi::vcpu::{Entry, EptRoot, Event, Gpr, RegisterSet, Setup};
-use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use nix::unistd::Pid;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::channel;
 use std::sync::Arc;
@@ -43,10 +42,6 @@ fn spinner() -> &'static [u8] {
 /// Waits until the spinner has got further than `last`.
 fn wait_for_spinner(ram: &Memory, last: u64) -> CaseResult {
     harness::wait_until("the guest to run", || Ok(ram.read_u64(DATA as usize)? > last))
-}
-
-fn join<T>(thread: thread::JoinHandle<T>) -> Result<T, Stop> {
-    thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))
 }
 
 fn before() -> CaseResult {
@@ -83,7 +78,7 @@ fn kicked(code: &[u8], register: usize) -> CaseResult {
             Ok(kicker.kick()?)
         });
         m.expect(Interrupted)?;
-        join(kick)??;
+        harness::joined(kick.join())??;
         let count = m.vcpu.general().gpr[register];
         ensure!(count > last, "the guest did not run: {count} after {last}");
         last = count;
@@ -162,7 +157,7 @@ fn signal() -> CaseResult {
         Ok(nix::sys::pthread::pthread_kill(target, Signal::SIGUSR1)?)
     });
     m.expect(Interrupted)?;
-    join(sender)??;
+    harness::joined(sender.join())??;
     // SAFETY: this is the handler that was there before.
     unsafe { sigaction(Signal::SIGUSR1, &old) }?;
     Ok(())
@@ -173,10 +168,11 @@ fn another() -> CaseResult {
     let mut m = Machine::new(Mode::Long, code)?;
     for i in 1..=5 {
         // The machine moves into the thread, and back out.
-        m = join(thread::spawn(move || -> Result<_, Stop> {
+        let thread = thread::spawn(move || -> Result<_, Stop> {
             m.expect_out(0x80, axvcpu_uapi::exit::AccessWidth::Byte, i)?;
             Ok(m)
-        }))??;
+        });
+        m = harness::joined(thread.join())??;
     }
     Ok(())
 }
@@ -191,7 +187,7 @@ fn while_running(test: impl FnOnce(BorrowedFd<'_>) -> CaseResult) -> CaseResult 
     harness::wait_until("the guest to run", || Ok(kicker.stats()?.state == 3))?;
     let result = test(fd.as_fd());
     kicker.kick()?;
-    join(runner)??;
+    harness::joined(runner.join())??;
     result
 }
 
@@ -227,12 +223,8 @@ fn registers() -> CaseResult {
 
 /// The thread changes its CPU between runs, and, by another thread's doing, in the middle of them.
 fn moved() -> CaseResult {
-    let here = Pid::from_raw(0);
-    let all = sched_getaffinity(here)?;
-    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false)).collect();
-    if cpus.len() < 2 {
-        return Err(Stop::Skip("there is one CPU only".into()));
-    }
+    let allowed = Allowed::several()?;
+    let cpus = allowed.cpus.clone();
     let code = code!(
         moved,
         64,
@@ -256,9 +248,7 @@ fn moved() -> CaseResult {
     let (stop, stopped) = channel::<()>();
     let mover = thread::spawn(move || -> CaseResult {
         for cpu in cpus.iter().cycle() {
-            let mut set = CpuSet::new();
-            set.set(*cpu)?;
-            sched_setaffinity(tid, &set)?;
+            pin(tid, *cpu)?;
             if stopped.recv_timeout(Duration::from_millis(3)) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 break;
             }
@@ -267,8 +257,8 @@ fn moved() -> CaseResult {
     });
     let result = (1..=200).try_for_each(|i| m.expect_out(0x80, axvcpu_uapi::exit::AccessWidth::Dword, i).map(drop));
     drop(stop);
-    join(mover)??;
-    sched_setaffinity(here, &all)?;
+    harness::joined(mover.join())??;
+    drop(allowed);
     result?;
     if harness::hypervisor() == Hypervisor::Axvcpu {
         let migrations = m.vcpu.stats()?.migrations;
@@ -302,7 +292,7 @@ fn two() -> CaseResult {
     second.set(&general)?;
     let thread = thread::spawn(move || -> Result<_, Stop> { Ok(second.run()?.reason) });
     m.expect_halt()?;
-    ensure_eq!(join(thread)??, axvcpu_uapi::exit::AxVCpuExitReason::Halt, "exit of the second vCPU");
+    ensure_eq!(harness::joined(thread.join())??, axvcpu_uapi::exit::AxVCpuExitReason::Halt, "exit of the second vCPU");
     ensure_eq!(m.read_u64(crate::machine::DATA)? as u32, 400, "the counter");
     Ok(())
 }

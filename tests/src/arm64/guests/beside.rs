@@ -2,6 +2,7 @@
 //! Beside KVM: guests of both on the same CPUs at the same time, each of which checks that its registers, its memory and its
 //! translations stay its own.
 
+use super::watchful_code;
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, CODE, DATA, HOLE, RAM};
 use crate::{code, ensure, ensure_eq, table};
@@ -24,7 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// Fills registers with X1, waits, and counts in X9 how often they were still what they must be. The word at DATA
 /// must be X1 too. Then a write to HOLE: the count; a mismatch is told at HOLE + 8.
 fn guard() -> &'static [u8] {
-    code!(
+    watchful_code!(
         guard,
         "movz x10, #0x4010, lsl #16",
         "movz x11, #0x0900, lsl #16",
@@ -39,24 +40,12 @@ fn guard() -> &'static [u8] {
         "mov x3, #100",
         "3: subs x3, x3, #1",
         "b.ne 3b",
-        "mrs x2, tpidr_el1",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "mrs x2, tpidr_el0",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "mrs x2, far_el1",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "mrs x2, mair_el1",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "umov x2, v7.d[1]",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "ldr x2, [x10]",
-        "cmp x2, x1",
-        "b.ne 4f",
+        "same mrs, tpidr_el1",
+        "same mrs, tpidr_el0",
+        "same mrs, far_el1",
+        "same mrs, mair_el1",
+        "same umov, v7.d[1]",
+        "same ldr, [x10]",
         "add x9, x9, #1",
         "str x9, [x11]",
         "b 2b",
@@ -157,7 +146,7 @@ fn beside(mut ours: impl FnMut(u64) -> CaseResult) -> CaseResult {
     }
     stop.store(true, Ordering::Relaxed);
     for thread in threads {
-        let theirs = thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))??;
+        let theirs = harness::joined(thread.join())??;
         ensure!(theirs >= 100, "KVM's guest ran only {theirs} rounds");
     }
     result?;

@@ -10,6 +10,24 @@ mod registers;
 mod sysregs;
 mod threads;
 
+/// Code with `same move, source`: by that instruction X2 takes what is at the source, and goes on at the label 4 unless it is
+/// X1.
+macro_rules! watchful_code {
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        $crate::code!(
+            $name,
+            ".macro same move, source:vararg",
+            "\\move x2, \\source",
+            "cmp x2, x1",
+            "b.ne 4f",
+            ".endm",
+            $($line,)+
+            ".purgem same"
+        )
+    };
+}
+use watchful_code;
+
 use crate::harness::Case;
 
 /// Every case.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guests that do not come back by themselves, several vCPUs at once, and code that nobody has written.
 
+use super::watchful_code;
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, CODE, DATA};
 use crate::random::{self, Random};
@@ -34,7 +35,7 @@ fn kick() -> CaseResult {
         });
         machine.expect(Exit::Interrupted)?;
         ensure!(machine.vcpu.general().x[0] > before, "round {round}: the guest ran");
-        thread.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+        harness::joined(thread.join())??;
     }
     Ok(())
 }
@@ -56,7 +57,7 @@ fn host_interrupts() -> CaseResult {
     let started = Instant::now();
     machine.expect(Exit::Interrupted)?;
     ensure!(started.elapsed() < Duration::from_secs(5), "the kick took {:?}", started.elapsed());
-    thread.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+    harness::joined(thread.join())??;
     let stats = machine.vcpu.stats()?;
     ensure!(stats.exits[0] >= 10, "only {} host interrupts in 300 ms", stats.exits[0]);
     Ok(())
@@ -64,7 +65,7 @@ fn host_interrupts() -> CaseResult {
 
 fn two() -> CaseResult {
     // Each counts in a register of every kind and checks that it alone does.
-    let code = code!(
+    let code = watchful_code!(
         two,
         "mov x9, #0",
         "2: msr tpidr_el1, x1",
@@ -73,15 +74,9 @@ fn two() -> CaseResult {
         "mov x3, #200",
         "3: subs x3, x3, #1",
         "b.ne 3b",
-        "mrs x2, tpidr_el1",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "mrs x2, tpidr_el0",
-        "cmp x2, x1",
-        "b.ne 4f",
-        "umov x2, v7.d[1]",
-        "cmp x2, x1",
-        "b.ne 4f",
+        "same mrs, tpidr_el1",
+        "same mrs, tpidr_el0",
+        "same umov, v7.d[1]",
         "add x9, x9, #1",
         "cmp x9, x4",
         "b.ne 2b",
@@ -114,7 +109,7 @@ fn two() -> CaseResult {
                 }))
             })
             .collect::<Result<_, Stop>>()?;
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| Stop::Fail("a thread panicked".into()))?)
+        threads.into_iter().try_for_each(|thread| harness::joined(thread.join())?)
     })
 }
 
@@ -145,7 +140,7 @@ fn taken() -> CaseResult {
         Ok(kicker.kick()?)
     });
     let exit = machine.run()?;
-    thread.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+    harness::joined(thread.join())??;
     ensure_eq!(exit.reason, Exit::Interrupted, "the guest saw a page that was gone");
     // Not every round finds the page mapped again.
     let invalidations = machine.vm.stats()?.invalidations;
@@ -208,7 +203,7 @@ fn random_code() -> CaseResult {
                 Err(error) => return Err(error.into()),
             }
         }
-        thread.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+        harness::joined(thread.join())??;
         runs += 1;
     }
     ensure!(runs >= 10, "only {runs} runs");
