@@ -3,27 +3,25 @@
 //! needs a host prepared for it (swap, a control group, huge pages, KSM) is skipped elsewhere; see
 //! scripts/lab/test-memory.sh.
 
+mod files;
+mod host;
+mod huge;
+mod mapping;
+
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::Machine;
-use crate::machine::Mode;
+use crate::machine::{Machine, Mode};
 use crate::{code, ensure, ensure_eq, raw, table};
-use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::{MapRegion, Range, MEM_READ, MEM_WRITE};
-use axvcpu_uapi::client::{Backing, Permissions, Slot};
 use axvcpu_uapi::exit::AxVCpuExitReason::{Interrupted, IoWrite};
 use axvcpu_uapi::ioctl;
+use host::{needs_swap, number, Group};
+use mapping::{map, Mapping, BASE, BOTH, LARGE, PAGE};
 use nix::libc;
-use nix::sys::mman::{
-    madvise, mmap, mmap_anonymous, mprotect, mremap, munmap, MRemapFlags, MapFlags, MmapAdvise, ProtFlags,
-};
-use std::ffi::c_void;
+use nix::sys::mman::{mprotect, mremap, MRemapFlags, MapFlags, MmapAdvise, ProtFlags};
 use std::fs;
-use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -35,150 +33,13 @@ pub(super) fn cases() -> Vec<Case> {
         "host-memory/moved" => moved [abi];
         "host-memory/forked-and-written-on-both-sides" => forked [abi];
         "host-memory/protected-again-and-again" => protected [abi];
-        "host-memory/shared-file" => shared_file [abi];
-        "host-memory/private-file" => private_file [abi];
-        "host-memory/truncated-file" => truncated [abi];
-        "host-memory/reserved-huge-pages" => huge [abi];
-        "host-memory/transparent-huge-page-split-by-the-host" => split [abi];
+        "host-memory/shared-file" => files::shared_file [abi];
+        "host-memory/private-file" => files::private_file [abi];
+        "host-memory/truncated-file" => files::truncated [abi];
+        "host-memory/reserved-huge-pages" => huge::huge [abi];
+        "host-memory/transparent-huge-page-split-by-the-host" => huge::split [abi];
         "host-memory/merged-and-written" => merged [abi], in 60;
         "host-memory/accounted-to-the-control-group" => accounted [abi], in 60;
-    }
-}
-
-/// Where the memory under test is for the guest.
-const BASE: u64 = 0x100_0000;
-const PAGE: usize = 0x1000;
-const LARGE: usize = 2 << 20;
-
-/// A mapping of the process, of whatever kind.
-struct Mapping {
-    start: NonNull<u8>,
-    size: usize,
-}
-
-// SAFETY: The mapping belongs to the process, not to a thread, and its bytes are accessed atomically.
-unsafe impl Send for Mapping {}
-// SAFETY: As above.
-unsafe impl Sync for Mapping {}
-// SAFETY: The range stays mapped as long as the value; only guests and the atomic accesses below use it. Where a test takes
-// pages or rights away, the guest loses them with the process, which is what is tested.
-unsafe impl Backing for Mapping {
-    fn start(&self) -> NonNull<u8> {
-        self.start
-    }
-    fn size(&self) -> usize {
-        self.size
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: Mapped by one of the functions below, and slots hold the value, so nothing uses it any more. It cannot fail.
-        let _ = unsafe { munmap(self.start.cast(), self.size) };
-    }
-}
-
-const BOTH: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
-
-impl Mapping {
-    /// Anonymous memory, private or shared with children.
-    fn anonymous(size: usize, flags: MapFlags) -> Result<Self, Stop> {
-        let length = NonZeroUsize::new(size).ok_or(Stop::Fail("no size".into()))?;
-        // SAFETY: A new mapping at an address of the kernel's choice disturbs no existing memory.
-        let start = unsafe { mmap_anonymous(None, length, BOTH, flags) }?;
-        Ok(Self { start: start.cast(), size })
-    }
-
-    /// Of a file, shared or private.
-    fn file(file: &fs::File, size: usize, flags: MapFlags) -> Result<Self, Stop> {
-        let length = NonZeroUsize::new(size).ok_or(Stop::Fail("no size".into()))?;
-        // SAFETY: As above.
-        let start = unsafe { mmap(None, length, BOTH, flags, file, 0) }?;
-        Ok(Self { start: start.cast(), size })
-    }
-
-    /// The word at an offset.
-    fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset % 8 == 0 && offset < self.size);
-        // SAFETY: Inside the mapping, aligned, and accessed atomically only.
-        unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(offset).cast()) }
-    }
-
-    fn get(&self, offset: usize) -> u64 {
-        self.word(offset).load(Ordering::Relaxed)
-    }
-
-    fn set(&self, offset: usize, value: u64) {
-        self.word(offset).store(value, Ordering::Relaxed);
-    }
-
-    fn address(&self, offset: usize) -> NonNull<c_void> {
-        assert!(offset < self.size);
-        // SAFETY: Inside the mapping.
-        unsafe { self.start.add(offset) }.cast()
-    }
-
-    fn advise(&self, offset: usize, size: usize, advice: MmapAdvise) -> CaseResult {
-        // SAFETY: Inside the mapping; the advice may drop its content, which the callers know.
-        Ok(unsafe { madvise(self.address(offset), size, advice) }?)
-    }
-
-    /// Has everything written to swap.
-    fn page_out(&self) -> CaseResult {
-        self.advise(0, self.size, MmapAdvise::MADV_PAGEOUT)
-    }
-}
-
-/// Maps all of it into the machine at [`BASE`].
-fn map(m: &Machine, mapping: Mapping) -> Result<(Arc<Mapping>, Slot<Mapping>), Stop> {
-    let mapping = Arc::new(mapping);
-    let slot = m.space.map_all(GuestPhysAddr::new(BASE), Arc::clone(&mapping), Permissions::RWX)?;
-    Ok((mapping, slot))
-}
-
-/// A number in a file of procfs, sysfs or a control group: the one behind `key`, or the first.
-fn number(path: &str, key: &str) -> Result<u64, Stop> {
-    let text = fs::read_to_string(path).map_err(|error| Stop::Fail(format!("{path}: {error}")))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    let word = line.and_then(|line| line.split_whitespace().next());
-    word.and_then(|word| word.parse().ok()).ok_or(Stop::Fail(format!("{path} does not tell {key}")))
-}
-
-fn needs_swap() -> CaseResult {
-    if fs::read_to_string("/proc/swaps").map_or(0, |text| text.lines().count()) < 2 {
-        return Err(Stop::Skip("the host has no swap".into()));
-    }
-    Ok(())
-}
-
-/// A control group of its own, in which this process is as long as the value lives.
-struct Group;
-
-impl Group {
-    const ROOT: &str = "/sys/fs/cgroup";
-    const PATH: &str = "/sys/fs/cgroup/axvcpu-test";
-
-    fn enter() -> Result<Self, Stop> {
-        if !fs::read_to_string(format!("{}/cgroup.subtree_control", Self::ROOT)).is_ok_and(|all| all.contains("memory"))
-        {
-            return Err(Stop::Skip("there are no control groups for memory".into()));
-        }
-        fs::create_dir(Self::PATH)?;
-        let group = Self;
-        fs::write(format!("{}/cgroup.procs", Self::PATH), std::process::id().to_string())?;
-        Ok(group)
-    }
-
-    fn file(name: &str) -> String {
-        format!("{}/{name}", Self::PATH)
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // What fails here shows as a failure of the next test that wants a group.
-        let _ = fs::write(format!("{}/cgroup.procs", Self::ROOT), std::process::id().to_string());
-        let _ = fs::remove_dir(Self::PATH);
     }
 }
 
@@ -463,14 +324,6 @@ fn protected() -> CaseResult {
     Ok(())
 }
 
-fn temporary_file(size: usize) -> Result<fs::File, Stop> {
-    let path = format!("/tmp/axvcpu-test-{}", std::process::id());
-    let file = fs::File::options().read(true).write(true).create_new(true).open(&path)?;
-    fs::remove_file(&path)?;
-    file.set_len(size as u64)?;
-    Ok(file)
-}
-
 /// Writes 1, announces it, and reads back.
 fn writer() -> &'static [u8] {
     code!(
@@ -485,114 +338,6 @@ fn writer() -> &'static [u8] {
         "out 0x80, al",
         "hlt",
     )
-}
-
-fn file_word(file: &fs::File) -> Result<u64, Stop> {
-    let mut bytes = [0; 8];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(u64::from_le_bytes(bytes))
-}
-
-fn shared_file() -> CaseResult {
-    let file = temporary_file(PAGE)?;
-    file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
-    let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
-    m.expect_mark(0x80)?;
-    ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
-    file.write_all_at(&8u64.to_le_bytes(), 0)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 8, "what the guest reads after the file has changed");
-    drop(slot);
-    Ok(())
-}
-
-/// The guest's writes stay out of a file that is mapped privately.
-fn private_file() -> CaseResult {
-    let file = temporary_file(PAGE)?;
-    file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
-    let (memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_PRIVATE)?)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
-    m.expect_mark(0x80)?;
-    ensure_eq!([file_word(&file)?, memory.get(0)], [7, 0x11], "file and memory after the guest has written");
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 0x11, "what the guest reads of its own copy");
-    drop(slot);
-    Ok(())
-}
-
-/// Beyond the end of a file there is no memory, for the guest as for the program.
-fn truncated() -> CaseResult {
-    let file = temporary_file(PAGE)?;
-    file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
-    let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
-    m.expect_mark(0x80)?;
-    file.set_len(0)?;
-    match m.run() {
-        Err(Stop::Fail(why)) if why.contains("EFAULT") => {}
-        other => return Err(Stop::Fail(format!("a write beyond the end of a file gave {other:x?}"))),
-    }
-    file.set_len(PAGE as u64)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
-    drop(slot);
-    Ok(())
-}
-
-fn huge() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
-    let memory = match Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB) {
-        Ok(memory) => memory,
-        Err(_) => return Err(Stop::Skip("the host has no reserved huge pages".into())),
-    };
-    let before = m.vm.stats()?.pages_2m;
-    let (memory, slot) = map(&m, memory)?;
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vm.stats()?.pages_2m, before + 1, "large leaves");
-    ensure_eq!(memory.get(0), 0x11, "the program's view");
-    // The page goes back to the reserve, and another one comes.
-    memory.advise(0, LARGE, MmapAdvise::MADV_DONTNEED)?;
-    ensure_eq!(m.vm.stats()?.pages_2m, before, "large leaves after the page has gone");
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 0, "what the guest reads of a fresh page");
-    drop(slot);
-    Ok(())
-}
-
-/// The host splits a huge page when the rights of a part of it change: the guest's leaf goes, and small ones come.
-fn split() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
-    let memory = Mapping::anonymous(2 * LARGE, MapFlags::MAP_PRIVATE)?;
-    let start = memory.start.as_ptr() as usize;
-    let offset = start.next_multiple_of(LARGE) - start;
-    memory.advise(0, memory.size, MmapAdvise::MADV_HUGEPAGE)?;
-    memory.set(offset, 3);
-    memory.set(offset + 5 * PAGE, 5);
-    let memory = Arc::new(memory);
-    let at = GuestPhysAddr::new(BASE);
-    let slot = m.space.map(at, Arc::clone(&memory), offset, LARGE, Permissions::RWX)?;
-    m.expect_mark(0x80)?;
-    let stats = m.vm.stats()?;
-    if stats.pages_2m == 0 {
-        return Err(Stop::Skip("the host gave no huge page".into()));
-    }
-    // SAFETY: The page belongs to the test, and the program only reads it.
-    unsafe { mprotect(memory.address(offset + 5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
-    ensure_eq!(m.vm.stats()?.pages_2m, stats.pages_2m - 1, "large leaves after the host has split its page");
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x80)?;
-    let now = m.vm.stats()?;
-    ensure_eq!(now.pages_2m, stats.pages_2m - 1, "large leaves after the guest has come back");
-    ensure!(now.pages_4k > stats.pages_4k, "no small leaf has come in its place");
-    ensure_eq!([memory.get(offset), memory.get(offset + 5 * PAGE)], [0x11, 5], "the program's view");
-    drop(slot);
-    Ok(())
 }
 
 /// Equal pages that the kernel has merged part again when the guest writes one.
