@@ -15,9 +15,10 @@ use axvcpu_uapi::exit::AxVCpuExitReason::{InterruptWindow, Interrupted, IoWrite,
 use axvcpu_uapi::run::STATE_INTERRUPT_WINDOW_OPEN;
 use axvcpu_uapi::vcpu::{Event, ExitKind, VcpuStats, EVENT_EXTERNAL_INTERRUPT};
 use axvcpu_uapi::x86::{CpuidEntry, General, Msr};
-use axvmm::device::ioapic::Message;
-use axvmm::device::irq::MessageSink;
-use axvmm::hypervisor::{self, kvm, Kick, Registers, Stats, Vcpu as _, Vm as _};
+use axvmm::hypervisor::{self, kvm, Kick, Registers, Stats, Vcpu as _};
+use axvmm::x86::device::ioapic::Message;
+use axvmm::x86::device::irq::MessageSink;
+use axvmm::x86::hypervisor::{X86Vcpu as _, X86Vm as _};
 use std::sync::Arc;
 
 /// Something of the module's own.
@@ -129,7 +130,7 @@ impl Messages {
 
     /// Tells which pins of the I/O APIC are level-triggered: here the first, with this message.
     pub fn level_triggered(&self, address: u64, data: u32) {
-        let mut pins = [None; axvmm::device::ioapic::PINS];
+        let mut pins = [None; axvmm::x86::device::ioapic::PINS];
         pins[0] = Some(Message { address, data });
         self.0.level_triggered(&pins);
     }

@@ -26,7 +26,8 @@ use axvcpu_uapi::client::{self, AddressSpace, Apic, Exit, Memory, Permissions, S
 use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason};
 use axvcpu_uapi::vcpu::Event;
 use axvcpu_uapi::x86::{Control, CpuidEntry, General, Segments};
-use axvmm::hypervisor::{kvm, Vm as _};
+use axvmm::hypervisor::kvm;
+use axvmm::x86::hypervisor::X86Vm as _;
 pub use modes::*;
 use std::sync::Arc;
 

@@ -11,6 +11,7 @@ use axvcpu_uapi::system::{self, SystemInfo};
 use axvcpu_uapi::ABI_VERSION;
 use nix::sys::resource::{getrlimit, Resource};
 
+use crate::arch;
 use crate::config::Hypervisor;
 use crate::error::Error;
 use crate::exit::ExitCode;
@@ -69,7 +70,7 @@ enum Node {
 /// The state of the host, gathered before it is judged.
 #[derive(Debug)]
 struct Facts {
-    cpu_flags: Vec<String>,
+    cpuinfo: String,
     module_loaded: bool,
     /// KVM's modules that are loaded.
     kvm: Vec<&'static str>,
@@ -98,9 +99,9 @@ impl Facts {
             _ => None,
         };
         Self {
-            cpu_flags: cpu_flags(),
+            cpuinfo: cpuinfo(),
             module_loaded: !loaded(&["axvcpu"]).is_empty(),
-            kvm: loaded(&["kvm_amd", "kvm_intel"]),
+            kvm: loaded(arch::doctor::KVM_MODULES),
             device: device.to_owned(),
             node,
             opened: system.map(|system| system.and_then(|system| system.info())),
@@ -113,7 +114,7 @@ impl Facts {
     }
 
     fn judge(&self) -> Vec<Finding> {
-        let mut findings = vec![cpu(&self.cpu_flags)];
+        let mut findings: Vec<Finding> = arch::doctor::cpu(&self.cpuinfo).into_iter().collect();
         findings.extend(self.device_findings());
         if let Some(Ok(info)) = &self.opened {
             findings.extend(self.module(info));
@@ -193,12 +194,8 @@ impl Facts {
                 findings.push(bad(code, reason, cure));
             }
         }
-        if info.status == system::STATUS_READY && info.features & system::FEATURE_IN_KERNEL_APIC == 0 {
-            findings.push(bad(
-                ExitCode::AbiMismatch,
-                "the module has no in-kernel local APIC",
-                "Install a newer module.",
-            ));
+        if let (system::STATUS_READY, Some(lack)) = (info.status, arch::axvcpu::lacks(info)) {
+            findings.push(bad(ExitCode::AbiMismatch, lack, "Install a newer module."));
         }
         findings
     }
@@ -234,47 +231,22 @@ impl Facts {
     }
 }
 
-/// The host's CPU flags, as Linux shows them.
-fn cpu_flags() -> Vec<String> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).and_then(|line| line.split_once(':'));
-    flags.map(|(_, flags)| flags.split_whitespace().map(Into::into).collect()).unwrap_or_default()
-}
-
 /// Which of a number of modules are loaded.
 fn loaded(modules: &[&'static str]) -> Vec<&'static str> {
     modules.iter().copied().filter(|module| Path::new("/sys/module").join(module).exists()).collect()
 }
 
 /// Whether the CPU can virtualize.
-fn cpu(flags: &[String]) -> Finding {
-    let has = |flag: &str| flags.iter().any(|candidate| candidate == flag);
-    if has("svm") {
-        return good("the CPU has AMD virtualization (SVM)");
-    }
-    if has("vmx") {
-        return good("the CPU has Intel virtualization (VMX)");
-    }
-    // Linux hides the flag also when the firmware has locked the extension; the module knows which it is.
-    if has("hypervisor") {
-        return bad(
-            ExitCode::NoVirtualization,
-            "the CPU shows no virtualization extension, and this system runs in a virtual machine itself",
-            "Enable nested virtualization outside (QEMU: -cpu host, and kvm_amd or kvm_intel with nested=1).",
-        );
-    }
-    bad(
-        ExitCode::NoVirtualization,
-        "the CPU shows no virtualization extension",
-        "It has none, or the firmware has switched it off: look for \"SVM\", \"AMD-V\" or \"VT-x\" in its setup.",
-    )
+/// What Linux tells of the host's CPUs.
+fn cpuinfo() -> String {
+    fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
 
-fn good(text: impl Into<String>) -> Finding {
+pub(crate) fn good(text: impl Into<String>) -> Finding {
     Finding { severity: Severity::Good, text: text.into(), cure: String::new() }
 }
 
-fn bad(code: ExitCode, text: impl Into<String>, cure: impl Into<String>) -> Finding {
+pub(crate) fn bad(code: ExitCode, text: impl Into<String>, cure: impl Into<String>) -> Finding {
     Finding { severity: Severity::Bad(code), text: text.into(), cure: cure.into() }
 }
 
@@ -311,7 +283,7 @@ mod tests {
             ..SystemInfo::default()
         };
         Facts {
-            cpu_flags: vec!["svm".into()],
+            cpuinfo: "flags\t: svm\n".into(),
             module_loaded: true,
             kvm: vec![],
             device: "/dev/axvcpu".into(),
@@ -351,7 +323,6 @@ mod tests {
         let closed = |error| Facts { opened: Some(Err(error)), created: None, ..facts() };
         let missing =
             |module_loaded| Facts { node: Node::Missing, opened: None, created: None, module_loaded, ..facts() };
-        let flags = |flags: &[&str]| Facts { cpu_flags: flags.iter().map(|f| (*f).into()).collect(), ..missing(false) };
         let cases = [
             (missing(false), ExitCode::NoDevice, "insmod axvcpu.ko"),
             (missing(true), ExitCode::NoDevice, "--device /dev/axvcpu"),
@@ -362,8 +333,6 @@ mod tests {
             (with_status(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled, "firmware's setup"),
             (with_status(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization, "nested virtualization"),
             (with_status(system::STATUS_TOO_OLD), ExitCode::NoVirtualization, "nested paging"),
-            (flags(&["hypervisor"]), ExitCode::NoDevice, "nested=1"),
-            (flags(&[]), ExitCode::NoDevice, "VT-x"),
             (
                 Facts { created: Some(Err(client::Error::CreateVm(Errno::ENOSPC))), ..facts() },
                 ExitCode::NoResources,

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,10 +15,10 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use nix::time::{clock_gettime, ClockId as Time};
 
 use crate::control::{Control, Stop};
+use crate::device::clock::{Clock, Timed};
 use crate::device::lock;
-use crate::device::pit::Clock;
+use crate::device::serial::SerialPort;
 use crate::error::Error;
-use crate::machine::Served;
 use crate::terminal::{EscapeFilter, RawTerminal, Typed, HELP};
 
 /// Signals that end the VM, in the order of their numbers.
@@ -116,14 +116,21 @@ impl Clock for HostTimer {
     }
 }
 
+/// The devices that the loop serves.
+#[derive(Clone)]
+pub struct Served {
+    /// The serial port, if there is one.
+    pub serial: Option<Arc<Mutex<SerialPort>>>,
+    /// A device that waits for times, if there is one, and the timer that tells it.
+    pub timer: Option<(HostTimer, Arc<Mutex<dyn Timed>>)>,
+}
+
 /// What the loop listens to.
 pub struct EventLoop<'a> {
     /// The end.
     pub control: &'a Control,
     /// Devices that are served.
     pub served: Served,
-    /// Time for the guest's timer.
-    pub timer: HostTimer,
     /// Signals.
     pub signals: &'a Signals,
     /// The terminal, if it is in raw mode.
@@ -148,11 +155,11 @@ impl EventLoop<'_> {
         let mut filter = self.terminal.is_some().then(EscapeFilter::default);
         while !self.control.is_stopping() {
             let busy = !self.pass_on();
-            let mut descriptors: Vec<(Source, BorrowedFd<'_>)> = vec![
-                (Source::Wake, self.control.wake_fd()),
-                (Source::Signal, self.signals.0.as_fd()),
-                (Source::Timer, self.timer.0.as_fd()),
-            ];
+            let mut descriptors: Vec<(Source, BorrowedFd<'_>)> =
+                vec![(Source::Wake, self.control.wake_fd()), (Source::Signal, self.signals.0.as_fd())];
+            if let Some((timer, _)) = &self.served.timer {
+                descriptors.push((Source::Timer, timer.0.as_fd()));
+            }
             if self.input && self.typed.is_empty() {
                 descriptors.push((Source::Input, stdin.as_fd()));
             }
@@ -162,8 +169,10 @@ impl EventLoop<'_> {
                     Source::Wake => self.control.clear_wake(),
                     Source::Signal => self.signal(),
                     Source::Timer => {
-                        if self.timer.take_expired() {
-                            lock(&self.served.pit).expire();
+                        if let Some((timer, device)) = &self.served.timer {
+                            if timer.take_expired() {
+                                lock(device).expire();
+                            }
                         }
                     }
                     Source::Input => self.read_input(filter.as_mut()),

@@ -67,10 +67,10 @@ impl Ram {
         usize::try_from(size).is_ok_and(|size| size == 0 || self.memory.check_range(GuestAddress(range.start), size))
     }
 
-    /// The end of the contiguous RAM that begins at address 0.
+    /// The first region: where kernels and what they are given go.
     #[must_use]
-    pub fn low_end(&self) -> u64 {
-        self.memory.iter().next().map_or(0, |region| region.start_addr().0 + region.len())
+    pub fn first(&self) -> Range<u64> {
+        self.memory.iter().next().map_or(0..0, |region| region.start_addr().0..region.start_addr().0 + region.len())
     }
 
     /// Copies `data` to `at`.
@@ -191,7 +191,7 @@ mod tests {
         let ram = ram();
         assert!(ram.contains(&(0..2 << 20)) && ram.contains(&((1 << 32)..(1 << 32) + 5)));
         assert!(!ram.contains(&(0..(2 << 20) + 1)) && !ram.contains(&(3 << 20..(3 << 20) + 1)));
-        assert_eq!(ram.low_end(), 2 << 20);
+        assert_eq!(ram.first(), 0..2 << 20);
         let at = GuestPhysAddr::new((2 << 20) - 2);
         assert_eq!(ram.write(at, &[0; 4]), Err(OutOfRam { at, size: 4 }));
         assert_eq!(ram.read(at, &mut [0; 4]), Err(OutOfRam { at, size: 4 }));

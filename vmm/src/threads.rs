@@ -10,10 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::affinity;
+use crate::arch::VcpuOps;
 use crate::control::{Control, Stop};
 use crate::error::Error;
 use crate::events::Signals;
-use crate::hypervisor::Vcpu;
 use crate::vcpu::Runner;
 
 /// How long the threads may take to end when a signal or the user ends the VM.
@@ -46,7 +46,7 @@ impl<V> Drop for End<V> {
     }
 }
 
-impl<V: Vcpu> Threads<V> {
+impl<V: VcpuOps> Threads<V> {
     /// None yet.
     #[must_use]
     pub fn new(control: &Arc<Control>) -> Self {

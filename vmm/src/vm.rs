@@ -5,25 +5,19 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::acpi;
 use crate::affinity;
-use crate::boot;
-use crate::config::{Hypervisor, SerialConfig, VmConfig};
+use crate::arch::{self, Loaded, Local, Machine, VmOps};
+use crate::config::{DeviceConfig, Hypervisor, MemoryRegion, SerialConfig, VmConfig};
 use crate::control::{Control, Stop};
-use crate::cpuid;
-use crate::device::irq::Interrupts;
 use crate::error::Error;
-use crate::events::{EventLoop, HostTimer, Signals};
-use crate::hypervisor::{axvcpu, kvm, Vcpu, Vm};
-use crate::image::{self, Loaded};
-use crate::layout;
-use crate::machine::{Machine, Parts};
+use crate::events::{EventLoop, Signals};
+use crate::hypervisor::{axvcpu, kvm, Vcpu};
 use crate::memory::Ram;
 use crate::sandbox;
 use crate::stats::{vcpu_report, vm_report, Counters};
 use crate::terminal::{Output, RawTerminal};
 use crate::threads::Threads;
-use crate::vcpu::{Halted, Runner};
+use crate::vcpu::Runner;
 
 /// How to run a VM, apart from its configuration.
 #[derive(Clone, Debug)]
@@ -54,22 +48,34 @@ pub struct Ended {
 pub fn prepare(config: &VmConfig) -> Result<(Ram, Loaded), Error> {
     affinity::check(&config.vcpus)?;
     let ram = Ram::new(&config.memory)?;
-    let machine = acpi::Machine { cpus: config.vcpus.len() as u32, serial: config.devices.serial != SerialConfig::Off };
-    let tables = acpi::Tables::new(&machine);
-    let loaded = image::load(&config.kernel, &ram, &layout::memory_map(&config.memory), tables.rsdp())?;
-    tables.write(&ram).map_err(|error| Error::host("write the ACPI tables", error))?;
-    boot::write_reset_vector(&ram).map_err(|error| Error::host("write the reset vector", error))?;
+    let loaded = arch::load(config, &ram)?;
     Ok((ram, loaded))
 }
 
-/// A built VM. Fields drop in this order: vCPUs before the memory they run on.
-struct Built<M: Vm> {
-    vcpus: Vec<M::Vcpu>,
-    vm: M,
-    paging: (u8, bool),
+/// What a machine is made from, beside its VM.
+pub struct Parts<'a> {
+    /// Guest RAM, allocated.
+    pub ram: Ram,
+    /// Guest RAM, as configured.
+    pub memory: &'a [MemoryRegion],
+    /// Which devices.
+    pub devices: &'a DeviceConfig,
+    /// Where the serial port writes to; `None` if there is none.
+    pub serial: Option<Output>,
+    /// Where the debug console writes to.
+    pub console: Output,
+    /// How to stop.
+    pub control: Arc<Control>,
 }
 
-fn build<M: Vm>(config: &VmConfig, device: &Path, ram: &Ram, loaded: &Loaded) -> Result<Built<M>, Error> {
+/// A built VM. Fields drop in this order: vCPUs before the memory they run on.
+struct Built<M: VmOps> {
+    vcpus: Vec<M::Vcpu>,
+    locals: Vec<Local>,
+    vm: M,
+}
+
+fn build<M: VmOps>(config: &VmConfig, device: &Path, ram: &Ram, loaded: &Loaded) -> Result<Built<M>, Error> {
     let mut vm = M::create(device)?;
     let limits = vm.limits();
     let top = config.memory.iter().map(|region| region.end()).max().unwrap_or(0);
@@ -83,17 +89,9 @@ fn build<M: Vm>(config: &VmConfig, device: &Path, ram: &Ram, loaded: &Loaded) ->
     if count > limits.vcpus {
         return Err(Error::Unsuitable(format!("the hypervisor runs {} vCPUs at most", limits.vcpus)));
     }
-    let supported = vm.supported_cpuid()?;
     vm.map(ram)?;
-    let mut vcpus = Vec::new();
-    for id in 0..count {
-        let mut vcpu = vm.create_vcpu(id, loaded.start.reset_entry(), &cpuid::for_vcpu(&supported, id, count))?;
-        if id == 0 {
-            loaded.start.apply(&mut vcpu)?;
-        }
-        vcpus.push(vcpu);
-    }
-    Ok(Built { vcpus, vm, paging: cpuid::paging_features(&supported) })
+    let (vcpus, locals) = arch::create_vcpus(&mut vm, count, loaded)?;
+    Ok(Built { vcpus, locals, vm })
 }
 
 /// Runs the VM until it stops.
@@ -108,7 +106,7 @@ pub fn run(config: &VmConfig, options: &Options) -> Result<Ended, Error> {
 }
 
 /// `device` is the hypervisor's usual device node.
-fn run_on<M: Vm>(config: &VmConfig, options: &Options, device: &str) -> Result<Ended, Error> {
+fn run_on<M: VmOps>(config: &VmConfig, options: &Options, device: &str) -> Result<Ended, Error> {
     let device = options.device.as_deref().unwrap_or(Path::new(device));
     let (ram, loaded) = prepare(config)?;
     tracing::info!(vm = config.id, name = config.name, format = loaded.format, entry = %loaded.start.entry, "kernel loaded");
@@ -118,25 +116,19 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options, device: &str) -> Result<E
         SerialConfig::File(path) => Some(Output::file(path)?),
         SerialConfig::Off => None,
     };
-    let Built::<M> { vcpus, vm, paging } = build(config, device, &ram, &loaded)?;
+    let Built::<M> { vcpus, locals, vm } = build(config, device, &ram, &loaded)?;
 
     let control = Arc::new(Control::new()?);
     control.set_kickers(vcpus.iter().map(Vcpu::kicker).collect());
-    let kick = {
-        let control = Arc::clone(&control);
-        move || control.kick(0)
-    };
-    let timer = HostTimer::new()?;
-    let (machine, served) = Machine::new(Parts {
+    let parts = Parts {
         ram,
         memory: &config.memory,
         devices: &config.devices,
         serial,
         console: stdout,
-        clock: Box::new(timer.clone()),
-        interrupts: Interrupts::new(vm.messages(), Box::new(kick)),
         control: Arc::clone(&control),
-    });
+    };
+    let (machine, served) = Machine::new(&vm, parts)?;
     let machine = Arc::new(machine);
 
     let signals = Signals::block()?;
@@ -149,13 +141,13 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options, device: &str) -> Result<E
     let input = interactive && (terminal.is_some() || !std::io::stdin().is_terminal());
 
     let counters: Vec<Arc<Counters>> = vcpus.iter().map(|_| Arc::default()).collect();
-    let halted = Halted::new(vcpus.len());
     let mut threads = Threads::new(&control);
-    for ((id, vcpu), (counters, cpus)) in (0..).zip(vcpus).zip(counters.iter().zip(&config.vcpus)) {
-        let runner = Runner::new(vcpu, id, &machine, paging, counters, &halted);
+    let threads_of = vcpus.into_iter().zip(locals).zip(counters.iter().zip(&config.vcpus));
+    for (id, ((vcpu, local), (counters, cpus))) in (0..).zip(threads_of) {
+        let runner = Runner::new(vcpu, id, &machine, counters, local);
         threads.start(runner, *cpus)?;
     }
-    let events = EventLoop { control: &control, served, timer, signals: &signals, terminal, input, typed: Vec::new() };
+    let events = EventLoop { control: &control, served, signals: &signals, terminal, input, typed: Vec::new() };
     if let Err(error) = events.run() {
         control.stop(Stop::Failed(error));
     }
@@ -169,7 +161,7 @@ fn run_on<M: Vm>(config: &VmConfig, options: &Options, device: &str) -> Result<E
             let kernel = vcpu.as_ref().and_then(Vcpu::stats);
             text += &vcpu_report(id, kernel.as_ref(), counters);
         }
-        text + &vm_report(vm.stats().as_ref(), machine.ports.unclaimed(), machine.mmio.unclaimed())
+        text + &vm_report(vm.stats().as_ref(), &machine.unclaimed())
     });
     let nothing = || Stop::Failed(Error::host("find out why the VM stopped", "no reason was given"));
     Ok(Ended { reason: reason.unwrap_or_else(nothing), stats })

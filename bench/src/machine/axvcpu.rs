@@ -8,8 +8,8 @@ use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
 use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
 use axvcpu_uapi::x86::{CpuidEntry, Events, ACTIVITY_RUNNING};
-use axvmm::emulate::{self, Bus, CpuState, Outcome};
-use axvmm::paging::GuestMemory;
+use axvmm::x86::emulate::{self, Bus, CpuState, Outcome};
+use axvmm::x86::paging::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Cpu, Factory, Machine, Plan, Result};

@@ -20,7 +20,7 @@ mod tests;
 pub use diagnostic::{ConfigError, Problem};
 pub use size::Bytes;
 
-use crate::layout;
+use crate::arch::{self, layout};
 
 /// vCPUs that a configuration may ask for: as many as the module runs in a VM.
 const MAX_VCPUS: u32 = 64;
@@ -337,10 +337,13 @@ impl Checker<'_> {
         self.check_total(list, total)?;
         regions.sort_by_key(|(region, _)| region.base);
         let first = regions.first().map(|(region, _)| *region);
-        if first.is_none_or(|region| region.base != 0 || region.size < layout::MIN_MEMORY) {
-            let message =
-                format!("the first region has to be at address 0 and of at least {}", Bytes(layout::MIN_MEMORY));
-            return Err(self.error(Problem::MemoryTooSmall, list, message).cure("A PC starts out in low memory."));
+        if first.is_none_or(|region| region.base != layout::RAM_START || region.size < layout::MIN_MEMORY) {
+            let message = format!(
+                "the first region has to be at address {:#x} and of at least {}",
+                layout::RAM_START,
+                Bytes(layout::MIN_MEMORY)
+            );
+            return Err(self.error(Problem::MemoryTooSmall, list, message).cure("Kernels are loaded there."));
         }
         Ok(regions.into_iter().map(|(region, _)| region).collect())
     }
@@ -369,15 +372,23 @@ impl Checker<'_> {
     }
 
     fn kernel(&self, kernel: raw::Kernel) -> Result<KernelConfig, ConfigError> {
-        let below_4g = |value: &Option<Spanned<size::Size>>| match value {
-            Some(spanned) if spanned.as_ref().0 > u32::MAX.into() => {
-                Err(self.error(Problem::Value, spanned, "a raw binary is loaded and started below 4 GiB"))
+        let address = |value: &Option<Spanned<size::Size>>| match value {
+            Some(spanned) if spanned.as_ref().0 > layout::LAST_ENTRY => {
+                let message = format!("a raw binary is loaded and started at {:#x} at most", layout::LAST_ENTRY);
+                Err(self.error(Problem::Value, spanned, message))
             }
             Some(spanned) => Ok(Some(spanned.as_ref().0)),
             None => Ok(None),
         };
-        let entry_point = below_4g(&kernel.entry_point)?;
-        let load_addr = below_4g(&kernel.kernel_load_addr)?;
+        let entry_point = address(&kernel.entry_point)?;
+        let load_addr = address(&kernel.kernel_load_addr)?;
+        if let (false, Some(mode)) = (arch::HAS_MODES, &kernel.entry_mode) {
+            return Err(self.error(
+                Problem::Unsupported,
+                mode,
+                format!("on {} the CPU has one mode to start in", arch::NAME),
+            ));
+        }
         let only_raw = kernel.kernel_load_addr.as_ref().map(Spanned::span);
         let only_raw = only_raw.or_else(|| kernel.entry_mode.as_ref().map(Spanned::span));
         if let (None, Some(span)) = (entry_point, only_raw) {
@@ -426,12 +437,17 @@ impl Checker<'_> {
     }
 
     fn devices(&self, devices: &raw::Devices) -> Result<DeviceConfig, ConfigError> {
+        if let (false, Some(device)) = (arch::HAS_PORTS, devices.debug_exit.as_ref().or(devices.debug_console.as_ref()))
+        {
+            let message = format!("the debug devices are at I/O ports, which {} has not", arch::NAME);
+            return Err(self.error(Problem::Unsupported, device, message));
+        }
         let debug_exit = devices.debug_exit.as_ref().map(|device| self.port(device, 0xf4, 4)).transpose()?;
         let debug_console = devices.debug_console.as_ref().map(|device| self.port(device, 0xe9, 1)).transpose()?;
         if let (Some(exit), Some(console)) = (debug_exit, debug_console) {
             if (exit..=exit.saturating_add(3)).contains(&console) {
                 let at = [&devices.debug_console, &devices.debug_exit].into_iter().flatten();
-                let span = at.filter_map(|device| device.port.as_ref()).map(Spanned::span).next();
+                let span = at.filter_map(|device| device.as_ref().port.as_ref()).map(Spanned::span).next();
                 let error = ConfigError::new(
                     Problem::Value,
                     self.path,
@@ -454,8 +470,8 @@ impl Checker<'_> {
         })
     }
 
-    fn port(&self, device: &raw::PortDevice, default: u16, count: u16) -> Result<u16, ConfigError> {
-        let Some(spanned) = &device.port else { return Ok(default) };
+    fn port(&self, device: &Spanned<raw::PortDevice>, default: u16, count: u16) -> Result<u16, ConfigError> {
+        let Some(spanned) = &device.as_ref().port else { return Ok(default) };
         let port = *spanned.as_ref();
         if let Some(owner) = layout::port_owner(port, count) {
             return Err(self.error(Problem::Value, spanned, format!("port {port:#x} belongs to {owner}")));

@@ -67,8 +67,8 @@ pub(super) struct Region {
 #[serde(deny_unknown_fields)]
 pub(super) struct Devices {
     pub(super) serial: Option<Serial>,
-    pub(super) debug_exit: Option<PortDevice>,
-    pub(super) debug_console: Option<PortDevice>,
+    pub(super) debug_exit: Option<Spanned<PortDevice>>,
+    pub(super) debug_console: Option<Spanned<PortDevice>>,
 }
 
 /// `"stdio"`, `"off"` or `{ file = "PATH" }`.

@@ -128,7 +128,7 @@ fn bad_configurations() {
         (kernel("memory = \"1G\"\n[base]\nphys_cpu_sets = [0]"), Problem::Value, Some((5, 17)), "without any"),
         (kernel("memory = \"1G\"\n[base]\nname = \"\""), Problem::Value, Some((5, 8)), "1 to 64"),
         (kernel("memory = \"1G\"\nentry_mode = \"real\""), Problem::Value, Some((4, 14)), "need an entry_point"),
-        (kernel("memory = \"1G\"\nentry_point = 0x1_0000_0000"), Problem::Value, Some((4, 15)), "below 4 GiB"),
+        (kernel("memory = \"1G\"\nentry_point = 0x1_0000_0000"), Problem::Value, Some((4, 15)), "0xffffffff at most"),
         (kernel("memory = \"1G\"\ncmdline = \"a\\u0000b\""), Problem::Value, Some((4, 11)), "NUL"),
         (
             kernel(&format!("memory = \"1G\"\ncmdline = \"{}\"", "x".repeat(4096))),

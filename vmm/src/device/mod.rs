@@ -5,36 +5,24 @@
 //! ports and one for physical addresses. Each device has a lock of its own, taken for one access, so that devices of
 //! different vCPUs do not wait for each other.
 //!
-//! Lock order: device, then interrupt controllers ([`irq`]), then [`crate::control::Control`]. Nobody who holds the lock
-//! of one device accesses another.
+//! Lock order: device, then interrupt controllers, then [`crate::control::Control`]. Nobody who holds the lock of one device
+//! accesses another.
 //!
-//! | file | device |
+//! | file | what |
 //! |---|---|
-//! | `cmos.rs` | MC146818 clock and CMOS RAM |
-//! | `debug.rs` | debug exit and debug console |
-//! | `ioapic.rs` | I/O APIC |
-//! | `irq.rs` | interrupt lines and where they lead |
-//! | `keyboard.rs` | i8042, as far as resetting goes |
-//! | `pci.rs` | PCI configuration ports of an empty bus, reset control |
-//! | `pic.rs` | pair of 8259s |
-//! | `pit.rs` | 8254 timer and port 0x61 |
-//! | `power.rs` | ACPI sleep, reset control, system control port A |
-//! | `serial.rs` | COM1 |
+//! | `clock.rs` | time for devices |
+//! | `line.rs` | interrupt lines |
+//! | `serial.rs` | the serial port |
+//!
+//! The devices that only one architecture's machine has are among the architecture's files.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub mod cmos;
-pub mod debug;
-pub mod ioapic;
-pub mod irq;
-pub mod keyboard;
-pub mod pci;
-pub mod pic;
-pub mod pit;
-pub mod power;
+pub mod clock;
+pub mod line;
 pub mod serial;
 
 /// A device model.
@@ -122,7 +110,7 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Spreads an access of several bytes over byte-wide registers at consecutive offsets, as an 8-bit device on the ISA bus
 /// sees it.
-fn read_bytes(offset: u64, data: &mut [u8], mut register: impl FnMut(u64) -> u8) {
+pub(crate) fn read_bytes(offset: u64, data: &mut [u8], mut register: impl FnMut(u64) -> u8) {
     for (i, byte) in (0..).zip(data) {
         *byte = register(offset + i);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! COM1: vm-superio's 16550 on the bus, with input that waits until the guest has room for it.
+//! The serial port: vm-superio's 16550 on the bus, with input that waits until the guest has room for it.
 //!
 //! Two things are corrected on the way. vm-superio forgets that received data wait once the guest has read the interrupt
 //! identification; hardware goes on reporting them, and drivers that read in portions (Linux) rely on it. And as long as the
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vm_superio::serial::SerialEvents;
 use vm_superio::Serial;
 
-use super::irq::Line;
+use super::line::Line;
 use super::Device;
 use crate::control::Control;
 use crate::terminal::Output;
@@ -166,20 +166,15 @@ impl std::fmt::Debug for SerialPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::irq::{tests::interrupts, IoapicRegisters, IRQ_COM1};
+    use crate::device::line::tests::Edges;
     use crate::device::lock;
     use std::sync::Mutex;
 
-    type Messages = crate::device::irq::tests::Messages;
-
-    fn port() -> (SerialPort, Arc<Mutex<Vec<u8>>>, Messages) {
-        let (interrupts, messages, _) = interrupts();
-        let mut ioapic = IoapicRegisters(Arc::clone(&interrupts));
-        ioapic.write(0, &[0x18, 0, 0, 0]);
-        ioapic.write(0x10, &[0x34, 0, 0, 0]);
+    fn port() -> (SerialPort, Arc<Mutex<Vec<u8>>>, Arc<Edges>) {
+        let edges = Arc::new(Edges::default());
         let (output, written) = Output::memory();
         let control = Arc::new(Control::new().unwrap());
-        (SerialPort::new(Line::new(&interrupts, IRQ_COM1), output, &control), written, messages)
+        (SerialPort::new(Line::new(&edges, 4u8), output, &control), written, edges)
     }
 
     fn read(port: &mut SerialPort, register: u64) -> u8 {
@@ -200,18 +195,18 @@ mod tests {
 
     #[test]
     fn input_interrupts_and_nothing_is_lost() {
-        let (mut port, _, messages) = port();
+        let (mut port, _, edges) = port();
         port.write(1, &[1]);
         port.write(2, &[1]);
         let text: Vec<u8> = (0..=255).cycle().take(1000).collect();
         port.input(&text);
-        assert_eq!(lock(&messages.0).len(), 1);
+        assert_eq!(edges.seen().len(), 1);
         let mut got = Vec::new();
         while read(&mut port, 5) & 1 != 0 {
             got.push(read(&mut port, 0));
         }
         assert_eq!(got, text);
-        assert!(lock(&messages.0).len() >= 1000 / 64, "each refill interrupts");
+        assert!(edges.seen().len() >= 1000 / 64, "each refill interrupts");
     }
 
     #[test]
@@ -240,11 +235,11 @@ mod tests {
 
     #[test]
     fn without_fifo_each_byte_has_its_interrupt() {
-        let (mut port, _, messages) = port();
+        let (mut port, _, edges) = port();
         port.write(1, &[1]);
         port.input(b"abc");
         for (count, byte) in (1..).zip(b"abc") {
-            assert_eq!(lock(&messages.0).len(), count);
+            assert_eq!(edges.seen().len(), count);
             assert_eq!(read(&mut port, 0), *byte);
         }
         assert_eq!(read(&mut port, 5) & 1, 0);

@@ -3,15 +3,15 @@
 
 use std::path::Path;
 
-use axvcpu_uapi::client::Apic;
-
-use super::{bad, cpu, cpu_flags, good, loaded, Finding};
+use super::{bad, cpuinfo, good, loaded, Finding};
+use crate::arch;
 use crate::hypervisor::kvm::{self, Error, Vm};
+use crate::hypervisor::{self, Vm as _};
 
 /// The state of the host, gathered before it is judged.
 #[derive(Debug)]
 struct Facts {
-    cpu_flags: Vec<String>,
+    cpuinfo: String,
     /// KVM's modules that are loaded; a kernel may have them built in.
     modules: Vec<&'static str>,
     /// The result of opening the device.
@@ -23,17 +23,20 @@ struct Facts {
 impl Facts {
     fn gather(device: &Path) -> Self {
         let opened = kvm::open(device).map(drop);
-        let created = opened.is_ok().then(|| Vm::with_apic(device, Apic::InKernel).map(drop));
-        Self { cpu_flags: cpu_flags(), modules: loaded(&["kvm_amd", "kvm_intel"]), opened, created }
+        let created = opened.is_ok().then(|| match Vm::create(device) {
+            Err(crate::error::Error::Hypervisor(hypervisor::Error::Kvm(error))) => Err(error),
+            _ => Ok(()),
+        });
+        Self { cpuinfo: cpuinfo(), modules: loaded(arch::doctor::KVM_MODULES), opened, created }
     }
 
     fn judge(&self) -> Vec<Finding> {
-        let mut findings = vec![cpu(&self.cpu_flags)];
+        let mut findings: Vec<Finding> = arch::doctor::cpu(&self.cpuinfo).into_iter().collect();
         if !self.modules.is_empty() {
             findings.push(good(format!("KVM is loaded ({})", self.modules.join(", "))));
         }
         findings.push(match &self.opened {
-            Ok(()) => good("KVM's device can be opened, and it has the split interrupt chip"),
+            Ok(()) => good(format!("KVM's device can be opened, and it has {}", arch::doctor::KVM_HAS)),
             Err(error) => problem(error),
         });
         match &self.created {
@@ -70,7 +73,7 @@ mod tests {
     }
 
     fn healthy() -> Facts {
-        Facts { cpu_flags: vec!["svm".into()], modules: vec!["kvm_amd"], opened: Ok(()), created: Some(Ok(())) }
+        Facts { cpuinfo: "flags\t: svm\n".into(), modules: vec!["kvm_amd"], opened: Ok(()), created: Some(Ok(())) }
     }
 
     #[test]

@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The module axvcpu as a hypervisor: a thin layer over the client of its ABI.
+//! The module axvcpu as a hypervisor: a thin layer over the client of its ABI. What only one architecture has of it is
+//! among the architecture's files.
 
 use std::path::Path;
 
-use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{self, AddressSpace, Apic, Errno, Exit, RegisterSet, Slot, Snapshot, System};
+use axvcpu_uapi::client::{self, AddressSpace, Exit, RegisterSet, Slot, System};
 use axvcpu_uapi::system::{self, SystemInfo};
-use axvcpu_uapi::vcpu::{Event, VcpuStats, EVENT_EXTERNAL_INTERRUPT};
+use axvcpu_uapi::vcpu::VcpuStats;
 use axvcpu_uapi::vm::VmStats;
-use axvcpu_uapi::x86::{CpuidEntry, General};
 
 use super::{Kick, Limits, Registers, Result, Stats, Vcpu};
-use crate::device::ioapic::Message;
-use crate::device::irq::MessageSink;
+use crate::arch;
 use crate::error::Error;
 use crate::memory::{Ram, RamRegion};
 
@@ -26,11 +24,11 @@ pub fn open(device: &Path) -> std::result::Result<(System, SystemInfo), Error> {
     if let Some((reason, cure)) = not_ready(info.status) {
         return Err(Error::NotReady { status: info.status, reason, cure });
     }
-    if info.arch != system::ARCH_X86_64 {
+    if info.arch != arch::axvcpu::ARCH {
         return Err(Error::Unsuitable("the module is for another architecture than this axvmm".into()));
     }
-    if info.features & system::FEATURE_IN_KERNEL_APIC == 0 {
-        return Err(Error::Unsuitable("the module has no in-kernel local APIC; install a newer one".into()));
+    if let Some(lack) = arch::axvcpu::lacks(&info) {
+        return Err(Error::Unsuitable(format!("{lack}; install a newer one")));
     }
     Ok((system, info))
 }
@@ -49,9 +47,12 @@ pub fn not_ready(status: u32) -> Option<(&'static str, &'static str)> {
             "the firmware has switched virtualization off",
             "Enable it (\"SVM\", \"AMD-V\" or \"VT-x\") in the firmware's setup.",
         ),
-        system::STATUS_TOO_OLD => (
-            "the CPU's virtualization extension lacks nested paging",
-            "A newer CPU is needed (AMD since 2007, Intel since 2008).",
+        system::STATUS_TOO_OLD => {
+            ("the CPU's virtualization extension lacks something that is needed", arch::axvcpu::TOO_OLD_CURE)
+        }
+        system::STATUS_HOST_NOT_AT_EL2 => (
+            "the host's kernel does not run at EL2: its CPU lacks VHE, or it was started at EL1",
+            "A CPU of Armv8.1 or newer is needed. Within a virtual machine, enable nested virtualization outside.",
         ),
         _ => (
             "the CPU has no virtualization extension that the module knows",
@@ -63,10 +64,11 @@ pub fn not_ready(status: u32) -> Option<(&'static str, &'static str)> {
 /// A VM of the module with one address space.
 #[derive(Debug)]
 pub struct Vm {
-    vm: client::Vm,
-    space: AddressSpace,
+    pub(crate) vm: client::Vm,
+    pub(crate) space: AddressSpace,
+    /// What the architecture's part keeps.
+    pub(crate) arch: arch::axvcpu::VmState,
     limits: Limits,
-    supported: Vec<CpuidEntry>,
     slots: Vec<Slot<RamRegion>>,
 }
 
@@ -83,25 +85,9 @@ impl super::Vm for Vm {
         self.limits
     }
 
-    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>> {
-        Ok(self.supported.clone())
-    }
-
     fn map(&mut self, ram: &Ram) -> Result<()> {
         self.slots = ram.map(&self.space)?;
         Ok(())
-    }
-
-    fn create_vcpu(&mut self, id: u32, entry: GuestPhysAddr, cpuid: &[CpuidEntry]) -> Result<client::Vcpu> {
-        let mut vcpu = self.vm.create_vcpu(id)?;
-        vcpu.set_entry(entry)?;
-        vcpu.set_ept_root(&self.space)?;
-        vcpu.setup(Apic::InKernel, cpuid)?;
-        Ok(vcpu)
-    }
-
-    fn messages(&self) -> Box<dyn MessageSink> {
-        Box::new(self.vm.clone())
     }
 
     fn stats(&self) -> Option<Stats<VmStats>> {
@@ -111,19 +97,10 @@ impl super::Vm for Vm {
 
 impl Vm {
     fn new(system: &System, limits: Limits) -> Result<Self> {
-        let supported = system.supported_cpuid()?;
         let vm = system.create_vm()?;
+        let arch = arch::axvcpu::VmState::new(system, &vm)?;
         let space = vm.create_address_space()?;
-        Ok(Self { vm, space, limits, supported, slots: Vec::new() })
-    }
-}
-
-impl MessageSink for client::Vm {
-    fn send(&self, message: Message) {
-        if let Err(error) = self.signal_msi(message.address, message.data) {
-            // A guest can program messages that no CPU takes; hardware drops those as well.
-            tracing::debug!(?message, %error, "interrupt message refused");
-        }
+        Ok(Self { vm, space, arch, limits, slots: Vec::new() })
     }
 }
 
@@ -151,53 +128,6 @@ impl Vcpu for client::Vcpu {
 
     fn reply_fault(&mut self) {
         client::Vcpu::reply_fault(self);
-    }
-
-    fn request_interrupt_window(&mut self, on: bool) {
-        client::Vcpu::request_interrupt_window(self, on);
-    }
-
-    fn interrupt(&mut self, vector: u8) -> Result<bool> {
-        let event = Event { kind: EVENT_EXTERNAL_INTERRUPT, vector: vector.into(), ..Event::default() };
-        match client::Vcpu::inject(self, &event) {
-            Ok(()) => Ok(true),
-            // One injected earlier has not been delivered yet.
-            Err(client::Error::Inject(Errno::EAGAIN)) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn inject(&mut self, event: &Event) -> Result<()> {
-        Ok(client::Vcpu::inject(self, event)?)
-    }
-
-    fn general(&self) -> Result<General> {
-        Ok(client::Vcpu::general(self))
-    }
-
-    fn set_general(&mut self, general: &General) -> Result<()> {
-        client::Vcpu::set_general(self, general);
-        Ok(())
-    }
-
-    fn snapshot(&self) -> Option<Snapshot> {
-        client::Vcpu::snapshot(self)
-    }
-
-    fn xsave(&self) -> Result<Vec<u8>> {
-        Ok(client::Vcpu::xsave(self)?)
-    }
-
-    fn set_xsave(&mut self, area: &[u8]) -> Result<()> {
-        Ok(client::Vcpu::set_xsave(self, area)?)
-    }
-
-    fn apic_access(&mut self, offset: u32, write: Option<u32>) -> Result<Option<u32>> {
-        match client::Vcpu::apic_access(self, offset, write) {
-            Ok(value) => Ok(Some(value)),
-            Err(client::Error::ApicAccess(Errno::EINVAL)) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
     }
 
     fn stats(&self) -> Option<Stats<VcpuStats>> {
@@ -228,6 +158,7 @@ mod tests {
         assert_eq!(code(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled);
         assert_eq!(code(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization);
         assert_eq!(code(system::STATUS_TOO_OLD), ExitCode::NoVirtualization);
+        assert_eq!(code(system::STATUS_HOST_NOT_AT_EL2), ExitCode::NoVirtualization);
         assert_eq!(code(99), ExitCode::NoVirtualization);
     }
 

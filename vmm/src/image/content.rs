@@ -11,12 +11,7 @@ const SIGNATURES: &[(usize, &[u8], &str, &str)] = &[
     (0, b"\xff\xd8\xff", "a JPEG image", ""),
     (0, b"GIF8", "a GIF image", ""),
     (0, b"%PDF-", "a PDF document", ""),
-    (
-        0,
-        b"\x1f\x8b",
-        "gzip-compressed data",
-        "Unpack it first (gunzip); a bzImage unpacks itself, use that if there is one.",
-    ),
+    (0, b"\x1f\x8b", "gzip-compressed data", "Unpack it first (gunzip)."),
     (0, b"\xfd7zXZ\0", "xz-compressed data", "Unpack it first (unxz)."),
     (0, b"BZh", "bzip2-compressed data", "Unpack it first (bunzip2)."),
     (0, b"\x28\xb5\x2f\xfd", "zstd-compressed data", "Unpack it first (unzstd)."),
@@ -37,30 +32,38 @@ const SIGNATURES: &[(usize, &[u8], &str, &str)] = &[
     (32769, b"CD001", "an ISO 9660 image", "The kernel is inside; it has to be taken out first."),
     (0, b"\xd0\x0d\xfe\xed", "a device tree or FIT image", ""),
     (0, b"\x27\x05\x19\x56", "a U-Boot image", ""),
-    (0x38, b"ARM\x64", "an arm64 kernel", "This machine needs a kernel for x86-64."),
     (0, b"\xca\xfe\xba\xbe", "a Java class file", ""),
     (0, b"\xcf\xfa\xed\xfe", "a Mach-O program", ""),
     (0, b"#!", "a script", ""),
     (510, b"\x55\xaa", "a disk or boot sector image", "Firmware would be needed to boot it; give the kernel itself."),
 ];
 
-/// Cure for what has none of its own.
-const KERNELS: &str =
-    "Kernels are bzImage (vmlinuz), ELF (PVH or 64-bit) and multiboot; for raw machine code give entry_point.";
+/// What is a kernel for the architecture.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted {
+    /// The architecture's name.
+    pub(crate) name: &'static str,
+    /// The numbers of its machines in ELF files.
+    pub(crate) elf: &'static [u16],
+    /// The number of its machine in PE files.
+    pub(crate) pe: u16,
+    /// The formats, as the cure for a file that has none of its own.
+    pub(crate) kernels: &'static str,
+}
 
 /// The error for `image`, which no loader recognised.
-pub(super) fn not_a_kernel(path: &Path, image: &[u8]) -> ImageError {
-    let (what, cure) = describe(image);
-    let cure = if cure.is_empty() { KERNELS.into() } else { cure };
+pub(crate) fn not_a_kernel(path: &Path, image: &[u8], wanted: &Wanted) -> ImageError {
+    let (what, cure) = describe(image, wanted);
+    let cure = if cure.is_empty() { wanted.kernels.into() } else { cure };
     ImageError::NotAKernel { path: path.to_owned(), what, cure }
 }
 
-fn describe(image: &[u8]) -> (String, String) {
+fn describe(image: &[u8], wanted: &Wanted) -> (String, String) {
     if image.is_empty() {
         return ("empty".into(), String::new());
     }
     if image.starts_with(elf::MAGIC) {
-        return match elf::Elf::parse(image) {
+        return match elf::Elf::parse(image, wanted.elf) {
             Err(problem) => (problem, String::new()),
             Ok(elf) => elf.describe(),
         };
@@ -75,7 +78,10 @@ fn describe(image: &[u8]) -> (String, String) {
         }
     }
     if image.starts_with(b"MZ") {
-        return pe(image);
+        return pe(image, wanted);
+    }
+    if image.get(0x38..).is_some_and(|rest| rest.starts_with(b"ARM\x64")) {
+        return ("an arm64 kernel".into(), other_machine(wanted));
     }
     let sample = &image[..image.len().min(4096)];
     if let Ok(text) = std::str::from_utf8(sample) {
@@ -87,31 +93,43 @@ fn describe(image: &[u8]) -> (String, String) {
     ("of an unknown format".into(), String::new())
 }
 
+/// The cure for code of another machine.
+fn other_machine(wanted: &Wanted) -> String {
+    format!("This machine needs a kernel for {}.", wanted.name)
+}
+
 /// A PE program (or a DOS one); kernels with an EFI stub look so, too.
-fn pe(image: &[u8]) -> (String, String) {
+fn pe(image: &[u8], wanted: &Wanted) -> (String, String) {
     let word = |at: usize| image.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
     let header = word(0x3c).map_or(usize::MAX, usize::from);
     if image.get(header..).is_none_or(|rest| !rest.starts_with(b"PE\0\0")) {
         return ("a DOS program".into(), String::new());
     }
-    let machine = match word(header + 4) {
+    let number = word(header + 4);
+    let machine = match number {
         Some(0x8664) => "x86-64",
         Some(0x014c) => "32-bit x86",
         Some(0xaa64) => "arm64",
         Some(0x5064) => "64-bit RISC-V",
         _ => "another machine",
     };
-    let cure = if machine == "x86-64" {
-        "EFI programs need firmware, which axvmm has not; give the Linux kernel itself."
+    let cure = if number == Some(wanted.pe) {
+        "EFI programs need firmware, which axvmm has not; give the Linux kernel itself.".into()
     } else {
-        "This machine needs a kernel for x86-64."
+        other_machine(wanted)
     };
-    (format!("a PE (Windows or EFI) program for {machine}"), cure.into())
+    (format!("a PE (Windows or EFI) program for {machine}"), cure)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const WANTED: Wanted = Wanted { name: "x86-64", elf: &[elf::EM_X86_64], pe: 0x8664, kernels: "Kernels are x." };
+
+    fn describe(image: &[u8]) -> (String, String) {
+        super::describe(image, &WANTED)
+    }
 
     fn at(offset: usize, bytes: &[u8]) -> Vec<u8> {
         let mut image = vec![0; offset];
@@ -130,6 +148,8 @@ mod tests {
         assert_eq!(describe(b"<!DOCTYPE html><html>").0, "an HTML page");
         assert_eq!(describe(&[0x80; 100]).0, "of an unknown format");
         assert_eq!(describe(b"MZ").0, "a DOS program");
+        let (what, cure) = describe(&at(0x38, b"ARM\x64"));
+        assert_eq!((what.as_str(), cure.as_str()), ("an arm64 kernel", "This machine needs a kernel for x86-64."));
     }
 
     #[test]
@@ -140,13 +160,15 @@ mod tests {
         image[0x80..0x84].copy_from_slice(b"PE\0\0");
         for (machine, name) in [(0x8664u16, "x86-64"), (0xaa64, "arm64"), (0x1234, "another machine")] {
             image[0x84..0x86].copy_from_slice(&machine.to_le_bytes());
-            assert!(describe(&image).0.ends_with(name));
+            let (what, cure) = describe(&image);
+            assert!(what.ends_with(name));
+            assert_eq!(cure.contains("need firmware"), name == "x86-64", "{cure}");
         }
     }
 
     #[test]
     fn message_names_file_content_and_cure() {
-        let error = not_a_kernel(Path::new("logo.png"), b"\x89PNG\r\n\x1a\n....");
-        assert!(error.to_string().starts_with("logo.png is no kernel: it is a PNG image\nKernels are bzImage"));
+        let error = not_a_kernel(Path::new("logo.png"), b"\x89PNG\r\n\x1a\n....", &WANTED);
+        assert!(error.to_string().starts_with("logo.png is no kernel: it is a PNG image\nKernels are x"));
     }
 }

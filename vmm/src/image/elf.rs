@@ -1,17 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ELF kernels: reading both classes, finding the PVH entry note, loading segments, and starting plain 64-bit ones.
+//! ELF kernels: reading both classes, and loading segments.
 //!
-//! linux-loader's reader is not used: it knows no 32-bit files, and forgets a PVH note that another note segment follows.
+//! linux-loader's reader is not used: it knows no 32-bit files and no machine but x86, and forgets a PVH note that another
+//! note segment follows.
 
-use axvcpu_uapi::addr::GuestPhysAddr;
-
-use super::{ImageError, Loaded, Loader};
-use crate::boot::{Start, StartRegisters};
-use crate::config::EntryMode;
-use crate::layout;
+use super::{ImageError, Loader};
 
 /// The first bytes of every ELF file.
-pub(super) const MAGIC: &[u8] = b"\x7fELF";
+pub(crate) const MAGIC: &[u8] = b"\x7fELF";
 
 const ET_REL: u16 = 1;
 const ET_EXEC: u16 = 2;
@@ -20,14 +16,30 @@ const ET_CORE: u16 = 4;
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
-const EM_386: u16 = 3;
-const EM_X86_64: u16 = 62;
-/// `XEN_ELFNOTE_PHYS32_ENTRY`: the 32-bit physical entry point of PVH.
-const PVH_NOTE: u32 = 18;
+/// Machine: x86, 32 bits.
+pub(crate) const EM_386: u16 = 3;
+/// Machine: x86-64.
+pub(crate) const EM_X86_64: u16 = 62;
+/// Machine: AArch64.
+pub(crate) const EM_AARCH64: u16 = 183;
 
-/// A parsed ELF file for x86.
+/// Machines by their numbers, for people.
+const MACHINES: [(u16, &str); 10] = [
+    (EM_386, "32-bit x86"),
+    (8, "MIPS"),
+    (20, "PowerPC"),
+    (21, "PowerPC"),
+    (22, "S/390"),
+    (40, "32-bit Arm"),
+    (EM_X86_64, "x86-64"),
+    (EM_AARCH64, "arm64"),
+    (243, "RISC-V"),
+    (258, "LoongArch"),
+];
+
+/// A parsed ELF file.
 #[derive(Debug)]
-pub(super) struct Elf<'a> {
+pub(crate) struct Elf<'a> {
     image: &'a [u8],
     is_64: bool,
     kind: u16,
@@ -47,7 +59,7 @@ struct Segment {
 
 /// Little-endian fields at offsets, `None` past the end.
 #[derive(Clone, Copy)]
-struct Fields<'a>(&'a [u8]);
+pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
 impl Fields<'_> {
     fn get<const N: usize>(self, at: usize) -> Option<[u8; N]> {
@@ -56,7 +68,7 @@ impl Fields<'_> {
     fn u16(self, at: usize) -> Option<u16> {
         self.get(at).map(u16::from_le_bytes)
     }
-    fn u32(self, at: usize) -> Option<u32> {
+    pub(crate) fn u32(self, at: usize) -> Option<u32> {
         self.get(at).map(u32::from_le_bytes)
     }
     fn u64(self, at: usize) -> Option<u64> {
@@ -73,11 +85,11 @@ impl Fields<'_> {
 }
 
 impl<'a> Elf<'a> {
-    /// Parses headers and program headers.
+    /// Parses headers and program headers of a file for one of `machines`.
     ///
     /// # Errors
     /// What the file is instead, in words that follow "it is".
-    pub(super) fn parse(image: &'a [u8]) -> Result<Self, String> {
+    pub(crate) fn parse(image: &'a [u8], machines: &[u16]) -> Result<Self, String> {
         if !image.starts_with(MAGIC) {
             return Err("no ELF file".into());
         }
@@ -89,24 +101,16 @@ impl<'a> Elf<'a> {
         if image.get(5) == Some(&2) {
             return Err("an ELF file for a big-endian machine".into());
         }
-        Self::parse_fields(image, is_64).unwrap_or_else(|| Err("a damaged ELF file (cut off)".into()))
+        Self::parse_fields(image, is_64, machines).unwrap_or_else(|| Err("a damaged ELF file (cut off)".into()))
     }
 
     /// `None` if a header lies beyond the end of the file.
-    fn parse_fields(image: &'a [u8], is_64: bool) -> Option<Result<Self, String>> {
+    fn parse_fields(image: &'a [u8], is_64: bool, machines: &[u16]) -> Option<Result<Self, String>> {
         let fields = Fields(image);
         let machine = fields.u16(18)?;
-        if machine != EM_X86_64 && machine != EM_386 {
-            let name = match machine {
-                8 => "MIPS".into(),
-                20 | 21 => "PowerPC".into(),
-                22 => "S/390".into(),
-                40 => "32-bit Arm".into(),
-                183 => "arm64".into(),
-                243 => "RISC-V".into(),
-                258 => "LoongArch".into(),
-                other => format!("machine number {other}"),
-            };
+        if !machines.contains(&machine) {
+            let known = MACHINES.iter().find(|(number, _)| *number == machine);
+            let name = known.map_or_else(|| format!("machine number {machine}"), |(_, name)| (*name).into());
             return Some(Err(format!("an ELF file for another machine, {name}")));
         }
         let (at, entry_size, count) = if is_64 {
@@ -138,13 +142,13 @@ impl<'a> Elf<'a> {
     }
 
     /// A 64-bit executable that is no program for an operating system.
-    pub(super) fn is_bootable_64(&self) -> bool {
+    pub(crate) fn is_bootable_64(&self) -> bool {
         let interpreted = self.segments.iter().any(|segment| segment.kind == PT_INTERP);
         self.is_64 && self.kind == ET_EXEC && !interpreted && self.loads().next().is_some()
     }
 
     /// What a file that is not bootable is, and the cure.
-    pub(super) fn describe(&self) -> (String, String) {
+    pub(crate) fn describe(&self) -> (String, String) {
         let what = match self.kind {
             ET_REL => "an ELF object file (a module or an unlinked program)",
             ET_DYN => "an ELF program or library for an operating system (position-independent)",
@@ -157,26 +161,9 @@ impl<'a> Elf<'a> {
         (what.into(), String::new())
     }
 
-    /// The entry point by the PVH protocol.
-    pub(super) fn pvh_entry(&self) -> Option<u64> {
-        self.segments.iter().filter(|segment| segment.kind == PT_NOTE).find_map(|segment| {
-            let notes = self.data(segment)?;
-            let mut at = 0usize;
-            loop {
-                let fields = Fields(notes.get(at..)?);
-                let name_size = usize::try_from(fields.u32(0)?).ok()?;
-                let data_size = usize::try_from(fields.u32(4)?).ok()?;
-                let name = 12usize;
-                let data = name.checked_add(name_size.checked_next_multiple_of(4)?)?;
-                if fields.u32(8)? == PVH_NOTE && fields.0.get(name..name + name_size)? == b"Xen\0" {
-                    return match data_size {
-                        4.. => fields.u32(data).map(u64::from),
-                        _ => None,
-                    };
-                }
-                at = at.checked_add(data.checked_add(data_size.checked_next_multiple_of(4)?)?)?;
-            }
-        })
+    /// The contents of the note segments.
+    pub(crate) fn notes(&self) -> impl Iterator<Item = &'a [u8]> + '_ {
+        self.segments.iter().filter(|segment| segment.kind == PT_NOTE).filter_map(|segment| self.data(segment))
     }
 
     fn data(&self, segment: &Segment) -> Option<&'a [u8]> {
@@ -185,7 +172,7 @@ impl<'a> Elf<'a> {
     }
 
     /// The physical address of the entry point. Kernels linked high name a virtual address.
-    pub(super) fn physical_entry(&self) -> u64 {
+    pub(crate) fn physical_entry(&self) -> u64 {
         let inside = |start: u64, segment: &Segment| {
             self.entry.checked_sub(start).filter(|offset| *offset < segment.memory_size)
         };
@@ -198,9 +185,9 @@ impl<'a> Elf<'a> {
     }
 }
 
-impl Loader<'_> {
+impl<A> Loader<'_, A> {
     /// Copies the segments to their physical addresses and returns the address behind the last.
-    pub(super) fn load_segments(&mut self, elf: &Elf<'_>) -> Result<u64, ImageError> {
+    pub(crate) fn load_segments(&mut self, elf: &Elf<'_>) -> Result<u64, ImageError> {
         let mut end = 0;
         for segment in elf.loads() {
             let Some(data) = elf.data(segment) else {
@@ -214,26 +201,5 @@ impl Loader<'_> {
             end = end.max(segment.paddr + segment.memory_size);
         }
         Ok(end)
-    }
-
-    /// A plain 64-bit kernel: 64-bit mode, memory below 4 GiB mapped one to one, RSI at Linux boot parameters, a stack.
-    pub(super) fn load_elf(&mut self, elf: &Elf<'_>) -> Result<Loaded, ImageError> {
-        self.refuse_modules("plain 64-bit ELF kernel")?;
-        self.load_segments(elf)?;
-        let entry = elf.physical_entry();
-        if !self.ram.contains(&(entry..entry.saturating_add(1))) {
-            return Err(self.malformed("ELF file", format!("its entry point {entry:#x} is in no segment")));
-        }
-        let mut params = self.boot_params()?;
-        params.hdr.boot_flag = 0xaa55;
-        params.hdr.header = u32::from_le_bytes(*b"HdrS");
-        self.place_linux_files(&mut params, layout::HIGH_START..u32::MAX.into())?;
-        self.place_boot_params(&params)?;
-        self.placement.claim("the boot stack", layout::STACK)?;
-        let registers = StartRegisters { rsi: layout::ZERO_PAGE, rsp: layout::STACK.end, ..Default::default() };
-        Ok(Loaded {
-            format: "64-bit ELF",
-            start: Start { mode: EntryMode::Long, entry: GuestPhysAddr::new(entry), registers },
-        })
     }
 }

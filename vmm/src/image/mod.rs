@@ -1,17 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Loads a kernel with all that its boot protocol passes along, and says how the CPU starts it.
+//! Loads a kernel with all that its boot protocol passes along: what is the same for every format and architecture.
 //!
-//! The format is recognised by content:
-//!
-//! | format | protocol | file |
-//! |---|---|---|
-//! | bzImage | Linux boot protocol, 64-bit (or 32-bit) entry | `bzimage.rs` |
-//! | ELF with a PVH note | PVH start information, 32-bit entry | `pvh.rs` |
-//! | ELF or flat with a multiboot 1 header | multiboot information, 32-bit entry | `multiboot.rs` |
-//! | other 64-bit ELF | 64-bit entry with Linux boot parameters in RSI and a stack | `elf.rs` |
-//! | anything else, given `entry_point` | none | this file |
-//!
-//! `content.rs` names what is none of these. `placement.rs` keeps pieces from overlapping.
+//! Formats are recognised by content, by the architecture's own part of this ([`crate::arch`]), for which `elf.rs` reads
+//! ELF files, `content.rs` names what is no kernel, and `placement.rs` keeps pieces from overlapping.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -19,23 +10,16 @@ use std::path::{Path, PathBuf};
 
 use axvcpu_uapi::addr::GuestPhysAddr;
 
-use crate::boot::{Start, StartRegisters};
-use crate::config::{Bytes, EntryMode, KernelConfig};
+use crate::config::{Bytes, KernelConfig};
 use crate::error::describe_io;
 use crate::exit::ExitCode;
-use crate::layout::{self, MapEntry};
 use crate::memory::Ram;
 
-mod bzimage;
-mod content;
-mod elf;
-mod multiboot;
+pub(crate) mod content;
+pub(crate) mod elf;
 mod placement;
-mod pvh;
-#[cfg(test)]
-mod tests;
 
-use placement::Placement;
+pub(crate) use placement::Placement;
 
 /// The largest kernel image, in bytes: far above any real one, so that a wrong path does not fill the host's memory.
 const MAX_IMAGE: u64 = 1 << 30;
@@ -79,7 +63,7 @@ pub enum ImageError {
     MemoryTooSmall {
         /// What is missing.
         detail: String,
-        /// Memory of the guest from address 0 up, in bytes.
+        /// Memory of the guest that kernels can be in, in bytes.
         memory: u64,
     },
     /// Two things want the same memory.
@@ -115,8 +99,11 @@ pub enum ImageError {
         limit: usize,
     },
     /// Command lines together need too much space.
-    #[error("the command lines of kernel and modules have more than {} together", Bytes(layout::CMDLINES.end - layout::CMDLINES.start))]
-    CmdlinesTooLong,
+    #[error("the command lines of kernel and modules have more than {} together", Bytes(*limit))]
+    CmdlinesTooLong {
+        /// Bytes that they may have.
+        limit: u64,
+    },
     /// The configuration asks for something that the format has not.
     #[error("{} is a {format}, which {conflict}", path.display())]
     Conflict {
@@ -140,7 +127,7 @@ impl ImageError {
             Self::Malformed { .. } | Self::Overlap { .. } => ExitCode::ImageMalformed,
             Self::MemoryTooSmall { .. } => ExitCode::MemoryTooSmall,
             Self::TooLarge { .. } => ExitCode::RamdiskTooLarge,
-            Self::CmdlineTooLong { .. } | Self::CmdlinesTooLong => ExitCode::CmdlineTooLong,
+            Self::CmdlineTooLong { .. } | Self::CmdlinesTooLong { .. } => ExitCode::CmdlineTooLong,
             Self::Conflict { .. } => ExitCode::ImageUnsupported,
         }
     }
@@ -167,75 +154,26 @@ impl std::fmt::Display for Role {
     }
 }
 
-/// A kernel in guest memory, ready to start.
+/// A kernel in guest memory, ready to start in the architecture's way, `S`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Loaded {
+pub struct Loaded<S> {
     /// Its format, for people.
     pub format: &'static str,
     /// How the CPU starts.
-    pub start: Start,
+    pub start: S,
 }
 
-/// What the loaders share: the guest's memory, what is used of it, and what the guest is to be told.
-struct Loader<'a> {
-    config: &'a KernelConfig,
-    ram: &'a Ram,
-    map: &'a [MapEntry],
-    rsdp: GuestPhysAddr,
-    placement: Placement,
-    /// Next free byte for a command line.
-    cmdlines: u64,
+/// What the loaders share: the guest's memory, what is used of it, and what the architecture's loaders add to that, `A`.
+pub(crate) struct Loader<'a, A> {
+    pub(crate) config: &'a KernelConfig,
+    pub(crate) ram: &'a Ram,
+    pub(crate) placement: Placement,
+    pub(crate) arch: A,
 }
 
-/// Loads what `config` names into `ram`. `map` is the memory map the guest gets, `rsdp` where its ACPI tables begin.
-///
-/// # Errors
-/// The first problem found; `ram` may then have been written in part.
-pub fn load(config: &KernelConfig, ram: &Ram, map: &[MapEntry], rsdp: GuestPhysAddr) -> Result<Loaded, ImageError> {
-    let image = read_kernel(&config.path)?;
-    let mut loader =
-        Loader { config, ram, map, rsdp, placement: Placement::new(ram), cmdlines: layout::CMDLINES.start };
-    let loaded = loader.load(&image)?;
-    for (name, range) in loaded.start.memory() {
-        loader.placement.claim(name, range)?;
-    }
-    loaded.start.prepare(ram).map_err(|error| loader.too_small(error.to_string()))?;
-    Ok(loaded)
-}
-
-impl Loader<'_> {
-    fn load(&mut self, image: &[u8]) -> Result<Loaded, ImageError> {
-        if bzimage::recognise(image) {
-            self.refuse_entry_point("bzImage")?;
-            return self.load_bzimage(image);
-        }
-        if let Some(header) = multiboot::find_header(image) {
-            // A kernel that speaks both protocols is started by PVH, which knows about 64-bit memory and ACPI.
-            let elf = elf::Elf::parse(image).ok();
-            if elf.as_ref().is_none_or(|elf| elf.pvh_entry().is_none()) {
-                self.refuse_entry_point("multiboot kernel")?;
-                return self.load_multiboot(image, &header, elf.as_ref());
-            }
-        }
-        if image.starts_with(elf::MAGIC) {
-            if let Ok(elf) = elf::Elf::parse(image) {
-                if let Some(entry) = elf.pvh_entry() {
-                    self.refuse_entry_point("PVH kernel")?;
-                    return self.load_pvh(&elf, entry);
-                }
-                if elf.is_bootable_64() {
-                    self.refuse_entry_point("64-bit ELF kernel")?;
-                    return self.load_elf(&elf);
-                }
-            }
-        }
-        match self.config.entry_point {
-            Some(entry) if !image.is_empty() => self.load_raw(image, entry),
-            _ => Err(content::not_a_kernel(&self.config.path, image)),
-        }
-    }
-
-    fn load_raw(&mut self, image: &[u8], entry: u64) -> Result<Loaded, ImageError> {
+impl<A> Loader<'_, A> {
+    /// Loads the image as it is, for one that starts at `entry`.
+    pub(crate) fn place_raw(&mut self, image: &[u8], entry: u64) -> Result<(), ImageError> {
         self.refuse_ramdisk("raw binary")?;
         self.refuse_modules("raw binary")?;
         if !self.config.cmdline.is_empty() {
@@ -248,30 +186,17 @@ impl Loader<'_> {
                 self.malformed("raw binary", format!("the entry point {entry:#x} is outside of {base:#x} to {end:#x}"))
             );
         }
-        self.place("the kernel", base, image)?;
-        let start = Start {
-            mode: self.config.entry_mode,
-            entry: GuestPhysAddr::new(entry),
-            registers: StartRegisters::default(),
-        };
-        Ok(Loaded {
-            format: match self.config.entry_mode {
-                EntryMode::Real => "raw binary, real mode",
-                EntryMode::Protected => "raw binary, protected mode",
-                EntryMode::Long => "raw binary, long mode",
-            },
-            start,
-        })
+        self.place("the kernel", base, image)
     }
 
     /// Claims memory for `data` and writes it.
-    fn place(&mut self, what: &str, base: u64, data: &[u8]) -> Result<(), ImageError> {
+    pub(crate) fn place(&mut self, what: &str, base: u64, data: &[u8]) -> Result<(), ImageError> {
         self.claim(what, base, data.len() as u64)?;
         self.write(base, data)
     }
 
     /// Claims memory that must be RAM.
-    fn claim(&mut self, what: &str, base: u64, size: u64) -> Result<(), ImageError> {
+    pub(crate) fn claim(&mut self, what: &str, base: u64, size: u64) -> Result<(), ImageError> {
         let end = base.saturating_add(size);
         if !self.ram.contains(&(base..end)) {
             return Err(self.too_small(format!("{what} wants {base:#x} to {end:#x}")));
@@ -280,29 +205,13 @@ impl Loader<'_> {
     }
 
     /// Writes to memory that has been claimed, or that belongs to the boot data.
-    fn write(&self, base: u64, data: &[u8]) -> Result<(), ImageError> {
+    pub(crate) fn write(&self, base: u64, data: &[u8]) -> Result<(), ImageError> {
         self.ram.write(GuestPhysAddr::new(base), data).map_err(|error| self.too_small(error.to_string()))
-    }
-
-    /// Stores a command line with its NUL and returns its address.
-    fn place_cmdline(&mut self, text: &str) -> Result<u64, ImageError> {
-        let at = self.cmdlines;
-        let next = at + text.len() as u64 + 1;
-        if next > layout::CMDLINES.end {
-            return Err(ImageError::CmdlinesTooLong);
-        }
-        if at == layout::CMDLINES.start {
-            self.placement.claim("the command lines", layout::CMDLINES)?;
-        }
-        self.write(at, text.as_bytes())?;
-        self.write(next - 1, &[0])?;
-        self.cmdlines = next;
-        Ok(at)
     }
 
     /// Puts a file into free memory within `limits`, as high as possible with `high`, else as low; on a page boundary.
     /// Returns its address and size.
-    fn place_file(
+    pub(crate) fn place_file(
         &mut self,
         role: Role,
         path: &Path,
@@ -332,21 +241,7 @@ impl Loader<'_> {
         Ok((base, size))
     }
 
-    /// The RAM disk, if there is one, and the modules, in order, with their command lines; placed upwards.
-    fn place_modules(&mut self, limits: std::ops::Range<u64>) -> Result<Vec<PlacedModule>, ImageError> {
-        let config = self.config;
-        let ramdisk = config.ramdisk.iter().map(|path| (Role::Ramdisk, path, ""));
-        let modules = config.modules.iter().map(|module| (Role::Module, &module.path, module.cmdline.as_str()));
-        ramdisk
-            .chain(modules)
-            .map(|(role, path, cmdline)| {
-                let (base, size) = self.place_file(role, path, limits.clone(), false)?;
-                Ok(PlacedModule { base, size, cmdline: self.place_cmdline(cmdline)? })
-            })
-            .collect()
-    }
-
-    fn refuse_entry_point(&self, format: &'static str) -> Result<(), ImageError> {
+    pub(crate) fn refuse_entry_point(&self, format: &'static str) -> Result<(), ImageError> {
         match self.config.entry_point {
             Some(_) => {
                 Err(self.conflict(format, "has its own entry point: remove entry_point, which is for raw binaries"))
@@ -355,38 +250,31 @@ impl Loader<'_> {
         }
     }
 
-    fn refuse_ramdisk(&self, format: &'static str) -> Result<(), ImageError> {
+    pub(crate) fn refuse_ramdisk(&self, format: &'static str) -> Result<(), ImageError> {
         match self.config.ramdisk {
             Some(_) => Err(self.conflict(format, "takes no initial RAM disk: remove ramdisk_path")),
             None => Ok(()),
         }
     }
 
-    fn refuse_modules(&self, format: &'static str) -> Result<(), ImageError> {
+    pub(crate) fn refuse_modules(&self, format: &'static str) -> Result<(), ImageError> {
         if self.config.modules.is_empty() {
             return Ok(());
         }
         Err(self.conflict(format, "takes no modules: remove [[kernel.modules]]"))
     }
 
-    fn conflict(&self, format: &'static str, conflict: &'static str) -> ImageError {
+    pub(crate) fn conflict(&self, format: &'static str, conflict: &'static str) -> ImageError {
         ImageError::Conflict { path: self.config.path.clone(), format, conflict }
     }
 
-    fn malformed(&self, format: &'static str, detail: impl Into<String>) -> ImageError {
+    pub(crate) fn malformed(&self, format: &'static str, detail: impl Into<String>) -> ImageError {
         ImageError::Malformed { path: self.config.path.clone(), format, detail: detail.into() }
     }
 
-    fn too_small(&self, detail: String) -> ImageError {
-        ImageError::MemoryTooSmall { detail, memory: self.ram.low_end() }
+    pub(crate) fn too_small(&self, detail: String) -> ImageError {
+        ImageError::MemoryTooSmall { detail, memory: self.ram.first().end - self.ram.first().start }
     }
-}
-
-/// A module in guest memory.
-struct PlacedModule {
-    base: u64,
-    size: u64,
-    cmdline: u64,
 }
 
 /// Opens a regular file.
@@ -403,7 +291,11 @@ fn open(role: Role, path: &Path) -> Result<File, ImageError> {
     File::open(path).map_err(|error| unreadable(describe_io(&error)))
 }
 
-fn read_kernel(path: &Path) -> Result<Vec<u8>, ImageError> {
+/// Reads the kernel image.
+///
+/// # Errors
+/// [`ImageError::Unreadable`].
+pub(crate) fn read_kernel(path: &Path) -> Result<Vec<u8>, ImageError> {
     let unreadable = |reason: String| ImageError::Unreadable { role: Role::Kernel, path: path.to_owned(), reason };
     let file = open(Role::Kernel, path)?;
     let mut image = Vec::new();

@@ -4,28 +4,26 @@
 use std::ops::Range;
 
 use super::ImageError;
-use crate::layout::{ACPI, EBDA, LOW_END};
 use crate::memory::Ram;
 
 /// Guest memory in use, and the RAM that files can go to.
-pub(super) struct Placement {
+pub(crate) struct Placement {
     used: Vec<(String, Range<u64>)>,
-    /// End of the contiguous RAM from 0 up.
-    low_end: u64,
+    /// The first region of RAM, where everything goes.
+    first: Range<u64>,
 }
 
 impl Placement {
-    pub(super) fn new(ram: &Ram) -> Self {
-        let used =
-            vec![("the extended BIOS data area".to_owned(), EBDA..LOW_END), ("the ACPI tables".to_owned(), ACPI)];
-        Self { used, low_end: ram.low_end() }
+    /// With nothing in use yet.
+    pub(crate) fn new(ram: &Ram) -> Self {
+        Self { used: Vec::new(), first: ram.first() }
     }
 
     /// Takes `range` for `what`.
     ///
     /// # Errors
     /// [`ImageError::Overlap`].
-    pub(super) fn claim(&mut self, what: &str, range: Range<u64>) -> Result<(), ImageError> {
+    pub(crate) fn claim(&mut self, what: &str, range: Range<u64>) -> Result<(), ImageError> {
         if let Some((other, _)) = self.used.iter().find(|(_, used)| range.start < used.end && used.start < range.end) {
             return Err(ImageError::Overlap {
                 what: what.into(),
@@ -38,16 +36,16 @@ impl Placement {
         Ok(())
     }
 
-    /// A page-aligned place of `size` bytes within `limits` and the low RAM, the highest or the lowest.
+    /// A page-aligned place of `size` bytes within `limits` and the first region of RAM, the highest or the lowest.
     ///
     /// # Errors
     /// The size of the largest free place.
-    pub(super) fn find(&self, size: u64, limits: Range<u64>, high: bool) -> Result<u64, u64> {
+    pub(crate) fn find(&self, size: u64, limits: Range<u64>, high: bool) -> Result<u64, u64> {
         let mut used: Vec<&Range<u64>> = self.used.iter().map(|(_, range)| range).collect();
         used.sort_by_key(|range| range.start);
-        let end = limits.end.min(self.low_end);
+        let end = limits.end.min(self.first.end);
         let mut gaps = Vec::new();
-        let mut start = limits.start;
+        let mut start = limits.start.max(self.first.start);
         for range in used {
             gaps.push(start..range.start.min(end));
             start = start.max(range.end);
@@ -72,7 +70,9 @@ mod tests {
     use crate::config::MemoryRegion;
 
     fn placement() -> Placement {
-        Placement::new(&Ram::new(&[MemoryRegion { base: 0, size: 16 << 20 }]).unwrap())
+        let mut placement = Placement::new(&Ram::new(&[MemoryRegion { base: 0, size: 16 << 20 }]).unwrap());
+        placement.claim("tables", 0xe_0000..0x10_0000).unwrap();
+        placement
     }
 
     #[test]
@@ -83,7 +83,7 @@ mod tests {
         let error = placement.claim("c", 0x1f_ffff..0x20_0000).unwrap_err();
         assert_eq!(error.to_string(), "c at 0x1fffff to 0x200000 overlaps a");
         let error = placement.claim("c", 0xd_0000..0xf_0000).unwrap_err();
-        assert!(error.to_string().ends_with("overlaps the ACPI tables"));
+        assert!(error.to_string().ends_with("overlaps tables"));
     }
 
     #[test]
@@ -97,5 +97,13 @@ mod tests {
         assert_eq!(placement.find((8 << 20) - 0x1000, limits, true), Ok(0x80_1000));
         assert_eq!(placement.find(0x1000, 0..0x10_0000, false), Ok(0));
         assert_eq!(placement.find(0x1000, 0x10_0000..0x20_0000, false), Err(0), "all of it is used");
+    }
+
+    #[test]
+    fn files_stay_in_the_first_region() {
+        let regions = [MemoryRegion { base: 1 << 30, size: 1 << 20 }, MemoryRegion { base: 2 << 30, size: 1 << 20 }];
+        let placement = Placement::new(&Ram::new(&regions).unwrap());
+        assert_eq!(placement.find(0x1000, 0..u64::MAX, false), Ok(1 << 30));
+        assert_eq!(placement.find(0x1000, 0..u64::MAX, true), Ok((1 << 30) + (1 << 20) - 0x1000));
     }
 }

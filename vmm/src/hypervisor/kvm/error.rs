@@ -99,7 +99,7 @@ impl Error {
 }
 
 /// Makes an error of an ioctl's failure: `.map_err(refused("KVM_RUN"))`.
-pub(super) fn refused(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+pub(crate) fn refused(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
     move |error| Error::Ioctl { name, errno: Errno::from_raw(error.errno()) }
 }
 

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! KVM as a hypervisor, for comparison and for hosts without the module.
+//! KVM as a hypervisor, for comparison and for hosts without the module. Facts about the interface: Linux
+//! `Documentation/virt/kvm/api.rst`.
 //!
-//! The interrupt chip is split (`KVM_CAP_SPLIT_IRQCHIP`): KVM emulates the local APICs, and I/O APIC, 8259s and 8254 are
-//! the same devices as ever. KVM decodes accesses to device memory itself, so their exits are `MmioRead` and `MmioWrite`
-//! and the instruction emulator is not used. Facts about the interface: Linux `Documentation/virt/kvm/api.rst`.
+//! What only one architecture has of it is among the architecture's files; its [`Vm`] and [`Vcpu`] are made of the parts
+//! here.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `error.rs` | what can go wrong, and the cures |
 //! | `kick.rs` | how a vCPU is made to return |
-//! | `registers.rs` | register sets in KVM's form and in ours |
 //! | `run_page.rs` | the page that KVM and a vCPU's thread share |
 //! | `stats.rs` | KVM's counters |
 //! | `transfer.rs` | accesses that come several at once |
-//! | `vcpu.rs` | running, exits, events |
-//! | this file | the VM: capabilities, memory, interrupt messages |
+//! | `vcpu.rs` | running, and the exits that every architecture has |
+//! | this file | the VM: its device, its memory |
 
 use std::ffi::CString;
 use std::fmt;
@@ -23,63 +22,44 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{Apic, Backing, Errno};
-use axvcpu_uapi::vm::VmStats;
-use axvcpu_uapi::x86::CpuidEntry;
-use kvm_bindings::{
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_irq_routing_msi__bindgen_ty_1, kvm_msi, kvm_userspace_memory_region, CpuId, KvmIrqRouting, KVM_API_VERSION,
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
-    KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-};
+use axvcpu_uapi::client::{Backing, Errno};
+use kvm_bindings::{kvm_userspace_memory_region, KVM_API_VERSION};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use super::{Limits, Result, Stats};
-use crate::cpuid::paging_features;
-use crate::device::ioapic::{Message, PINS};
-use crate::device::irq::MessageSink;
 use crate::device::lock;
-use crate::layout;
 use crate::memory::Ram;
 
-mod error;
+pub(crate) mod error;
 mod kick;
-mod registers;
-mod run_page;
-mod stats;
-mod transfer;
-mod vcpu;
+pub(crate) mod run_page;
+pub(crate) mod stats;
+pub mod transfer;
+pub(crate) mod vcpu;
 
+pub use crate::arch::kvm::{Vcpu, Vm};
 pub use error::Error;
-pub use vcpu::Vcpu;
 
 use error::refused;
 
 /// KVM's device node.
 pub const DEVICE_PATH: &str = "/dev/kvm";
 
-/// CPUID 1 ECX: the local APIC's timer has a TSC-deadline mode. KVM leaves it out of its list, since it depends on where
-/// the local APIC is.
-const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+/// A capability that axvmm needs: KVM's name of it, what it is, and the first Linux version that has it.
+pub(crate) type Needed = (Cap, &'static str, &'static str);
 
 /// Opens the device and makes sure that it is a KVM that can carry our machine.
 ///
 /// # Errors
 /// [`Error::Open`], [`Error::NotKvm`] or [`Error::Lacks`].
-pub fn open(device: &Path) -> std::result::Result<Kvm, Error> {
+pub fn open(device: &Path) -> Result<Kvm, Error> {
     let fail = |errno| Error::Open { path: device.into(), errno };
     let path = CString::new(device.as_os_str().as_bytes()).map_err(|_| fail(Errno::ENOENT))?;
     let kvm = Kvm::new_with_path(path).map_err(|error| fail(Errno::from_raw(error.errno())))?;
     if kvm.get_api_version() != KVM_API_VERSION as i32 {
         return Err(Error::NotKvm { path: device.into() });
     }
-    let needed = [
-        (Cap::ImmediateExit, "a way to stop vCPUs (KVM_CAP_IMMEDIATE_EXIT)", "4.13"),
-        (Cap::SplitIrqchip, "the split interrupt chip (KVM_CAP_SPLIT_IRQCHIP)", "4.4"),
-        (Cap::X2ApicApi, "32-bit APIC ids (KVM_CAP_X2APIC_API)", "4.8"),
-        (Cap::X86UserSpaceMsr, "exits for unknown MSRs (KVM_CAP_X86_USER_SPACE_MSR)", "5.10"),
-    ];
-    for (capability, what, since) in needed {
+    let needed: [Needed; 1] = [(Cap::ImmediateExit, "a way to stop vCPUs (KVM_CAP_IMMEDIATE_EXIT)", "4.13")];
+    for (capability, what, since) in needed.into_iter().chain(crate::arch::kvm::NEEDED.iter().copied()) {
         if !kvm.check_extension(capability) {
             return Err(Error::Lacks { what, since });
         }
@@ -87,86 +67,36 @@ pub fn open(device: &Path) -> std::result::Result<Kvm, Error> {
     Ok(kvm)
 }
 
-/// What vCPUs and message sinks need of their VM. vCPUs keep it, and with it the guest's memory.
-struct Shared {
-    vm: VmFd,
-    /// The memory behind the slots: dropped after the VM, and after the vCPUs, which hold it through this. Nothing else is
-    /// locked under it.
+/// A VM's descriptor with the memory behind its slots. vCPUs and whatever interrupts them keep it, and with it the guest's
+/// memory.
+pub(crate) struct Slots {
+    pub(crate) vm: VmFd,
+    /// Dropped after the VM, and after the vCPUs, which hold it through this. Nothing else is locked under it.
     memory: Mutex<Vec<Arc<dyn Backing>>>,
-    apic: Apic,
 }
 
-impl fmt::Debug for Shared {
+impl fmt::Debug for Slots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("vm", &self.vm).field("apic", &self.apic).finish_non_exhaustive()
+        f.debug_struct("Slots").field("vm", &self.vm).finish_non_exhaustive()
     }
 }
 
-/// A VM of KVM.
-#[derive(Debug)]
-pub struct Vm {
-    kvm: Kvm,
-    shared: Arc<Shared>,
-}
-
-impl super::Vm for Vm {
-    type Vcpu = Vcpu;
-
-    fn create(device: &Path) -> std::result::Result<Self, crate::error::Error> {
-        Ok(Self::with_apic(device, Apic::InKernel).map_err(super::Error::from)?)
+impl Slots {
+    /// For a new VM.
+    pub(crate) fn new(vm: VmFd) -> Arc<Self> {
+        Arc::new(Self { vm, memory: Mutex::default() })
     }
 
-    fn limits(&self) -> Limits {
-        let phys_bits = self.supported().map_or(36, |table| paging_features(&table).0);
-        Limits { vcpus: self.kvm.get_max_vcpus() as u32, guest_phys_bits: phys_bits.into() }
-    }
-
-    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>> {
-        Ok(self.supported()?)
-    }
-
-    fn map(&mut self, ram: &Ram) -> Result<()> {
+    /// Gives the guest its RAM.
+    ///
+    /// # Errors
+    /// [`Error::Ioctl`].
+    pub(crate) fn map(&self, ram: &Ram) -> Result<(), Error> {
         for (at, region) in ram.backings() {
             let size = region.size();
             self.map_part(at, Arc::new(region), 0, size)?;
         }
         Ok(())
-    }
-
-    fn create_vcpu(&mut self, id: u32, entry: GuestPhysAddr, cpuid: &[CpuidEntry]) -> Result<Vcpu> {
-        Ok(Vcpu::new(&self.shared, id, entry, cpuid)?)
-    }
-
-    fn messages(&self) -> Box<dyn MessageSink> {
-        Box::new(Messages(Arc::clone(&self.shared)))
-    }
-
-    fn stats(&self) -> Option<Stats<VmStats>> {
-        stats::read(&self.shared.vm).map(Stats::Kvm)
-    }
-}
-
-impl Vm {
-    /// Creates a VM whose local APICs are where `apic` says.
-    ///
-    /// # Errors
-    /// Those of [`open`], [`Error::CreateVm`] and [`Error::Ioctl`].
-    pub fn with_apic(device: &Path, apic: Apic) -> std::result::Result<Self, Error> {
-        let kvm = open(device)?;
-        let vm = kvm.create_vm().map_err(|error| Error::CreateVm(Errno::from_raw(error.errno())))?;
-        // Pages that Intel CPUs without unrestricted guests run real mode with; no memory of the guest is there.
-        vm.set_tss_address(layout::KVM_TSS as usize).map_err(refused("KVM_SET_TSS_ADDR"))?;
-        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        if apic == Apic::InKernel {
-            enable(&vm, KVM_CAP_SPLIT_IRQCHIP, PINS as u64)?;
-            enable(
-                &vm,
-                KVM_CAP_X2APIC_API,
-                (KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).into(),
-            )?;
-        }
-        enable(&vm, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN.into())?;
-        Ok(Self { kvm, shared: Arc::new(Shared { vm, memory: Mutex::default(), apic }) })
     }
 
     /// Maps `size` bytes of `memory` from `offset` on at guest physical address `at`, all multiples of 4096, to be read,
@@ -175,19 +105,19 @@ impl Vm {
     /// # Errors
     /// [`Error::Ioctl`]: `EINVAL` for numbers that are not such multiples or a part that is not in the memory, `EEXIST`
     /// where there is memory already.
-    pub fn map_part(
+    pub(crate) fn map_part(
         &self,
         at: GuestPhysAddr,
         memory: Arc<dyn Backing>,
         offset: usize,
         size: usize,
-    ) -> std::result::Result<(), Error> {
+    ) -> Result<(), Error> {
         let name = "KVM_SET_USER_MEMORY_REGION";
         let invalid = Error::Ioctl { name, errno: Errno::EINVAL };
         if offset.checked_add(size).is_none_or(|end| end > memory.size()) {
             return Err(invalid);
         }
-        let mut slots = lock(&self.shared.memory);
+        let mut slots = lock(&self.memory);
         let region = kvm_userspace_memory_region {
             slot: u32::try_from(slots.len()).map_err(|_| invalid)?,
             flags: 0,
@@ -197,73 +127,9 @@ impl Vm {
         };
         // SAFETY: the range is inside of memory that, as its `Backing` promises, a guest may write at any time, and that
         // `slots` keeps until the VM and all its vCPUs are gone.
-        unsafe { self.shared.vm.set_user_memory_region(region) }.map_err(refused(name))?;
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(refused(name))?;
         slots.push(memory);
         Ok(())
-    }
-
-    fn supported(&self) -> std::result::Result<Vec<CpuidEntry>, Error> {
-        let name = "KVM_GET_SUPPORTED_CPUID";
-        let table: CpuId = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused(name))?;
-        let deadline = self.shared.apic == Apic::InKernel && self.kvm.check_extension(Cap::TscDeadlineTimer);
-        let mut table: Vec<CpuidEntry> = table.as_slice().iter().map(registers::from_cpuid).collect();
-        for entry in table.iter_mut().filter(|entry| entry.function == 1 && deadline) {
-            entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
-        }
-        Ok(table)
-    }
-}
-
-/// Enables a capability that takes one argument.
-fn enable(vm: &VmFd, cap: u32, argument: u64) -> std::result::Result<(), Error> {
-    let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..kvm_enable_cap::default() };
-    vm.enable_cap(&cap).map_err(refused("KVM_ENABLE_CAP"))
-}
-
-/// Delivers messages to the local APICs of a VM.
-struct Messages(Arc<Shared>);
-
-/// The halves of a message's address.
-fn halves(address: u64) -> (u32, u32) {
-    (address as u32, (address >> 32) as u32)
-}
-
-impl MessageSink for Messages {
-    fn send(&self, message: Message) {
-        let (address_lo, address_hi) = halves(message.address);
-        let msi = kvm_msi { address_lo, address_hi, data: message.data, ..kvm_msi::default() };
-        if let Err(error) = self.0.vm.signal_msi(msi) {
-            // A guest can program messages that no CPU takes; hardware drops those as well.
-            tracing::debug!(?message, %error, "interrupt message refused");
-        }
-    }
-
-    /// KVM reports the end of those interrupts only that it finds in its routing table, at one of the I/O APIC's pins.
-    fn level_triggered(&self, pins: &[Option<Message>; PINS]) {
-        let routes: Vec<kvm_irq_routing_entry> =
-            (0..).zip(pins).filter_map(|(gsi, message)| message.as_ref().map(|message| route(gsi, message))).collect();
-        // 24 entries are far below the table's limit.
-        let Ok(table) = KvmIrqRouting::from_entries(&routes) else { return };
-        if let Err(error) = self.0.vm.set_gsi_routing(&table) {
-            tracing::warn!(%error, "KVM does not learn of level-triggered interrupts");
-        }
-    }
-}
-
-/// A message in KVM's routing table.
-fn route(gsi: u32, message: &Message) -> kvm_irq_routing_entry {
-    let (address_lo, address_hi) = halves(message.address);
-    let msi = kvm_irq_routing_msi {
-        address_lo,
-        address_hi,
-        data: message.data,
-        __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1 { pad: 0 },
-    };
-    kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_MSI,
-        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
-        ..kvm_irq_routing_entry::default()
     }
 }
 
@@ -277,14 +143,5 @@ mod tests {
         let code = |path: &str| open(Path::new(path)).map(|_| ()).unwrap_err().exit_code();
         assert_eq!(code("/nonexistent"), ExitCode::NoDevice);
         assert_eq!(code("/dev/null"), ExitCode::AbiMismatch);
-    }
-
-    #[test]
-    fn routes_carry_the_whole_message() {
-        let route = route(9, &Message { address: 0x1_0000_fee0_300c, data: 0xc031 });
-        // SAFETY: the entry was made with this variant.
-        let msi = unsafe { route.u.msi };
-        assert_eq!((route.gsi, route.type_, msi.data), (9, KVM_IRQ_ROUTING_MSI, 0xc031));
-        assert_eq!((msi.address_lo, msi.address_hi), (0xfee0_300c, 0x1_0000));
     }
 }

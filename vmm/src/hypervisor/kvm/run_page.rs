@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::Arc;
 
-use axvcpu_uapi::exit::{AccessWidth, AxVCpuExitReason};
+use axvcpu_uapi::exit::AccessWidth;
 use kvm_bindings::kvm_run;
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
 
@@ -41,7 +41,7 @@ impl Drop for Mapping {
 
 /// The page as the thread that runs the vCPU sees it.
 #[derive(Debug)]
-pub(super) struct RunPage {
+pub(crate) struct RunPage {
     mapping: Arc<Mapping>,
     /// The page is read and written without synchronisation, so the handle is not for sharing.
     not_sync: std::marker::PhantomData<std::cell::Cell<()>>,
@@ -52,23 +52,24 @@ macro_rules! get {
     ($page:expr, $($field:tt)+) => {
         // SAFETY: the page stays mapped, aligned and at least as large as the structure for as long as `$page` exists.
         // Every bit pattern is valid: the fields are integers, and so is everything in the union.
-        unsafe { std::ptr::read_volatile(&raw const (*$page.mapping.page.as_ptr()).$($field)+) }
+        unsafe { std::ptr::read_volatile(&raw const (*$page.as_ptr()).$($field)+) }
     };
 }
 /// Writes one field of the page.
 macro_rules! set {
     ($page:expr, $($field:tt)+) => {
         // SAFETY: as for reading; the mapping is writable, and no reference to its bytes exists.
-        (|value| unsafe { std::ptr::write_volatile(&raw mut (*$page.mapping.page.as_ptr()).$($field)+, value) })
+        (|value| unsafe { std::ptr::write_volatile(&raw mut (*$page.as_ptr()).$($field)+, value) })
     };
 }
+pub(crate) use {get, set};
 
 impl RunPage {
     /// Maps the run page, `size` bytes, of the vCPU `fd`.
     ///
     /// # Errors
     /// [`Error::MapRunPage`].
-    pub(super) fn map(fd: BorrowedFd<'_>, size: usize) -> Result<Self, Error> {
+    pub(crate) fn map(fd: BorrowedFd<'_>, size: usize) -> Result<Self, Error> {
         let length = NonZeroUsize::new(size).filter(|size| size.get() >= size_of::<kvm_run>());
         let length = length.ok_or(Error::MapRunPage(nix::errno::Errno::EINVAL))?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -78,84 +79,52 @@ impl RunPage {
         Ok(Self { mapping, not_sync: std::marker::PhantomData })
     }
 
+    /// The page, for [`get`] and [`set`]: mapped and aligned for as long as `self` exists.
+    pub(crate) fn as_ptr(&self) -> *mut kvm_run {
+        self.mapping.page.as_ptr()
+    }
+
+    /// Its size in bytes.
+    pub(crate) fn size(&self) -> usize {
+        self.mapping.size
+    }
+
     /// The byte that makes `KVM_RUN` return at once.
-    pub(super) fn immediate_exit(&self) -> ImmediateExit {
+    pub(crate) fn immediate_exit(&self) -> ImmediateExit {
         ImmediateExit(Arc::clone(&self.mapping))
     }
 
     /// Why `KVM_RUN` returned: a `KVM_EXIT_*`.
-    pub(super) fn exit_reason(&self) -> u32 {
+    pub(crate) fn exit_reason(&self) -> u32 {
         get!(self, exit_reason)
     }
 
-    /// Whether an external interrupt handed over now would be delivered at once.
-    pub(super) fn ready_for_interrupt(&self) -> bool {
-        get!(self, ready_for_interrupt_injection) != 0
-    }
-
-    /// Asks for `KVM_EXIT_IRQ_WINDOW_OPEN`, or no longer.
-    pub(super) fn request_interrupt_window(&mut self, on: bool) {
-        set!(self, request_interrupt_window)(on.into());
-    }
-
-    /// What `KVM_EXIT_IO` brings; `None` if it makes no sense.
-    pub(super) fn port_io(&self) -> Option<Transfer> {
-        let io = get!(self, __bindgen_anon_1.io);
-        let item = AccessWidth::from_size(io.size.into())?;
-        let length = item.size().checked_mul(usize::try_from(io.count).ok()?)?;
-        let data = usize::try_from(io.data_offset).ok()?;
-        let output = u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_OUT;
-        (data.checked_add(length)? <= self.mapping.size).then(|| Transfer::port(io.port, item, output, data, length))
-    }
-
     /// What `KVM_EXIT_MMIO` brings; `None` if it makes no sense.
-    pub(super) fn mmio(&self) -> Option<Transfer> {
+    pub(crate) fn mmio(&self) -> Option<Transfer> {
         let mmio = get!(self, __bindgen_anon_1.mmio);
         let data = std::mem::offset_of!(kvm_run, __bindgen_anon_1.mmio.data);
         let length = usize::try_from(mmio.len).ok()?;
         (1..=8).contains(&length).then(|| Transfer::memory(mmio.phys_addr, mmio.is_write != 0, data, length))
     }
 
-    /// What `KVM_EXIT_X86_RDMSR` (`write` false) or `KVM_EXIT_X86_WRMSR` brings.
-    pub(super) fn msr(&self, write: bool) -> AxVCpuExitReason {
-        let msr = get!(self, __bindgen_anon_1.msr);
-        let addr = msr.index.into();
-        if write {
-            AxVCpuExitReason::SysRegWrite { addr, value: msr.data }
-        } else {
-            AxVCpuExitReason::SysRegRead { addr, reg: 0 }
-        }
-    }
-
-    /// Answers those two: a value, and whether the guest gets a general protection fault.
-    pub(super) fn answer_msr(&mut self, value: u64, fault: bool) {
-        set!(self, __bindgen_anon_1.msr.data)(value);
-        set!(self, __bindgen_anon_1.msr.error)(fault.into());
-    }
-
-    /// The vector that `KVM_EXIT_IOAPIC_EOI` brings.
-    pub(super) fn eoi_vector(&self) -> u8 {
-        get!(self, __bindgen_anon_1.eoi.vector)
-    }
-
     /// The reason that `KVM_EXIT_FAIL_ENTRY` brings.
-    pub(super) fn entry_failure(&self) -> u64 {
+    pub(crate) fn entry_failure(&self) -> u64 {
         get!(self, __bindgen_anon_1.fail_entry.hardware_entry_failure_reason)
     }
 
     /// The kind of `KVM_EXIT_SYSTEM_EVENT`: a `KVM_SYSTEM_EVENT_*`.
-    pub(super) fn system_event(&self) -> u32 {
+    pub(crate) fn system_event(&self) -> u32 {
         get!(self, __bindgen_anon_1.system_event.type_)
     }
 
     /// What `KVM_EXIT_INTERNAL_ERROR` brings: a `KVM_INTERNAL_ERROR_*`, and the first word behind it, if there is one.
-    pub(super) fn internal_error(&self) -> (u32, u64) {
+    pub(crate) fn internal_error(&self) -> (u32, u64) {
         let internal = get!(self, __bindgen_anon_1.internal);
         (internal.suberror, if internal.ndata > 0 { internal.data[0] } else { 0 })
     }
 
     /// Reads the `width` bytes at `offset`.
-    pub(super) fn read(&self, offset: usize, width: AccessWidth) -> u64 {
+    pub(crate) fn read(&self, offset: usize, width: AccessWidth) -> u64 {
         let mut bytes = [0; 8];
         for (i, byte) in bytes.iter_mut().enumerate().take(width.size()) {
             if let Some(at) = self.byte(offset + i) {
@@ -167,7 +136,7 @@ impl RunPage {
     }
 
     /// Writes the `width` bytes at `offset`.
-    pub(super) fn write(&mut self, offset: usize, width: AccessWidth, value: u64) {
+    pub(crate) fn write(&mut self, offset: usize, width: AccessWidth, value: u64) {
         for (i, byte) in value.to_le_bytes().into_iter().enumerate().take(width.size()) {
             if let Some(at) = self.byte(offset + i) {
                 // SAFETY: as in `read`; the mapping is writable, and no reference to its bytes exists.
@@ -178,7 +147,7 @@ impl RunPage {
 
     /// The address of the byte at `offset`, if the page has one that is not [`ImmediateExit`]'s.
     fn byte(&self, offset: usize) -> Option<*mut u8> {
-        let ours = offset < self.mapping.size && offset != std::mem::offset_of!(kvm_run, immediate_exit);
+        let ours = offset < self.size() && offset != std::mem::offset_of!(kvm_run, immediate_exit);
         // SAFETY: the offset is inside the mapping.
         ours.then(|| unsafe { self.mapping.page.as_ptr().cast::<u8>().add(offset) })
     }
@@ -186,7 +155,7 @@ impl RunPage {
 
 /// The byte of the run page that makes `KVM_RUN` return with `EINTR` at once (`KVM_CAP_IMMEDIATE_EXIT`), for any thread.
 #[derive(Clone, Debug)]
-pub(super) struct ImmediateExit(Arc<Mapping>);
+pub(crate) struct ImmediateExit(Arc<Mapping>);
 
 impl ImmediateExit {
     fn byte(&self) -> &AtomicU8 {
@@ -196,12 +165,12 @@ impl ImmediateExit {
     }
 
     /// Asks for it.
-    pub(super) fn set(&self) {
+    pub(crate) fn set(&self) {
         self.byte().store(1, Ordering::SeqCst);
     }
 
     /// Takes it back.
-    pub(super) fn clear(&self) {
+    pub(crate) fn clear(&self) {
         self.byte().store(0, Ordering::SeqCst);
     }
 }
@@ -209,21 +178,21 @@ impl ImmediateExit {
 #[cfg(test)]
 impl ImmediateExit {
     /// Of a page without a KVM behind it.
-    pub(super) fn nowhere() -> Self {
+    pub(crate) fn nowhere() -> Self {
         tests::page().immediate_exit()
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use nix::sys::memfd::{memfd_create, MFdFlags};
     use std::os::fd::AsFd;
 
-    const SIZE: usize = 3 * 4096;
+    pub(crate) const SIZE: usize = 3 * 4096;
 
     /// A run page without a KVM behind it.
-    pub(super) fn page() -> RunPage {
+    pub(crate) fn page() -> RunPage {
         let file = memfd_create(c"run-page", MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&file, SIZE as i64).unwrap();
         RunPage::map(file.as_fd(), SIZE).unwrap()
@@ -232,19 +201,6 @@ mod tests {
     #[test]
     fn exits_that_make_no_sense_are_none() {
         let mut page = page();
-        let io = |size, count, data_offset| kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_4 {
-            direction: 1,
-            size,
-            port: 0x10,
-            count,
-            data_offset,
-        };
-        set!(page, __bindgen_anon_1.io)(io(2, 3, 4096));
-        assert_eq!(page.port_io(), Some(Transfer::port(0x10, AccessWidth::Word, true, 4096, 6)));
-        for wrong in [io(3, 1, 4096), io(4, 1, SIZE as u64 - 3), io(1, u32::MAX, 4096), io(1, 1, u64::MAX)] {
-            set!(page, __bindgen_anon_1.io)(wrong);
-            assert_eq!(page.port_io(), None);
-        }
         set!(page, __bindgen_anon_1.mmio.len)(9);
         assert_eq!(page.mmio(), None);
         page.write(SIZE - 1, AccessWidth::Word, 0xaabb);

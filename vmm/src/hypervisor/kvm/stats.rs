@@ -14,7 +14,7 @@ nix::ioctl_none!(get_stats_fd, KVMIO, 0xce);
 const ENOUGH: usize = 1 << 16;
 
 /// The plain counters of the VM or vCPU that `file` is, by KVM's names; `None` where KVM has none (before Linux 5.14).
-pub(super) fn read(file: &impl AsRawFd) -> Option<Vec<(String, u64)>> {
+pub(crate) fn read(file: &impl AsRawFd) -> Option<Vec<(String, u64)>> {
     // SAFETY: the request takes no argument.
     let fd = unsafe { get_stats_fd(file.as_raw_fd()) }.ok()?;
     // SAFETY: the descriptor is new, and nobody else's.

@@ -17,7 +17,7 @@ enum Target {
 
 /// Accesses whose data is in the run page, and how many bytes of it are done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Transfer {
+pub struct Transfer {
     target: Target,
     write: bool,
     /// Offset of the data in the run page.
@@ -28,17 +28,17 @@ pub(super) struct Transfer {
 
 impl Transfer {
     /// Port I/O of `length` bytes in items of `item`.
-    pub(super) const fn port(port: u16, item: AccessWidth, write: bool, data: usize, length: usize) -> Self {
+    pub const fn port(port: u16, item: AccessWidth, write: bool, data: usize, length: usize) -> Self {
         Self { target: Target::Port(port, item), write, data, length, done: 0 }
     }
 
     /// An access to `length` bytes of device memory.
-    pub(super) const fn memory(at: u64, write: bool, data: usize, length: usize) -> Self {
+    pub const fn memory(at: u64, write: bool, data: usize, length: usize) -> Self {
         Self { target: Target::Memory(at), write, data, length, done: 0 }
     }
 
     /// Offset in the run page and width of the access that is next; `None` if all are done.
-    pub(super) fn part(&self) -> Option<(usize, AccessWidth)> {
+    pub fn part(&self) -> Option<(usize, AccessWidth)> {
         let left = self.length.checked_sub(self.done).filter(|left| *left > 0)?;
         let width = match self.target {
             Target::Port(_, item) => item,
@@ -54,7 +54,7 @@ impl Transfer {
     }
 
     /// That access as an exit; `data` is what it writes.
-    pub(super) fn exit(&self, width: AccessWidth, data: u64) -> AxVCpuExitReason {
+    pub fn exit(&self, width: AccessWidth, data: u64) -> AxVCpuExitReason {
         match (self.target, self.write) {
             (Target::Port(port, _), false) => AxVCpuExitReason::IoRead { port, width },
             (Target::Port(port, _), true) => AxVCpuExitReason::IoWrite { port, width, data },
@@ -71,7 +71,7 @@ impl Transfer {
     }
 
     /// The access that was next is done.
-    pub(super) fn advance(&mut self) {
+    pub fn advance(&mut self) {
         if let Some((_, width)) = self.part() {
             self.done += width.size();
         }
