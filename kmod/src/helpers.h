@@ -48,7 +48,8 @@ void axvcpu_flush_ipis(void);
 #endif
 
 #ifdef CONFIG_X86_64
-unsigned int axvcpu_mitigations(void);
+unsigned int axvcpu_host_flags(void);
+unsigned int axvcpu_l1d_flush(void);
 unsigned int axvcpu_notification_vector(void);
 void axvcpu_notify_posted(int cpu);
 unsigned int axvcpu_apic_steps(void);

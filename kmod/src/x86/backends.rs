@@ -9,8 +9,9 @@ use core::{
 
 use kernel::prelude::*;
 use vcpu_core::AxError;
-use x86_vcpu::{Backend, Capabilities, Mitigations, PermissionMaps, X86Hal};
+use x86_vcpu::{Backend, Capabilities, L1dFlush, Mitigations, PermissionMaps, X86Hal};
 
+use super::ffi;
 use crate::{abi, hal::Host, percpu::PerCpu};
 
 /// The permission maps of SVM, while [`Backends`] exists there.
@@ -43,27 +44,39 @@ impl Backends {
     }
 }
 
-/// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation. It is Linux'
-/// decision for KVM's guests, but for the barrier between vCPUs, which is not told to modules.
+/// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation.
 fn tell_mitigations() {
     let Mitigations {
         clear_buffers,
         refill_rsb,
+        branch_barrier,
         untrain_returns,
         barrier_at_exit,
         barrier_before_user,
-        branch_barrier,
+        clear_history,
+        rewrite_spec_ctrl,
+        flush_l1d,
     } = Host::mitigations();
     let word = |wanted: bool, word: &'static str| if wanted { word } else { "" };
+    let ibpb = |wanted: bool| word(wanted && Capabilities::host().branch_barrier, " IBPB");
     pr_info!(
-        "at a change of vCPU:{} before entry:{} after exit:{}{}{} before userspace:{}\n",
-        word(branch_barrier && Capabilities::host().branch_barrier, " IBPB"),
+        "at a change of vCPU:{} after the host:{} before entry:{}{} after exit:{}{}{}{}{} before userspace:{}\n",
+        ibpb(branch_barrier),
+        word(flush_l1d == L1dFlush::AfterHost, " L1D-flush"),
+        word(flush_l1d == L1dFlush::Always, " L1D-flush"),
         word(clear_buffers, " VERW"),
         word(refill_rsb, " RSB-refill"),
         word(untrain_returns, " untrained-returns"),
-        word(barrier_at_exit, " IBPB"),
-        word(barrier_before_user, " IBPB"),
+        ibpb(barrier_at_exit),
+        word(rewrite_spec_ctrl, " IBRS"),
+        word(clear_history, " BHB-clearing"),
+        ibpb(barrier_before_user),
     );
+    if Mitigations::leaves_l1d_to_siblings(ffi::host_flags()) {
+        pr_warn!(
+            "a guest can read what another thread of its core has in the L1 data cache (L1TF): use the host with 'nosmt'\n"
+        );
+    }
 }
 
 /// Owns what `SVM_MAPS` points to. There is one at a time: [`Backends`] is made once, at the module's load.

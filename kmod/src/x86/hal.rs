@@ -30,15 +30,6 @@ impl X86Hal for Host {
     }
 
     fn mitigations() -> Mitigations {
-        let host = ffi::Mitigations::of_host();
-        Mitigations {
-            clear_buffers: host.clear_buffers(),
-            refill_rsb: host.refill_rsb(),
-            untrain_returns: host.untrain_returns(),
-            barrier_at_exit: host.barrier_at_exit(),
-            barrier_before_user: host.barrier_before_user(),
-            // Linux' own decision about vCPU switches is not to be seen by modules: always.
-            branch_barrier: true,
-        }
+        Mitigations::new(ffi::host_flags(), ffi::l1d_flush())
     }
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* The part of ../helpers.c that is x86's own. */
+#include <linux/cpu.h>
 #include <linux/cpumask.h>
 #include <linux/moduleparam.h>
+#include <linux/sched/smt.h>
 #include <linux/smp.h>
 #include <asm/apic.h>
 #include <asm/cpufeature.h>
 #include <asm/fpu/api.h>
+#include <asm/msr.h>
 #include <asm/tsc.h>
 
 #include "../helpers.h"
@@ -54,22 +57,41 @@ void axvcpu_fpu_end(void)
 	kernel_fpu_end();
 }
 
-/* The bits are those of Mitigations in x86/ffi.rs. */
-unsigned int axvcpu_mitigations(void)
-{
-	unsigned int bits = 0;
+static unsigned int l1d_flush = 1;
+module_param(l1d_flush, uint, 0444);
+MODULE_PARM_DESC(l1d_flush,
+		 "When the L1 data cache is flushed before guests, on CPUs with L1TF: 0 never, 1 after the host has run, 2 at each entry (default 1)");
 
-	if (boot_cpu_has(X86_FEATURE_CLEAR_CPU_BUF_VM))
-		bits |= 1 << 0;
-	if (boot_cpu_has(X86_FEATURE_RSB_VMEXIT) || boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE))
-		bits |= 1 << 1;
-	if (boot_cpu_has(X86_FEATURE_UNRET))
-		bits |= 1 << 2;
-	if (boot_cpu_has(X86_FEATURE_IBPB_ON_VMEXIT))
-		bits |= 1 << 3;
-	if (boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER))
-		bits |= 1 << 4;
-	return bits;
+unsigned int axvcpu_l1d_flush(void)
+{
+	return l1d_flush;
+}
+
+/* The hypervisor below this kernel flushes the L1 data cache for it. */
+static bool axvcpu_skips_l1d_flush(void)
+{
+	u64 capabilities = 0;
+
+	if (boot_cpu_has(X86_FEATURE_ARCH_CAPABILITIES))
+		rdmsrq(MSR_IA32_ARCH_CAPABILITIES, capabilities);
+	return capabilities & ARCH_CAP_SKIP_VMENTRY_L1DFLUSH;
+}
+
+/* The bits are those of HostFlags in arch/x86/src/mitigations.rs. */
+unsigned int axvcpu_host_flags(void)
+{
+	return boot_cpu_has(X86_FEATURE_CLEAR_CPU_BUF_VM) << 0 |
+	       (boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||
+		boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE)) << 1 |
+	       boot_cpu_has(X86_FEATURE_UNRET) << 2 |
+	       boot_cpu_has(X86_FEATURE_IBPB_ON_VMEXIT) << 3 |
+	       boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER) << 4 |
+	       boot_cpu_has(X86_FEATURE_CLEAR_BHB_VMEXIT) << 5 |
+	       boot_cpu_has(X86_FEATURE_KERNEL_IBRS) << 6 |
+	       boot_cpu_has_bug(X86_BUG_L1TF) << 7 |
+	       axvcpu_skips_l1d_flush() << 8 |
+	       cpu_mitigations_off() << 9 |
+	       sched_smt_active() << 10;
 }
 
 unsigned int axvcpu_tsc_khz(void)

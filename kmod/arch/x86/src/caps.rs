@@ -141,6 +141,8 @@ pub struct Capabilities {
     pub(crate) virtual_spec_ctrl: bool,
     /// PRED_CMD has an indirect branch prediction barrier.
     pub branch_barrier: bool,
+    /// FLUSH_CMD can flush the L1 data cache.
+    pub(crate) flush_l1d: bool,
     /// TSC_AUX exists.
     pub(crate) tsc_aux: bool,
     /// The host uses protection keys (CR4.PKE).
@@ -197,6 +199,7 @@ impl Capabilities {
             spec_ctrl_bits: 0,
             virtual_spec_ctrl: false,
             branch_barrier: false,
+            flush_l1d: false,
             tsc_aux: false,
             protection_keys: false,
             xsaves: false,
@@ -249,6 +252,7 @@ impl Capabilities {
             spec_ctrl_bits,
             virtual_spec_ctrl: bit(svm.edx, 20),
             branch_barrier: bit(sizes.ebx, 12) || intel_spec,
+            flush_l1d: bit(structured.edx, 28),
             tsc_aux: bit(extended.edx, 27) || bit(structured.ecx, 22),
             protection_keys,
             xsaves: bit(cpuid(0xd, 1).eax, 3),

@@ -30,6 +30,18 @@ pub(crate) fn rdtsc() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Waits until all that precedes is done, memory included (SDM vol. 3, serializing instructions).
+pub(crate) fn serialize() {
+    cpuid(0, 0);
+}
+
+/// LFENCE: waits until all that precedes has been executed.
+#[inline]
+pub(crate) fn load_fence() {
+    // SAFETY: Changes nothing.
+    unsafe { asm!("lfence", options(nostack, preserves_flags)) };
+}
+
 /// Reads an MSR.
 ///
 /// # Safety

@@ -5,6 +5,7 @@ use core::ptr::NonNull;
 
 use vcpu_core::AxVCpuHal;
 
+use crate::mitigations::Mitigations;
 use crate::percpu::X86PerCpu;
 use crate::svm::PermissionMaps;
 
@@ -32,39 +33,8 @@ pub trait X86Hal: AxVCpuHal {
         None
     }
 
-    /// What the world switch must do against speculative execution attacks, as the host has decided for itself.
+    /// What is to be done against speculative execution attacks. Asked for when a CPU's record is made.
     fn mitigations() -> Mitigations {
         Mitigations::default()
-    }
-}
-
-/// Measures against speculative execution attacks. The default is all that a host need not know of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mitigations {
-    /// Clear the CPU's buffers by VERW before each entry (Linux: `X86_FEATURE_CLEAR_CPU_BUF_VM`).
-    pub clear_buffers: bool,
-    /// Refill the return stack buffer after each exit (Linux: `X86_FEATURE_RSB_VMEXIT`).
-    pub refill_rsb: bool,
-    /// Indirect branch prediction barrier when a CPU goes from one vCPU to another (Linux: `switch_vcpu_ibpb`).
-    pub branch_barrier: bool,
-    /// Make the CPU forget return predictions that the guest has trained, after each exit, by the kernel's own
-    /// `entry_untrain_ret` (Linux: `X86_FEATURE_UNRET`). Not part of the default, as the routine exists only where it is needed.
-    pub untrain_returns: bool,
-    /// Indirect branch prediction barrier after each exit (Linux: `X86_FEATURE_IBPB_ON_VMEXIT`).
-    pub barrier_at_exit: bool,
-    /// Indirect branch prediction barrier before userspace runs on a CPU that ran a guest (Linux: `X86_FEATURE_IBPB_EXIT_TO_USER`).
-    pub barrier_before_user: bool,
-}
-
-impl Default for Mitigations {
-    fn default() -> Self {
-        Self {
-            clear_buffers: true,
-            refill_rsb: true,
-            branch_barrier: true,
-            untrain_returns: false,
-            barrier_at_exit: false,
-            barrier_before_user: false,
-        }
     }
 }

@@ -30,6 +30,7 @@ mod hal;
 mod host_interrupt;
 mod length;
 mod linear;
+mod mitigations;
 mod msr;
 pub mod mtrr;
 mod nested;
@@ -48,8 +49,9 @@ mod window;
 
 pub use caps::{detect, extension, in_use, missing_feature, read_tsc, Backend, Capabilities};
 pub use exit::Reply;
-pub use hal::{Mitigations, X86Hal};
+pub use hal::X86Hal;
 pub use host_interrupt::HostInterrupt;
+pub use mitigations::{HostFlags, L1dFlush, Mitigations};
 pub use percpu::X86PerCpu;
 pub use svm::PermissionMaps;
 pub use table::{new_table, NestedTable};

@@ -29,6 +29,10 @@ pub(crate) const SPEC_CTRL: u32 = 0x48;
 pub(crate) const PRED_CMD: u32 = 0x49;
 /// PRED_CMD.IBPB.
 pub(crate) const PRED_CMD_IBPB: u64 = 1;
+/// FLUSH_CMD (SDM vol. 4, IA32_FLUSH_CMD).
+pub(crate) const FLUSH_CMD: u32 = 0x10b;
+/// FLUSH_CMD.L1D_FLUSH.
+pub(crate) const FLUSH_CMD_L1D: u64 = 1;
 const P5_MC_ADDR: u32 = 0x0;
 const P5_MC_TYPE: u32 = 0x1;
 const PLATFORM_ID: u32 = 0x17;

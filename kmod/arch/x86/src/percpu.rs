@@ -5,12 +5,15 @@ use vcpu_core::{AxArchPerCpu, AxError, AxResult};
 
 use crate::caps::{self, Backend, Capabilities};
 use crate::hal::X86Hal;
+use crate::mitigations::Mitigations;
 use crate::svm::SvmCpu;
 use crate::vmx::VmxCpu;
 
 /// The record of one CPU.
 pub struct X86PerCpu<H: X86Hal> {
     cpu: usize,
+    /// What is to be done on it against speculative execution attacks.
+    pub(crate) mitigations: Mitigations,
     hardware: Hardware<H>,
     /// Identity of the vCPU that was bound last; 0 for none.
     pub(crate) last_vcpu: u64,
@@ -66,11 +69,15 @@ impl<H: X86Hal> X86PerCpu<H> {
 
 impl<H: X86Hal> AxArchPerCpu for X86PerCpu<H> {
     fn new(cpu_id: usize) -> AxResult<Self> {
+        let mitigations = H::mitigations();
         let hardware = match caps::detect()? {
             Backend::Svm => Hardware::Svm(SvmCpu::new(Capabilities::host().asids)?),
-            Backend::Vmx => Hardware::Vmx(VmxCpu::new(&caps::vmx().map_err(|_| AxError::Unsupported)?)?),
+            Backend::Vmx => {
+                let vmx = caps::vmx().map_err(|_| AxError::Unsupported)?;
+                Hardware::Vmx(VmxCpu::new(&vmx, mitigations.flush_l1d, Capabilities::host().flush_l1d)?)
+            }
         };
-        Ok(Self { cpu: cpu_id, hardware, last_vcpu: 0, host_interrupt: None })
+        Ok(Self { cpu: cpu_id, mitigations, hardware, last_vcpu: 0, host_interrupt: None })
     }
 
     fn is_enabled(&self) -> bool {

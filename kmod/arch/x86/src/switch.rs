@@ -7,7 +7,7 @@
 
 use crate::caps::Capabilities;
 use crate::cpu;
-use crate::hal::Mitigations;
+use crate::mitigations::Mitigations;
 use crate::msr::SPEC_CTRL;
 
 /// What a world switch works on. The assembly knows the offsets.
@@ -37,6 +37,10 @@ pub(crate) const UNTRAIN_RETURNS: u32 = 1 << 3;
 pub(crate) const BARRIER_AT_EXIT: u32 = 1 << 4;
 /// [`Frame::flags`], VMX: the VMCS has been launched since VMCLEAR.
 pub(crate) const LAUNCHED: u32 = 1 << 5;
+/// [`Frame::flags`], VMX: clear the branch history after the exit.
+pub(crate) const CLEAR_HISTORY: u32 = 1 << 6;
+/// [`Frame::flags`]: [`SWITCH_SPEC_CTRL`] stays set whatever the guest's value.
+const REWRITE_SPEC_CTRL: u32 = 1 << 7;
 
 const _: () = {
     assert!(core::mem::offset_of!(Frame, guest_spec_ctrl) == 128);
@@ -59,6 +63,9 @@ impl Frame {
     pub(crate) unsafe fn open(&mut self, caps: &Capabilities, mitigations: &Mitigations) {
         self.flags = 0;
         if caps.spec_ctrl && !caps.virtual_spec_ctrl {
+            if mitigations.rewrite_spec_ctrl {
+                self.flags |= REWRITE_SPEC_CTRL;
+            }
             // SAFETY: The caller's promise, and the CPU has it.
             self.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
             self.set_spec_ctrl(self.guest_spec_ctrl);
@@ -68,6 +75,7 @@ impl Frame {
             (mitigations.clear_buffers, CLEAR_BUFFERS),
             (mitigations.untrain_returns, UNTRAIN_RETURNS),
             (caps.branch_barrier && mitigations.barrier_at_exit, BARRIER_AT_EXIT),
+            (mitigations.clear_history, CLEAR_HISTORY),
         ] {
             if wanted {
                 self.flags |= flag;
@@ -79,7 +87,7 @@ impl Frame {
     /// [`open`](Self::open) finds out.
     pub(crate) fn set_spec_ctrl(&mut self, guest: u64) {
         self.guest_spec_ctrl = guest;
-        if guest == self.host_spec_ctrl {
+        if guest == self.host_spec_ctrl && self.flags & REWRITE_SPEC_CTRL == 0 {
             self.flags &= !SWITCH_SPEC_CTRL;
         } else {
             self.flags |= SWITCH_SPEC_CTRL;
@@ -170,7 +178,8 @@ macro_rules! save_registers {
 }
 
 // Measures against what the guest has taught the CPU's predictors, before the first RET; then the host's SPEC_CTRL. The return
-// stack buffer gets 32 returns that lead nowhere. Clobbers RAX, RCX, RDX.
+// stack buffer gets 32 returns that lead nowhere. Clobbers RAX, RCX, RDX. To be followed by `speculate` before the first RET or
+// indirect branch.
 macro_rules! restore_speculation {
     () => {
         concat!(
@@ -186,7 +195,6 @@ macro_rules! restore_speculation {
             "
             .endr
             add rsp, 256
-            lfence
             4:
             test byte ptr [rsp + 16], 8
             jz 7f
@@ -209,6 +217,33 @@ macro_rules! restore_speculation {
             wrmsr
             5:"
         )
+    };
+}
+
+// Overwrites the branch history, from which the CPU tells indirect branches apart, and which the guest has written (Intel, "Branch
+// History Injection and Intra-mode Branch Target Injection"). Every taken branch moves the oldest one out. Intel's sequence has 64
+// of them for the CPUs before Alder Lake, which is where Linux asks for it; the longest history among those is of 93 (Yavarzadeh
+// et al., "Half&Half", 2023), so here are 96. They are in a row, since a short loop might run from the loop stream detector,
+// which leaves the history alone: Intel's sequence has CALL and RET in its loop for that reason. Eight bytes each, as branch
+// predictors find few branches in a fetched line. The RETs and indirect branches that follow must not overtake: `speculate`.
+macro_rules! clear_history {
+    () => {
+        "test byte ptr [rsp + 16], 64
+        jz 4f
+        .rept 96
+        jmp 880f
+        .balign 8, 0xcc
+        880:
+        .endr
+        4:"
+    };
+}
+
+// From here on the CPU may speculate on what the measures have left in its predictors. Behind all of them, since the jumps over
+// those that are not wanted are predicted, too, and WRMSR of SPEC_CTRL waits for nothing.
+macro_rules! speculate {
+    () => {
+        "lfence"
     };
 }
 
@@ -282,6 +317,6 @@ macro_rules! untrain_returns {
 }
 
 pub(crate) use {
-    annotate_call, begin, clear_buffers, end, function_return, load_registers, load_spec_ctrl, restore_speculation,
-    save_registers, untrain_returns,
+    annotate_call, begin, clear_buffers, clear_history, end, function_return, load_registers, load_spec_ctrl,
+    restore_speculation, save_registers, speculate, untrain_returns,
 };

@@ -24,7 +24,7 @@ impl<H: X86Hal> Guest<H> {
         H::fpu_begin();
         // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
         let per_cpu = unsafe { H::per_cpu().as_mut() };
-        let mitigations = H::mitigations();
+        let mitigations = per_cpu.mitigations;
         let caps = &self.caps;
         let host = &mut self.host;
         host.barrier = caps.branch_barrier && mitigations.barrier_before_user;

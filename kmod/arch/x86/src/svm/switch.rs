@@ -7,7 +7,9 @@
 
 use core::arch::global_asm;
 
-use crate::switch::{begin, clear_buffers, end, load_registers, load_spec_ctrl, restore_speculation, save_registers};
+use crate::switch::{
+    begin, clear_buffers, end, load_registers, load_spec_ctrl, restore_speculation, save_registers, speculate,
+};
 
 /// What the world switch works on. The assembly knows the offsets.
 #[repr(C)]
@@ -60,6 +62,7 @@ global_asm!(
     "mov rdi, [rsp + 8]",
     save_registers!(),
     restore_speculation!(),
+    speculate!(),
     "mov rax, [rdi + 152]",
     "vmsave rax",
     "mov rax, [rdi + 160]",

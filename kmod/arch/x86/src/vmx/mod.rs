@@ -3,7 +3,7 @@
 //!
 //! [`fields`] names the fields of a VMCS, [`capabilities`] says what the CPU can do, [`instructions`] executes; [`registers`] is
 //! a vCPU's state between VMCS and memory, [`bitmaps`] the MSRs that do not exit, [`vpid`] the identifiers of translations,
-//! [`virtual_apic`] what the CPU does for the local APIC, [`percpu`] what a CPU keeps, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
+//! [`virtual_apic`] what the CPU does for the local APIC, [`percpu`] what a CPU keeps, [`l1d`] how its L1 data cache is flushed, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
 //! [`check`] why an entry was refused; this file is the entry into the guest.
 
 mod bitmaps;
@@ -12,6 +12,7 @@ mod check;
 mod exit;
 mod fields;
 mod instructions;
+mod l1d;
 mod percpu;
 mod registers;
 mod switch;
@@ -75,6 +76,8 @@ struct Local {
     vpid: Assignment,
     /// A VPID has been chosen in this window. Nobody else takes one meanwhile.
     has_vpid: bool,
+    /// The L1 data cache is to be flushed before the next entry.
+    flush_l1d: bool,
     virtual_apic: VirtualApic,
     inner: Inner,
     /// What the VMCS has as primary controls.
@@ -135,6 +138,11 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
     fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
         self.prepare_entry(guest, plan)?;
         self.regs.frame.result = switch::EXITED;
+        if self.local.flush_l1d {
+            // SAFETY: Kernel context, in the inner window: the record is this CPU's, and nobody else uses it meanwhile; and
+            // `open_inner` has asked whether it is wanted.
+            self.local.flush_l1d = unsafe { H::per_cpu().as_mut().vmx()?.l1d.flush() };
+        }
         // SAFETY: The inner window is open: interrupts are off, and our VMCS is current; `prepare_entry` has completed it.
         match unsafe { switch::enter(self.regs.frame.as_ptr()) } {
             switch::EXITED => {

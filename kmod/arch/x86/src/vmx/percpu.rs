@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! What VMX wants on each CPU: a VMXON region, VPIDs, a copy of the GDT, and what of the host's state never changes.
+//! What VMX wants on each CPU: a VMXON region, VPIDs, a copy of the GDT, a way to flush the L1 data cache, and what of the
+//! host's state never changes.
 
 use vcpu_core::{AxError, AxResult, AxVCpuHal};
 use x86::msr;
 
 use super::capabilities::VmxCapabilities;
 use super::instructions::{self, Table};
+use super::l1d::L1d;
 use super::vpid::VpidAllocator;
 use crate::cpu;
 use crate::frame::Frames;
+use crate::mitigations::L1dFlush;
 
 /// The part of a CPU's record that VMX uses.
 pub(crate) struct VmxCpu<H: AxVCpuHal> {
@@ -20,6 +23,7 @@ pub(crate) struct VmxCpu<H: AxVCpuHal> {
     copied: Option<Table>,
     constants: Option<Constants>,
     pub(super) vpids: VpidAllocator,
+    pub(super) l1d: L1d<H>,
 }
 
 /// What Linux gives a CPU when it comes up and never changes. Other hypervisors put it back at each exit: the VMCS does it.
@@ -35,14 +39,21 @@ pub(super) struct Constants {
 }
 
 impl<H: AxVCpuHal> VmxCpu<H> {
-    /// Makes it. May sleep.
+    /// Makes it, for a CPU that has IA32_FLUSH_CMD if `has_flush_command`. May sleep.
     ///
     /// # Errors
     /// [`AxError::NoMemory`].
-    pub(crate) fn new(caps: &VmxCapabilities) -> AxResult<Self> {
+    pub(crate) fn new(caps: &VmxCapabilities, flush_l1d: L1dFlush, has_flush_command: bool) -> AxResult<Self> {
         let mut region = Frames::new(0)?;
         super::write_revision(&mut region, caps.revision);
-        Ok(Self { region, gdt: Frames::new(0)?, copied: None, constants: None, vpids: VpidAllocator::new() })
+        Ok(Self {
+            region,
+            gdt: Frames::new(0)?,
+            copied: None,
+            constants: None,
+            vpids: VpidAllocator::new(),
+            l1d: L1d::new(flush_l1d, has_flush_command)?,
+        })
     }
 
     /// Physical address of the VMXON region.

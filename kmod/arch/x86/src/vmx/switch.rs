@@ -8,7 +8,10 @@
 use core::arch::global_asm;
 
 use super::fields::Field;
-use crate::switch::{begin, clear_buffers, end, load_registers, load_spec_ctrl, restore_speculation, save_registers};
+use crate::switch::{
+    begin, clear_buffers, clear_history, end, load_registers, load_spec_ctrl, restore_speculation, save_registers,
+    speculate,
+};
 
 /// What the world switch works on. RSP is in the VMCS while the guest runs; its place here is not the assembly's.
 pub(crate) use crate::switch::Frame;
@@ -65,6 +68,8 @@ global_asm!(
     "mov [rdi], rax",
     save_registers!(),
     restore_speculation!(),
+    clear_history!(),
+    speculate!(),
     "mov eax, [rdi + 148]",
     "777:",
     end!(),

@@ -101,7 +101,10 @@ impl<H: X86Hal> Vmx<H> {
     /// [`AxError::HardwareLost`], with everything as it was.
     fn open_vmx(&mut self) -> AxResult {
         // SAFETY: Interrupts are off, so the record is this CPU's and nobody else uses it meanwhile.
-        let region = unsafe { H::per_cpu().as_mut() }.vmx()?.region();
+        let per_cpu = unsafe { H::per_cpu().as_mut() }.vmx()?;
+        let region = per_cpu.region();
+        // The host may have had anything in the cache since the last window.
+        self.local.flush_l1d = per_cpu.l1d.is_wanted();
         let own = self.vmcs.phys().as_u64();
         let inner = &mut self.local.inner;
         // SAFETY: Kernel context with interrupts off. CR4 gets VMXE only, which VMX asks for; the region begins with the
