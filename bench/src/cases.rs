@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread;
 
 use axvcpu_tests::code;
-use axvcpu_uapi::client::Memory;
+use axvcpu_uapi::client::{IoAddress, Memory};
 use nix::mount::{mount, MsFlags};
 use nix::sys::mman::{madvise, MmapAdvise};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
@@ -33,6 +33,9 @@ const LIVES: u64 = 10;
 /// VMs at a time.
 const CROWD: usize = 48;
 
+/// Where the loops of MMIO go: no memory.
+const MMIO: u64 = 0x3000_0000;
+
 const SMALL_SIZE: usize = 4 << 10;
 const HUGE_SIZE: usize = 2 << 20;
 
@@ -53,7 +56,8 @@ pub(crate) fn measure(row: Row, device: &dyn Factory, effort: Effort) -> Option<
             Ok(Box::new(move || Ok(fd.write(1)?)))
         }),
         Row::Ipi => ipi(device, effort),
-        Row::Ioeventfd => ioeventfd(device, effort),
+        Row::Ioeventfd => ioeventfd(device, effort, IoAddress::Port(0x80), &out()),
+        Row::IoeventfdMmio => ioeventfd(device, effort, IoAddress::Memory(MMIO), &mmio_write()),
         Row::Fault4k => faults(device, effort, SMALL, SMALL_SIZE, SMALL_PAGES),
         Row::Fault2m => faults(device, effort, HUGE, HUGE_SIZE, HUGE_PAGES),
         Row::Out => exits(device, effort, false, &out()),
@@ -364,16 +368,17 @@ fn ipi(device: &dyn Factory, effort: Effort) -> Result<Vec<f64>> {
     })
 }
 
-fn ioeventfd(device: &dyn Factory, effort: Effort) -> Result<Vec<f64>> {
+/// The guest writes to `at` again and again by `work`.
+fn ioeventfd(device: &dyn Factory, effort: Effort, at: IoAddress, work: &Loop) -> Result<Vec<f64>> {
     let mut lab = Lab::new(device, 1, false)?;
     let fd = EventFd::new(EFD_NONBLOCK)?;
-    lab.machine.attach_ioeventfd(&fd, 0x80)?;
+    lab.machine.attach_ioeventfd(&fd, at)?;
     let mut cpu = lab.machine.take_cpu(0)?;
     let turns = effort.turns(EXITS);
-    lab.load(&out().empty())?;
+    lab.load(&work.empty())?;
     let empty = measure::samples(effort, || time(&mut *cpu, turns))?;
     let empty = measure::median(&empty).ok_or("no samples")?;
-    lab.load(&out().code())?;
+    lab.load(&work.code())?;
     let samples = measure::samples(effort, || Ok((time(&mut *cpu, turns)? - empty) / turns as f64))?;
     // One sample more was taken to warm up.
     let (seen, expected) = (fd.read()?, turns * (effort.samples as u64 + 1));

@@ -90,6 +90,8 @@ rows! {
     Ipi, Third, "IPI to another vCPU, asleep in HLT, on the same host CPU";
     /// ioeventfd.
     Ioeventfd, Third, "OUT to an ioeventfd";
+    /// ioeventfd at an address.
+    IoeventfdMmio, Third, "MMIO write to an ioeventfd";
     /// 4 KiB page.
     Fault4k, Third, "nested page fault, 4 KiB of host memory";
     /// 2 MiB page.

@@ -2,10 +2,13 @@
 //! Machines of axvcpu. MMIO is decoded by axvmm's emulator, as in axvmm.
 
 use std::convert::Infallible;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
+use axvcpu_uapi::client::{
+    AddressSpace, Apic, Exit, IoAddress, IoPattern, Memory, Permissions, Slot, System, Vcpu, Vm,
+};
 use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
 use axvcpu_uapi::x86::{CpuidEntry, Events, ACTIVITY_RUNNING};
 use axvmm::x86::emulate::{self, Bus, CpuState, Outcome};
@@ -57,6 +60,12 @@ impl Factory for Device {
     }
 }
 
+/// `fd` as the client library wants it.
+fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: The descriptor is open as long as `fd`, from which the result is borrowed.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
 struct AxMachine {
     cpus: Vec<Option<AxCpu>>,
     _ram: Slot<Memory>,
@@ -75,12 +84,16 @@ impl Machine for AxMachine {
         Ok(self.vm.signal_msi(MESSAGE, VECTOR.into())?)
     }
 
-    fn attach_irqfd(&self, _fd: &EventFd) -> Result<()> {
-        Err("not offered".into())
+    fn attach_irqfd(&self, fd: &EventFd) -> Result<()> {
+        Ok(self.vm.attach_interrupt(borrow(fd), MESSAGE, VECTOR.into(), None)?)
     }
 
-    fn attach_ioeventfd(&self, _fd: &EventFd, _port: u16) -> Result<()> {
-        Err("not offered".into())
+    fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
+        if self.vm.attach_io(borrow(fd), IoPattern::any(at))? {
+            Ok(())
+        } else {
+            Err("the kernel leaves it to userspace".into())
+        }
     }
 
     fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axvcpu_uapi::client::{Backing, Memory};
+use axvcpu_uapi::client::{Backing, IoAddress, Memory};
 use axvcpu_uapi::x86::{self, Control, General, Segments};
 use kvm_bindings::{
     kvm_enable_cap, kvm_irq_routing_entry, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs,
@@ -127,8 +127,12 @@ impl Machine for KvmMachine {
         Ok(self.vm.register_irqfd(fd, IRQFD_GSI)?)
     }
 
-    fn attach_ioeventfd(&self, fd: &EventFd, port: u16) -> Result<()> {
-        Ok(self.vm.register_ioevent(fd, &IoEventAddress::Pio(port.into()), NoDatamatch)?)
+    fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
+        let at = match at {
+            IoAddress::Port(port) => IoEventAddress::Pio(port.into()),
+            IoAddress::Memory(address) => IoEventAddress::Mmio(address),
+        };
+        Ok(self.vm.register_ioevent(fd, &at, NoDatamatch)?)
     }
 
     fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {

@@ -6,7 +6,7 @@ mod kvm;
 
 use std::sync::Arc;
 
-use axvcpu_uapi::client::Memory;
+use axvcpu_uapi::client::{IoAddress, Memory};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why a measurement could not be made: a sentence.
@@ -50,14 +50,14 @@ pub(crate) trait Machine {
     /// Has writes to `fd` send [`VECTOR`](crate::guest::VECTOR) to vCPU 0.
     ///
     /// # Errors
-    /// What the hypervisor says, or that it cannot.
+    /// What the hypervisor says.
     fn attach_irqfd(&self, fd: &EventFd) -> Result<()>;
 
-    /// Has OUT to `port` add to `fd`.
+    /// Has writes to `at` add to `fd`, in the kernel.
     ///
     /// # Errors
     /// What the hypervisor says, or that it cannot.
-    fn attach_ioeventfd(&self, fd: &EventFd, port: u16) -> Result<()>;
+    fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()>;
 
     /// Maps `size` bytes of `memory` from `offset` at the guest physical address `at`, in place of what it mapped before,
     /// so that nothing of them is in the nested page table.
