@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         "events/nmi-ignores-the-interrupt-flag" => nmi_if;
         "events/bad-ones-are-refused" => refused [abi];
         "events/the-guests-own-exceptions-stay-inside" => own;
+        "events/handlers-in-pages-that-are-not-mapped-yet" => handlers_not_mapped;
         "events/delivery-into-a-discarded-page" => discarded [differs];
         "events/delivery-into-a-page-that-is-not-memory" => not_memory [abi];
         "events/interrupt-delivery-into-a-page-that-is-not-memory" => interrupt_not_memory [abi];
@@ -217,6 +218,43 @@ fn own() -> CaseResult {
 }
 
 /// The stack's page is gone when the event is delivered; the module brings it back and delivers the event once.
+/// The first instruction of each handler exits, when the exception has been delivered and nothing has been executed since.
+fn handlers_not_mapped() -> CaseResult {
+    let code = code!(
+        handlers_not_mapped,
+        64,
+        "ud2",
+        "xor ecx, ecx",
+        "div ecx",
+        "mov eax, [rdi]",
+        "mov edi, 0x80000000", // Beyond the page tables.
+        "mov eax, [rdi]",
+        "mov rbx, rsp",
+        "out 0x80, al",
+    );
+    // mov rbx, rsp; out 0x81, al; behind the instruction, whose length is 2: add qword ptr [rsp], 2; iretq
+    let plain = [0x48, 0x89, 0xe3, 0xe6, 0x81, 0x48, 0x83, 0x04, 0x24, 2, 0x48, 0xcf];
+    // The same with add rsp, 8 before it is behind the instruction.
+    let with_code = [0x48, 0x89, 0xe3, 0xe6, 0x81, 0x48, 0x83, 0xc4, 8, 0x48, 0x83, 0x04, 0x24, 2, 0x48, 0xcf];
+    let mut m = Machine::new(Mode::Long, code)?;
+    let vectors = [6u8, 0, 13, 14];
+    for (page, vector) in (1..).zip(vectors) {
+        let at = HIGH + page * 0x1000;
+        m.vector(vector, at)?;
+        m.write(at, if vector < 8 { &plain } else { &with_code })?;
+    }
+    m.vcpu.set_gpr(7, 1 << 63)?; // Not canonical.
+    for (vector, at) in vectors.into_iter().zip([0, 4, 6, 13]) {
+        m.expect_mark(0x81)?;
+        let size = if vector < 8 { 40 } else { 48 };
+        ensure_eq!(m.vcpu.general().gpr[3], STACK - size, "RSP in the handler of {vector}");
+        ensure_eq!(m.read_u64(STACK - 40)?, CODE + at, "RIP in the frame of {vector}");
+    }
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vcpu.general().gpr[3], STACK, "RSP when they have returned");
+    Ok(())
+}
+
 fn discarded() -> CaseResult {
     let code =
         code!(discarded, 64, "out 0x80, al", "nop", "hlt", ".org 77b + 0x100", "inc r14", "out 0x81, al", "iretq",);
