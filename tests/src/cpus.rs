@@ -52,7 +52,6 @@ impl Cpus {
     pub fn new(code: &[u8], others: &[u32], x2apic: bool) -> Result<Self, Stop> {
         let mut machine = Machine::with(Mode::Long, code, Apic::InKernel)?;
         let stack = |id: u32| HIGH + u64::from(id + 1) * 0x1000;
-        machine.touch_tables(others.iter().copied().map(stack))?;
         let cpuid = machine.system.supported_cpuid()?;
         let (control, segments) = (machine.vcpu.get::<Control>()?, machine.vcpu.get::<Segments>()?);
         let mut vcpus = Vec::new();
@@ -163,7 +162,10 @@ impl Cpus {
                             match vcpu.run()?.reason {
                                 AxVCpuExitReason::IoWrite { port: found, .. } if found == port => return Ok(()),
                                 AxVCpuExitReason::Interrupted => harness::check_time()?,
-                                other => return Err(Stop::Fail(format!("vCPU {id}: exit {other:x?}"))),
+                                other => {
+                                    let at = vcpu.get::<General>()?;
+                                    return Err(Stop::Fail(format!("vCPU {id}: exit {other:x?} with {at:x?}")));
+                                }
                             }
                         }
                     })

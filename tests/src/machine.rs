@@ -232,33 +232,6 @@ impl Machine {
         Ok(self.ram.read_u64(at as usize)?)
     }
 
-    /// Has the guest touch what the delivery of an interrupt needs in long mode: the tables, the stack, and the stacks that
-    /// end at `stacks`. Nothing but on a CPU that needs it: see [`flaws::DELIVERY_FORGOTTEN`].
-    ///
-    /// # Errors
-    /// If the guest does not get through.
-    pub fn touch_tables(&mut self, stacks: impl IntoIterator<Item = u64>) -> CaseResult {
-        if !flaws::DELIVERY_FORGOTTEN.here() || self.mode != Mode::Long {
-            return Ok(());
-        }
-        let before: General = self.vcpu.get()?;
-        let mut code = Vec::new();
-        for at in [GDT, TSS, IDT] {
-            code.extend([0x48, 0xa1]); // mov rax, [at]
-            code.extend(at.to_le_bytes());
-        }
-        for end in [STACK].into_iter().chain(stacks) {
-            code.extend([0x48, 0xa3]); // mov [end - 8], rax
-            code.extend((end - 8).to_le_bytes());
-        }
-        code.extend([0xe6, 0x7f]); // out 0x7f, al
-        self.write(DATA, &code)?;
-        self.modify(|general| general.rip = DATA)?;
-        self.expect_mark(0x7f)?;
-        self.write(DATA, &vec![0; code.len()])?;
-        Ok(self.vcpu.set(&before)?)
-    }
-
     /// Changes general registers: through the run page after the first run, by ioctl before it.
     ///
     /// # Errors

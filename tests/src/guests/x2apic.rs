@@ -18,7 +18,6 @@ pub(super) fn machine(code: &[u8]) -> Result<Machine, Stop> {
     m.vector(0x40, CODE + 0x100)?;
     m.vector(0x60, CODE + 0x180)?;
     m.vcpu.apic_access(SVR, Some(0x1ff))?;
-    m.touch_tables([])?;
     Ok(m)
 }
 
