@@ -56,6 +56,11 @@ pub(crate) trait Backend<H: X86Hal> {
         false
     }
 
+    /// Whether entries end when the guest's TSC reaches the deadline of the local APIC's timer.
+    fn watches_deadline(&self) -> bool {
+        false
+    }
+
     /// One entry, with the events of `plan`. How it ended is put into `guest.exited`.
     ///
     /// # Errors
@@ -101,7 +106,7 @@ pub(crate) enum Exit {
     Instruction(Instruction, u64),
     /// A physical interrupt, which the host takes when it has interrupts on again.
     Interrupt,
-    /// The guest has run as long as it may without a look at the host.
+    /// The TSC has reached the local APIC's deadline, or the CPU can wait no longer for it.
     PreemptionTimer,
     /// An access that the nested page table does not allow.
     PageFault { addr: GuestPhysAddr, access: AccessFlags },

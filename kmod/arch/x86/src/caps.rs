@@ -73,7 +73,7 @@ pub fn detect() -> Result<Backend, AxError> {
 /// What the CPU lacks.
 pub(crate) fn vmx() -> Result<VmxCapabilities, Missing> {
     // SAFETY: Kernel context, and a CPU with VMX has the MSRs that `read` asks for.
-    VmxCapabilities::new(&Msrs::read(|index| unsafe { cpu::rdmsr(index) }))
+    VmxCapabilities::new(&Msrs::read(cpu::cpuid(1, 0).eax, |index| unsafe { cpu::rdmsr(index) }))
 }
 
 /// What [`detect`] has found wanting when it says [`AxError::Unsupported`], for people. Kernel context.

@@ -189,6 +189,10 @@ impl<H: X86Hal> Guest<H> {
         match exit {
             Exit::Instruction(instruction, next) => self.execute(regs, instruction, next),
             Exit::Interrupt => Reason::ExternalInterrupt { vector: 0 },
+            Exit::PreemptionTimer if self.deadline_reached() => {
+                self.exit_kind = ExitKind::Timer;
+                Reason::Nothing
+            }
             Exit::PreemptionTimer => Reason::PreemptionTimer,
             Exit::PageFault { addr, access } => Reason::NestedPageFault { addr, access_flags: access },
             Exit::Window if self.events.window_requested() && self.window_open(regs) => Reason::InterruptWindow,

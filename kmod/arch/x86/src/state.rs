@@ -376,10 +376,27 @@ impl<H: X86Hal> Guest<H> {
         view
     }
 
-    /// What the host's timer is to do for the local APIC's.
-    pub(crate) fn timer_update(&mut self) -> TimerUpdate {
+    /// What the host's timer is to do for the local APIC's. Nothing for a deadline as long as entries can wait for it: a vCPU that
+    /// sleeps makes none.
+    pub(crate) fn timer_update(&mut self, hw: &impl Backend<H>) -> TimerUpdate {
+        let watched = hw.watches_deadline() && self.events.activity() == Activity::Running;
         // Not `lapic_mut`: it changes nothing of what entries ask.
-        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, Lapic::timer_update)
+        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, |lapic| lapic.timer_update(watched))
+    }
+
+    /// The guest's TSC that the local APIC's timer waits for, in TSC-deadline mode.
+    #[inline]
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.lapic().and_then(Lapic::deadline)
+    }
+
+    /// Has the local APIC's timer expire if the deadline has been reached. Whether it has.
+    pub(crate) fn deadline_reached(&mut self) -> bool {
+        let reached = self.deadline().is_some_and(|deadline| deadline <= self.tsc());
+        if reached {
+            self.with_lapic(|lapic, clock| lapic.look_at_timer(clock));
+        }
+        reached
     }
 
     /// Moves the guest's TSC.

@@ -456,10 +456,11 @@ impl<H: X86Hal> X86VCpu<H> {
         self.guest.apic_id()
     }
 
-    /// What the host's timer is to do for the local APIC's. Its expiry is posted to the mailbox.
+    /// What the host's timer is to do for the local APIC's. Its expiry is posted to the mailbox. For a vCPU that has something to
+    /// run for, it may be nothing, since the hardware ends the guest's turn in time.
     #[inline]
     pub fn timer_update(&mut self) -> TimerUpdate {
-        self.guest.timer_update()
+        on!(&self.hardware, hw => self.guest.timer_update(hw))
     }
 
     /// Whether [`clock_update`](Self::clock_update) has something: then the window is to be left, since the guest expects its

@@ -398,10 +398,22 @@ impl<H: AxVCpuHal> Lapic<H> {
         }
     }
 
-    /// What to do with the host's timer; the caller does it.
+    /// What to do with the host's timer; the caller does it. `watched`: the vCPU runs, and leaves the guest by itself at a
+    /// deadline.
     #[inline]
-    pub fn timer_update(&mut self) -> TimerUpdate {
-        self.timer.update()
+    pub fn timer_update(&mut self, watched: bool) -> TimerUpdate {
+        self.timer.update(watched)
+    }
+
+    /// The guest's TSC at which the timer's interrupt is due, in TSC-deadline mode.
+    #[inline]
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.timer.watched_deadline()
+    }
+
+    /// Sees whether the timer has expired.
+    pub(crate) fn look_at_timer(&mut self, clock: &dyn Fn() -> Clock) {
+        self.poll_timer(&clock());
     }
 
     /// The guest's TSC was written or its offset changed: `clock` reads the new one.

@@ -6,6 +6,8 @@
 
 use vcpu_core::npt::Levels;
 
+use super::timer;
+
 /// Pin-based VM-execution controls (SDM vol. 3 section 25.6.1).
 pub(crate) mod pin {
     pub(crate) const EXTERNAL_INTERRUPT: u32 = 1 << 0;
@@ -128,11 +130,13 @@ pub(crate) struct Msrs {
     pub(crate) cr0_fixed1: u64,
     pub(crate) cr4_fixed0: u64,
     pub(crate) cr4_fixed1: u64,
+    /// CPUID 1 EAX, by which errata are known.
+    pub(crate) signature: u32,
 }
 
 impl Msrs {
-    /// Reads them by `read`. The CPU has VMX.
-    pub(crate) fn read(read: impl Fn(u32) -> u64) -> Self {
+    /// Reads them by `read`. The CPU has VMX, and this `signature`.
+    pub(crate) fn read(signature: u32, read: impl Fn(u32) -> u64) -> Self {
         let basic = read(0x480);
         // The true capability MSRs, from 0x48d on, tell of default controls that can be zero.
         let (pin, primary, exit, entry) =
@@ -153,6 +157,7 @@ impl Msrs {
             cr0_fixed1: read(0x487),
             cr4_fixed0: read(0x488),
             cr4_fixed1: read(0x489),
+            signature,
         }
     }
 }
@@ -244,9 +249,10 @@ impl VmxCapabilities {
         }
         let invvpid = ept(32) && (ept(41) || ept(42));
         let vpid = if invvpid { secondary::VPID } else { 0 };
+        let timer = if timer::reliable(msrs.signature) { pin::PREEMPTION_TIMER } else { 0 };
         Ok(Self {
             revision: msrs.basic as u32 & 0x7fff_ffff,
-            pin: controls(msrs.pin, pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI | pin::PREEMPTION_TIMER),
+            pin: controls(msrs.pin, pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI | timer),
             primary: controls(msrs.primary, REQUIRED_PRIMARY | primary::MSR_BITMAPS | primary::SECONDARY),
             secondary: controls(
                 msrs.secondary,
@@ -279,7 +285,7 @@ impl VmxCapabilities {
         self.secondary | controls(self.secondary_msr, rdtscp | invpcid)
     }
 
-    /// Whether the preemption timer exists.
+    /// Whether the preemption timer is used.
     pub(crate) const fn has_timer(&self) -> bool {
         self.pin & pin::PREEMPTION_TIMER != 0
     }
@@ -353,6 +359,7 @@ pub(crate) mod tests {
             cr0_fixed1: 0xffff_ffff,
             cr4_fixed0: 0x2000,
             cr4_fixed1: 0x0077_2fff,
+            signature: 0x706e5,
         }
     }
 
@@ -402,6 +409,7 @@ pub(crate) mod tests {
         msrs.ept_vpid &= !(1 << 32);
         let caps = VmxCapabilities::new(&msrs).unwrap();
         assert!(!caps.has_timer() && !caps.has_vpid() && !caps.has_pause_loop());
+        assert!(!VmxCapabilities::new(&Msrs { signature: 0x106a5, ..recent() }).unwrap().has_timer(), "an erratum");
         assert_eq!(caps.secondary_for(true, true) & (secondary::RDTSCP | secondary::INVPCID), 0);
     }
 
@@ -440,10 +448,10 @@ pub(crate) mod tests {
     #[test]
     fn true_capabilities_are_read_where_they_exist() {
         let value = |index: u32| if index == 0x480 { 1 << 55 } else { u64::from(index) | 1 << 63 };
-        let msrs = Msrs::read(value);
+        let msrs = Msrs::read(0, value);
         assert_eq!((msrs.pin as u32, msrs.primary as u32), (0x48d, 0x48e));
         assert_eq!((msrs.exit as u32, msrs.entry as u32), (0x48f, 0x490));
-        let msrs = Msrs::read(|index| if index == 0x480 { 0 } else { u64::from(index) });
+        let msrs = Msrs::read(0, |index| if index == 0x480 { 0 } else { u64::from(index) });
         assert_eq!((msrs.pin as u32, msrs.primary as u32), (0x481, 0x482));
         assert_eq!((msrs.exit as u32, msrs.entry as u32), (0x483, 0x484));
         assert_eq!((msrs.secondary, msrs.ept_vpid), (0, 0), "MSRs that need not exist are not read");

@@ -77,7 +77,7 @@ pub(super) enum Code {
     Pause,
     /// An EPT violation.
     NestedPageFault,
-    /// The preemption timer has expired: the host's turn.
+    /// The preemption timer has expired.
     PreemptionTimer,
     /// XSETBV.
     Xsetbv,

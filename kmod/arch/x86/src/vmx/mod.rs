@@ -3,7 +3,8 @@
 //!
 //! [`fields`] names the fields of a VMCS, [`capabilities`] says what the CPU can do, [`instructions`] executes; [`registers`] is
 //! a vCPU's state between VMCS and memory, [`bitmaps`] the MSRs that do not exit, [`vpid`] the identifiers of translations,
-//! [`virtual_apic`] what the CPU does for the local APIC, [`percpu`] what a CPU keeps, [`l1d`] how its L1 data cache is flushed, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
+//! [`virtual_apic`] what the CPU does for the local APIC, [`timer`] for its timer, [`percpu`] what a CPU keeps, [`l1d`] how its
+//! L1 data cache is flushed, [`window`] the state switched around entries, [`switch`] the world switch, [`exit`] what exits mean,
 //! [`check`] why an entry was refused; this file is the entry into the guest.
 
 mod bitmaps;
@@ -16,6 +17,7 @@ mod l1d;
 mod percpu;
 mod registers;
 mod switch;
+mod timer;
 mod transfer;
 mod virtual_apic;
 mod vmcs;
@@ -55,9 +57,6 @@ const EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
 const PAUSE_GAP: u64 = 128;
 /// A loop of PAUSEs exits after so many cycles.
 const PAUSE_WINDOW: u64 = 4096;
-/// The host gets its turn after so many milliseconds at the latest. It is the host's timer that matters, by its interrupt; but
-/// a guest with interrupts off never exits for one on an emulator (Bochs 3.0).
-const TURN_MS: u64 = 10;
 
 /// Writes the revision to the start of a VMXON region or VMCS (SDM vol. 3 section 25.2).
 fn write_revision<H: AxVCpuHal>(region: &mut Frames<H>, revision: u32) {
@@ -82,6 +81,8 @@ struct Local {
     inner: Inner,
     /// What the VMCS has as primary controls.
     primary: u64,
+    /// And for the preemption timer.
+    timer: u64,
     /// The exit's user will want to see all registers.
     shown: bool,
     /// The length of the instruction that the last entry's event was given.
@@ -163,6 +164,10 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
 
     fn takes_posted_interrupts(&self) -> bool {
         self.local.virtual_apic.takes_posted_interrupts()
+    }
+
+    fn watches_deadline(&self) -> bool {
+        self.caps.has_timer()
     }
 
     fn leave(&mut self, guest: &mut Guest<H>) -> AxResult {
@@ -288,6 +293,14 @@ impl<H: X86Hal> Vmx<H> {
             self.local.virtual_apic.before_entry(&mut vmcs, lapic, &mut self.bitmap);
         }
         self.choose_vpid(guest, &mut vmcs)?;
+        if self.caps.has_timer() {
+            let value = guest.deadline().map_or(timer::UNUSED, |deadline| {
+                let now = cpu::rdtsc();
+                let ticks = deadline.saturating_sub(now.wrapping_add(guest.tsc_offset));
+                timer::value(now, ticks, self.caps.timer_shift)
+            });
+            vmcs.update(Field::GuestPreemptionTimer, &mut self.local.timer, value.into());
+        }
         vmcs.finish()
     }
 

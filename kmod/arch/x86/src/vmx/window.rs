@@ -21,7 +21,7 @@ use super::fields::Field;
 use super::instructions::{self, Selectors, Table};
 use super::registers::{group, CR4_VMXE, SYSCALL_MSRS};
 use super::vmcs::Vmcs;
-use super::{Vmx, EXCEPTIONS, PAUSE_GAP, PAUSE_WINDOW, TURN_MS};
+use super::{timer, Vmx, EXCEPTIONS, PAUSE_GAP, PAUSE_WINDOW};
 use crate::cpu;
 use crate::cpuid::Feature;
 use crate::hal::X86Hal;
@@ -358,8 +358,8 @@ impl<H: X86Hal> Vmx<H> {
         vmcs.write(Field::ControlMsrBitmap, self.bitmap.phys().as_u64());
         vmcs.write(Field::ControlEptPointer, ept_pointer(guest.root.as_u64(), guest.caps.npt_levels));
         if caps.has_timer() {
-            let ticks = u64::from(H::tsc_khz()).saturating_mul(TURN_MS) >> caps.timer_shift;
-            vmcs.write(Field::GuestPreemptionTimer, ticks.clamp(1, u32::MAX.into()));
+            self.local.timer = timer::UNUSED.into();
+            vmcs.write(Field::GuestPreemptionTimer, self.local.timer);
         }
         if caps.has_pause_loop() {
             vmcs.write(Field::ControlPauseGap, PAUSE_GAP);
