@@ -100,6 +100,37 @@ abi_struct! {
     }
 }
 
+/// Size of a GIC's distributor, in bytes of guest physical address space.
+pub const GIC_DISTRIBUTOR_SIZE: u64 = 0x1_0000;
+/// Size of a GIC's redistributor for one vCPU, in bytes of guest physical address space: its frame of control registers, then
+/// that of SGIs and PPIs.
+pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// Number of INTIDs of a GIC: 16 SGIs, 16 PPIs, and SPIs from 32 on.
+pub const GIC_INTIDS: u32 = 256;
+/// The PPI of the virtual timer, CNTV.
+pub const GIC_TIMER_PPI: u32 = 27;
+/// Offset of GICD_SETSPI_NSR from the distributor's address. A message to it, whose data is the INTID of an SPI, asserts
+/// a level-triggered interrupt, or makes an edge-triggered one pending.
+pub const GIC_SET_SPI: u64 = 0x40;
+/// Offset of GICD_CLRSPI_NSR. A message to it takes that back.
+pub const GIC_CLEAR_SPI: u64 = 0x48;
+
+abi_struct! {
+    /// `CREATE_GIC`: a GICv3 (Arm IHI 0069) with one security state, affinity routing, SPIs by message, and no LPIs.
+    pub struct Gic: 24 {
+        /// Guest physical address of the distributor, a multiple of 64 KiB: [`GIC_DISTRIBUTOR_SIZE`] bytes.
+        pub distributor: u64,
+        /// Guest physical address of the redistributor of vCPU 0, a multiple of 64 KiB; those of the others follow, each
+        /// [`GIC_REDISTRIBUTOR_SIZE`] bytes.
+        pub redistributors: u64,
+        /// Number of redistributors, from 1 to [`crate::system::SystemInfo::max_vcpus`]: of vCPUs 0 to `cpus` - 1. The last one
+        /// says in GICR_TYPER that it is.
+        pub cpus: u32,
+        /// No flag is defined: zero.
+        pub flags: u32,
+    }
+}
+
 /// The number of a system register in [`SysRegRead`](crate::exit::AxVCpuExitReason::SysRegRead) and
 /// [`SysRegWrite`](crate::exit::AxVCpuExitReason::SysRegWrite): the fields of MRS and MSR as in the instruction, op0 in
 /// bits 15:14, op1 in 13:11, CRn in 10:7, CRm in 6:3, op2 in 2:0.

@@ -3,7 +3,7 @@
 //! bits 31:30 direction, 29:16 size of the argument, 15:8 type, 7:0 number.
 
 use crate::layout::AbiStruct;
-use crate::{aspace, system, vcpu, vm};
+use crate::{arm64, aspace, system, vcpu, vm};
 
 /// The type byte of every axvcpu ioctl.
 pub const TYPE: u8 = 0xa7;
@@ -52,6 +52,8 @@ pub const VM_STATS: u32 = read::<vm::VmStats>(0x13);
 pub const IRQFD: u32 = write::<vm::Irqfd>(0x14);
 /// Attaches an eventfd that the guest signals, or detaches it: [`vm::IoEventfd`].
 pub const IOEVENTFD: u32 = write::<vm::IoEventfd>(0x15);
+/// Creates the interrupt controller (AArch64): [`arm64::Gic`].
+pub const CREATE_GIC: u32 = write::<arm64::Gic>(0x16);
 
 // On an address space.
 

@@ -31,7 +31,8 @@ pub const STATUS_TOO_OLD: u32 = 4;
 /// [`SystemInfo::status`]: the host kernel does not run at EL2 (AArch64): it was started at EL1, or the CPU lacks VHE.
 pub const STATUS_HOST_NOT_AT_EL2: u32 = 5;
 
-/// [`SystemInfo::features`]: the local APIC can live in the kernel ([`crate::vcpu::SETUP_IN_KERNEL_APIC`]).
+/// [`SystemInfo::features`]: the interrupt controller can live in the kernel ([`crate::vcpu::SETUP_IN_KERNEL_APIC`]): local APICs,
+/// or a GICv3 (AArch64: [`crate::ioctl::CREATE_GIC`]).
 pub const FEATURE_IN_KERNEL_APIC: u64 = 1 << 0;
 /// [`SystemInfo::features`]: the CPU reports where the next instruction starts (NRIP save).
 pub const FEATURE_NEXT_RIP: u64 = 1 << 1;

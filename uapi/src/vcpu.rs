@@ -24,7 +24,8 @@ abi_struct! {
 }
 
 /// [`Setup::flags`]: emulate the local APIC (and its timer) in the kernel. `HLT` then sleeps in `RUN`, and vCPUs other than 0
-/// wait for INIT and SIPI.
+/// wait for INIT and SIPI. On AArch64: the vCPU has a CPU interface of the VM's GIC ([`crate::ioctl::CREATE_GIC`] comes
+/// before), its virtual timer interrupts it, and `WFI` sleeps in `RUN`.
 pub const SETUP_IN_KERNEL_APIC: u32 = 1 << 0;
 
 abi_struct! {

@@ -26,11 +26,12 @@ abi_struct! {
 
 abi_struct! {
     /// `SIGNAL_MSI`: an interrupt message in the format of the architecture (x86: SDM vol. 3 section 12.11,
-    /// APM vol. 2 section 16.11; trigger mode in bit 15 of the data).
+    /// APM vol. 2 section 16.11; trigger mode in bit 15 of the data. AArch64: a write to the VM's GIC distributor).
     pub struct Msi: 16 {
         /// Message address. On x86 bits 31:20 are 0xfee; bits 63:40 may hold bits 31:8 of the destination (x2APIC format).
+        /// On AArch64 the distributor's address plus [`crate::arm64::GIC_SET_SPI`] or [`crate::arm64::GIC_CLEAR_SPI`].
         pub address: u64,
-        /// Message data.
+        /// Message data. On AArch64 the INTID, from 32 to [`crate::arm64::GIC_INTIDS`] - 1.
         pub data: u32,
         /// No flag is defined: zero.
         pub flags: u32,

@@ -56,6 +56,8 @@ pub enum Error {
     },
     /// The run page could not be mapped.
     MapRunPage(Errno),
+    /// `CREATE_GIC` failed.
+    CreateGic(Errno),
     /// `SIGNAL_MSI` failed.
     SignalMsi(Errno),
     /// `IRQFD` failed to attach.
@@ -181,6 +183,7 @@ impl Error {
             | Self::CreateVm(errno)
             | Self::CreateAddressSpace(errno)
             | Self::MapRunPage(errno)
+            | Self::CreateGic(errno)
             | Self::SignalMsi(errno)
             | Self::ReadDirtyLog(errno)
             | Self::StopDirtyLog(errno)
@@ -295,6 +298,7 @@ impl fmt::Display for Error {
             Self::CreateAddressSpace(_) => f.write_str("cannot create an address space")?,
             Self::CreateVcpu { id, .. } => write!(f, "cannot create vCPU {id}")?,
             Self::MapRunPage(_) => f.write_str("cannot map the vCPU's run page")?,
+            Self::CreateGic(_) => f.write_str("cannot create the interrupt controller")?,
             Self::SignalMsi(_) => f.write_str("cannot deliver an interrupt message")?,
             Self::AttachInterrupt(_) => f.write_str("cannot let an eventfd interrupt the guest")?,
             Self::DetachInterrupt(_) => f.write_str("cannot stop an eventfd from interrupting the guest")?,

@@ -7,6 +7,7 @@ use super::error::{Error, Result};
 use super::eventfd::IoEvents;
 use super::sys;
 use super::vcpu::Vcpu;
+use crate::arm64::Gic;
 use crate::ioctl;
 use crate::layout::AbiStruct;
 use crate::vm::{CreateAddressSpace, CreateVcpu, Msi, VmStats};
@@ -50,7 +51,18 @@ impl Vm {
         Vcpu::new(fd.map_err(|errno| Error::CreateVcpu { id, errno })?, self.xsave_size)
     }
 
-    /// Delivers a message-signalled interrupt to the in-kernel local APICs. Does not wait for the guest.
+    /// Creates the VM's interrupt controller (AArch64): once, before the set-up of vCPUs that take part in it.
+    ///
+    /// # Errors
+    /// [`Error::CreateGic`]: `EEXIST` the second time, `EINVAL` for a place or a number that is not possible.
+    pub fn create_gic(&self, gic: Gic) -> Result<()> {
+        let mut gic = gic;
+        // SAFETY: the structure holds no address of this process.
+        unsafe { sys::with(self.as_fd(), ioctl::CREATE_GIC, &mut gic) }.map_err(Error::CreateGic)?;
+        Ok(())
+    }
+
+    /// Delivers a message-signalled interrupt to the in-kernel interrupt controllers. Does not wait for the guest.
     ///
     /// # Errors
     /// [`Error::SignalMsi`].
