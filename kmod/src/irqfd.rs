@@ -19,7 +19,7 @@ use kernel::{
 };
 
 use crate::{
-    arch::Message,
+    arch::{self, Message},
     eventfd::{self, EventFd, Listener, Signalled},
     ffi::IrqOff,
     published::Published,
@@ -116,7 +116,7 @@ impl Irqfds {
                 self.detach(&EventFd::of(&*file?)?)
             }
             0 | IRQFD_RESAMPLE => {
-                let message = Message::from_msi(arg.address, arg.data).map_err(crate::abi::errno)?;
+                let message = arch::message(vm, arg.address, arg.data).map_err(crate::abi::errno)?;
                 let resample = if arg.flags == IRQFD_RESAMPLE {
                     if !message.level {
                         return Err(EINVAL);
@@ -204,12 +204,14 @@ impl Irqfds {
         unsafe { self.ends.replace(ends) }
     }
 
-    /// The guest has handled the level-triggered interrupt `vector`. Whether it was one of these; they are told then.
-    pub(crate) fn end(&self, vector: u8, irq_off: &IrqOff) -> bool {
+    /// The guest has handled the level-triggered interrupt `vector`. Whether it was one of these; they are told then, `before`
+    /// which something may be done.
+    pub(crate) fn end(&self, vector: u8, irq_off: &IrqOff, before: impl Fn()) -> bool {
         let mut any = false;
         for end in self.ends.read(irq_off).iter().filter(|end| end.vector == vector) {
             if end.irqfd.asserted.swap(false, Ordering::SeqCst) {
                 any = true;
+                before();
                 if let Some(resample) = &end.irqfd.resample {
                     resample.signal();
                 }

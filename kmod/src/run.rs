@@ -174,7 +174,9 @@ impl Vcpu {
                 break Ok(Stop::Again);
             }
             entries_left = entries_left.wrapping_sub(1);
-            match self.turn(inner, &irq_off, &mut entries_left) {
+            let turn = self.turn(inner, &irq_off, &mut entries_left);
+            self.tell(inner, &irq_off);
+            match turn {
                 Ok(None) => {}
                 Ok(Some(stop)) => break Ok(stop),
                 Err(error) => break Err(abi::errno(error)),
@@ -182,6 +184,7 @@ impl Vcpu {
         };
         // A vCPU that has failed has left by itself, and cannot be asked to.
         let left = inner.vcpu.arch_mut().map_or(Ok(()), arch::VCpu::leave).map_err(abi::errno);
+        self.tell(inner, &irq_off);
         drop(in_guest);
         arch::interrupts_on(irq_off);
         left.and(stop)
@@ -235,7 +238,7 @@ impl Vcpu {
                 self.shared.stats.count_exit(ExitKind::Mmio);
                 None
             }
-            Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off) => None,
+            Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off, || ()) => None,
             // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.
             Exit::Halt if inner.in_kernel_apic && inner.vcpu.arch()?.interrupts_enabled() => Some(Stop::Again),
             exit => Some(Stop::Exit(exit)),

@@ -26,12 +26,29 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, _go_on: impl FnMut(ExitKind) 
 }
 
 impl Vcpu {
-    /// Interrupts between vCPUs would be an interrupt controller's, which is not in the kernel.
-    pub(crate) fn send_ipi(&self, _inner: &Inner, _target: u64, _vector: u64) {}
+    /// The guest wrote `value` to the register for SGIs of `group`.
+    pub(crate) fn send_ipi(&self, _inner: &Inner, value: u64, group: u64) {
+        if let Some(gic) = self.vm.arch().gic.as_ref() {
+            gic.send_sgi(self.shared.id as usize, value, group as u32, |cpu| self.vm.wake(cpu));
+        }
+    }
 
-    /// Writes come with what the guest has written, to be matched by the user.
-    pub(crate) fn signals(&self, _inner: &mut Inner, _addr: GuestPhysAddr, _access: AccessFlags, _off: &IrqOff) -> bool {
-        false
+    /// Whether the nested page fault was an access to the interrupt controller, which is complete then. Other writes come with
+    /// what the guest has written, to be matched by the user.
+    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, _off: &IrqOff) -> bool {
+        !access.contains(AccessFlags::PRESENT)
+            && inner.vcpu.arch_mut().is_ok_and(|arch| arch.gic_access(addr, |cpu| self.vm.wake(cpu)))
+    }
+
+    /// Tells others what this vCPU has done to interrupts.
+    #[inline]
+    pub(crate) fn tell(&self, inner: &mut Inner, irq_off: &IrqOff) {
+        let Some(notices) = inner.vcpu.arch_mut().ok().and_then(VCpu::take_notices) else { return };
+        (0..64).filter(|cpu| notices.wake >> cpu & 1 != 0).for_each(|cpu| self.vm.wake(cpu));
+        for intid in notices.ended() {
+            // The line goes down before the device is asked whether it is to go up again.
+            self.vm.irqfds.end(intid, irq_off, || _ = self.vm.set_spi(intid, false));
+        }
     }
 
     /// There is no paravirtual clock.

@@ -6,6 +6,7 @@ mod exits;
 pub(crate) mod regs;
 mod system;
 mod vcpu;
+mod vm;
 
 use arm_vcpu::{ArmPerCpu, ArmVCpu, Capabilities};
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
@@ -14,16 +15,22 @@ use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
 pub(crate) use exits::enter;
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
 pub(crate) use backends::Backends;
-pub(crate) use system::{describe, new_vm, system_ioctl, usable, vm_ioctl, Message, VmState};
+pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
+pub(crate) use vm::{message, new_vm, vm_ioctl, Message, VmState};
+
+use kernel::sync::Arc;
 
 use crate::{
     ffi::{self, IrqOff},
     hal::Host,
 };
 
+/// A VM's interrupt controller.
+pub(crate) type Gic = arm_vcpu::gic::Gic<Host>;
+
 /// The backend of a vCPU.
-pub(crate) type VCpu = ArmVCpu<Host>;
+pub(crate) type VCpu = ArmVCpu<Host, Arc<Gic>>;
 
 /// What the backend keeps for each physical CPU.
 pub(crate) type PerCpu = ArmPerCpu;

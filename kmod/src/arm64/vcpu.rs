@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The ioctls of a vCPU that AArch64 does in its own way.
 
-use arm_vcpu::ArmCreateConfig;
-use axvcpu_uapi::vcpu::Setup;
+use arm_vcpu::{ArmCreateConfig, ArmSetupConfig};
+use axvcpu_uapi::vcpu::{Setup, SETUP_IN_KERNEL_APIC};
 use kernel::prelude::*;
 
 use super::VmState;
@@ -31,11 +31,19 @@ impl Vcpu {
     /// `SETUP`.
     ///
     /// # Errors
-    /// `EINVAL` for anything that only x86 has, and those of the state machine.
+    /// `EINVAL` for anything that only x86 has or if the vCPU has no redistributor, `ENODATA` if there is no GIC, and those of
+    /// the state machine.
     pub(crate) fn setup(&self, inner: &mut Inner, arg: Setup) -> Result<isize> {
-        abi::must_be_zero(&[arg.flags.into(), arg.cpuid_count.into(), arg.cpuid_addr])?;
+        abi::must_be_zero(&[(arg.flags & !SETUP_IN_KERNEL_APIC).into(), arg.cpuid_count.into(), arg.cpuid_addr])?;
         abi::must_be_zero(&arg.reserved)?;
-        inner.vcpu.setup(()).map_err(abi::errno)?;
+        let takes_part = arg.flags & SETUP_IN_KERNEL_APIC != 0;
+        let gic = match (takes_part, self.vm.arch().gic.as_ref()) {
+            (true, None) => return Err(ENODATA),
+            (true, gic) => gic.cloned(),
+            (false, _) => None,
+        };
+        inner.vcpu.setup(ArmSetupConfig { gic }).map_err(abi::errno)?;
+        inner.in_kernel_apic = takes_part;
         self.publish(inner);
         Ok(0)
     }

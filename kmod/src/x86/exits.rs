@@ -45,6 +45,10 @@ impl Vcpu {
         written && self.vm.ioeventfds.memory_write(addr.as_u64(), off, complete)
     }
 
+    /// Tells others what this vCPU has done to interrupts: here exits do.
+    #[inline]
+    pub(crate) fn tell(&self, _inner: &mut Inner, _irq_off: &IrqOff) {}
+
     /// After an access to the local APIC by ioctl: what the registers set in motion.
     pub(crate) fn after_apic(&self, inner: &mut Inner) {
         self.set_timer(inner);

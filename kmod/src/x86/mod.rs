@@ -19,7 +19,7 @@ pub(crate) use exits::enter;
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
-pub(crate) use vm::{new_vm, vm_ioctl, VmState};
+pub(crate) use vm::{message, new_vm, vm_ioctl, VmState};
 pub(crate) use x86_vcpu::{
     apic::{Message, TimerUpdate},
     NestedTable, Reply,

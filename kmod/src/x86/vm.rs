@@ -3,6 +3,7 @@
 
 use axvcpu_uapi::{ioctl, vm as abi_vm};
 use kernel::{prelude::*, sync::Arc};
+use vcpu_core::AxResult;
 use x86_vcpu::{
     apic::{Message, Notice},
     pvclock::TimeBase,
@@ -28,6 +29,14 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
         ioctl::SIGNAL_MSI => vm.signal_msi(abi::read(arg)?),
         _ => Err(ENOTTY),
     }
+}
+
+/// The interrupt message of `data` to `address`.
+///
+/// # Errors
+/// As [`Message::from_msi`].
+pub(crate) fn message(_vm: &Vm, address: u64, data: u32) -> AxResult<Message> {
+    Message::from_msi(address, data)
 }
 
 impl Vm {

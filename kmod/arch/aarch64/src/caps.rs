@@ -63,6 +63,10 @@ pub fn missing_feature() -> Option<&'static str> {
     if cpu::id_register(4, 0) >> 24 & 15 == 0 {
         return Some("a GICv3 or later (its interrupt controller has no system register interface)");
     }
+    // SAFETY: The CPU has the register, and we are at EL2. SRE: the system registers are in use.
+    if unsafe { cpu::IccSreEl1.get() } & 1 == 0 {
+        return Some("a GICv3 or later in use (its interrupt controller is driven as a GICv2)");
+    }
     if Shape::widest(cpu::id_register(7, 0)).is_none() {
         return Some("4 KiB pages at stage 2");
     }

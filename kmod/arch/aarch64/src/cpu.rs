@@ -118,8 +118,64 @@ registers! {
     Mpam2El2 = "S3_4_C10_C5_0";
     /// ICC_SRE_EL2 (GICv3).
     IccSreEl2 = "S3_4_C12_C9_5";
+    /// ICC_SRE_EL1 (GICv3).
+    IccSreEl1 = "S3_0_C12_C12_5";
+    /// ICC_PMR_EL1 (GICv3).
+    IccPmrEl1 = "S3_0_C4_C6_0";
     /// ICH_HCR_EL2 (GICv3).
     IchHcrEl2 = "S3_4_C12_C11_0";
+    /// ICH_VTR_EL2 (GICv3).
+    IchVtrEl2 = "S3_4_C12_C11_1";
+    /// ICH_VMCR_EL2 (GICv3).
+    IchVmcrEl2 = "S3_4_C12_C11_7";
+    /// ICH_AP0R0_EL2 (GICv3, 5 bits of preemption or more).
+    IchAp0R0El2 = "S3_4_C12_C8_0";
+    /// ICH_AP0R1_EL2 (GICv3, 6 bits).
+    IchAp0R1El2 = "S3_4_C12_C8_1";
+    /// ICH_AP0R2_EL2 (GICv3, 7 bits).
+    IchAp0R2El2 = "S3_4_C12_C8_2";
+    /// ICH_AP0R3_EL2 (GICv3, 7 bits).
+    IchAp0R3El2 = "S3_4_C12_C8_3";
+    /// ICH_AP1R0_EL2 (GICv3, 5 bits of preemption or more).
+    IchAp1R0El2 = "S3_4_C12_C9_0";
+    /// ICH_AP1R1_EL2 (GICv3, 6 bits).
+    IchAp1R1El2 = "S3_4_C12_C9_1";
+    /// ICH_AP1R2_EL2 (GICv3, 7 bits).
+    IchAp1R2El2 = "S3_4_C12_C9_2";
+    /// ICH_AP1R3_EL2 (GICv3, 7 bits).
+    IchAp1R3El2 = "S3_4_C12_C9_3";
+    /// ICH_LR0_EL2 (GICv3).
+    IchLr0El2 = "S3_4_C12_C12_0";
+    /// ICH_LR1_EL2 (GICv3).
+    IchLr1El2 = "S3_4_C12_C12_1";
+    /// ICH_LR2_EL2 (GICv3).
+    IchLr2El2 = "S3_4_C12_C12_2";
+    /// ICH_LR3_EL2 (GICv3).
+    IchLr3El2 = "S3_4_C12_C12_3";
+    /// ICH_LR4_EL2 (GICv3).
+    IchLr4El2 = "S3_4_C12_C12_4";
+    /// ICH_LR5_EL2 (GICv3).
+    IchLr5El2 = "S3_4_C12_C12_5";
+    /// ICH_LR6_EL2 (GICv3).
+    IchLr6El2 = "S3_4_C12_C12_6";
+    /// ICH_LR7_EL2 (GICv3).
+    IchLr7El2 = "S3_4_C12_C12_7";
+    /// ICH_LR8_EL2 (GICv3).
+    IchLr8El2 = "S3_4_C12_C13_0";
+    /// ICH_LR9_EL2 (GICv3).
+    IchLr9El2 = "S3_4_C12_C13_1";
+    /// ICH_LR10_EL2 (GICv3).
+    IchLr10El2 = "S3_4_C12_C13_2";
+    /// ICH_LR11_EL2 (GICv3).
+    IchLr11El2 = "S3_4_C12_C13_3";
+    /// ICH_LR12_EL2 (GICv3).
+    IchLr12El2 = "S3_4_C12_C13_4";
+    /// ICH_LR13_EL2 (GICv3).
+    IchLr13El2 = "S3_4_C12_C13_5";
+    /// ICH_LR14_EL2 (GICv3).
+    IchLr14El2 = "S3_4_C12_C13_6";
+    /// ICH_LR15_EL2 (GICv3).
+    IchLr15El2 = "S3_4_C12_C13_7";
 
     // Parts of the processor state.
     /// PAN (FEAT_PAN).

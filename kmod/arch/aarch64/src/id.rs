@@ -16,6 +16,9 @@ const MMFR0: (u64, u64) = (7, 0);
 const MMFR1: (u64, u64) = (7, 1);
 const MMFR2: (u64, u64) = (7, 2);
 
+/// ID_AA64PFR0_EL1.GIC.
+const PFR0_GIC: u32 = 24;
+
 /// How a field of four bits gets its value.
 #[derive(Clone, Copy)]
 enum Field {
@@ -143,6 +146,18 @@ impl IdRegisters {
         Some(position(crm, op2).and_then(|index| self.values.get(index)).copied().unwrap_or(0))
     }
 
+    /// The guest has the system registers of a GICv3, from now on.
+    pub fn show_gic(&mut self) {
+        if let Some(slot) = position(PFR0.0, PFR0.1).and_then(|index| self.values.get_mut(index)) {
+            *slot = *slot & !(15 << PFR0_GIC) | 1 << PFR0_GIC;
+        }
+    }
+
+    /// The guest has the system registers of a GICv3.
+    pub fn gic(&self) -> bool {
+        self.get(system_register(3, 0, 0, PFR0.0, PFR0.1)).is_some_and(|value| value >> PFR0_GIC & 15 != 0)
+    }
+
     /// The guest has FEAT_PAN.
     pub fn pan(&self) -> bool {
         self.get(system_register(3, 0, 0, MMFR1.0, MMFR1.1)).is_some_and(|value| value >> 20 & 15 != 0)
@@ -184,6 +199,16 @@ mod tests {
         assert_eq!(get(&ids, PFR0), 0x00ff_0011, "no floating point");
         assert_eq!((get(&ids, PFR1), get(&ids, MMFR1), get(&ids, MMFR0)), (0, 0, 2));
         assert!(!ids.pan() && !ids.ssbs());
+    }
+
+    #[test]
+    fn a_gic_shows_when_there_is_one() {
+        let mut ids = IdRegisters::new(|_, _| 0x7777_7777_7777_7777, 5);
+        assert!(!ids.gic());
+        let before = get(&ids, PFR0);
+        ids.show_gic();
+        assert!(ids.gic());
+        assert_eq!(get(&ids, PFR0) ^ before, 1 << 24);
     }
 
     #[test]

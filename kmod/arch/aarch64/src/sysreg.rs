@@ -16,6 +16,13 @@ pub enum Outcome {
     Done,
     /// The guest's CPU has no such register: an undefined instruction.
     Undefined,
+    /// A write of an SGI for interrupts of this group.
+    Sgi {
+        /// 0 or 1.
+        group: u32,
+    },
+    /// A write that deactivates an interrupt.
+    Deactivate,
     /// Userspace decides.
     User,
 }
@@ -33,12 +40,20 @@ const MDRAR_EL1: u64 = sr(2, 0, 1, 0, 0);
 const ACTLR_EL1: u64 = sr(3, 0, 1, 0, 1);
 const REVIDR_EL1: u64 = sr(3, 0, 0, 0, 6);
 const AIDR_EL1: u64 = sr(3, 1, 0, 0, 7);
+const ICC_DIR_EL1: u64 = sr(3, 0, 12, 11, 1);
+const ICC_SGI1R_EL1: u64 = sr(3, 0, 12, 11, 5);
+const ICC_ASGI1R_EL1: u64 = sr(3, 0, 12, 11, 6);
+const ICC_SGI0R_EL1: u64 = sr(3, 0, 12, 11, 7);
+const ICC_SRE_EL1: u64 = sr(3, 0, 12, 12, 5);
 const CNTPCT_EL0: u64 = sr(3, 3, 14, 0, 1);
 
 /// OSLSR_EL1.OSLM: the OS lock is there. It is never locked: debug exceptions are not offered anyway.
 const OSLSR_LOCK_IMPLEMENTED: u64 = 1 << 3;
 /// MDSCR_EL1: bits that software may set and that have no effect here: SS, KDE, MDE, TDCC.
 const MDSCR_KEPT: u64 = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 0;
+
+/// ICC_SRE_EL1: the system register interface is on, and there is no bypass (SRE, DFB, DIB). It cannot be switched off.
+const SRE_ALWAYS: u64 = 7;
 
 /// Answers the access by a guest whose registers are `system` and `ids`, whose counter stands at `counter`, and which wants
 /// to write `value`.
@@ -63,6 +78,13 @@ pub fn access(
             system.mdscr_el1 = value & MDSCR_KEPT;
             Outcome::Done
         }
+        // Those of the CPU interface that are trapped where the guest has one. With one security state, the alias is
+        // for the other group (IHI 0069 section 12.2.13).
+        (ICC_SGI1R_EL1, false) if ids.gic() => Outcome::Sgi { group: 1 },
+        (ICC_ASGI1R_EL1 | ICC_SGI0R_EL1, false) if ids.gic() => Outcome::Sgi { group: 0 },
+        (ICC_DIR_EL1, false) if ids.gic() => Outcome::Deactivate,
+        (ICC_SRE_EL1, true) if ids.gic() => Outcome::Value(SRE_ALWAYS),
+        (ICC_SRE_EL1, false) if ids.gic() => Outcome::Done,
         (_, read) if is_breakpoint(register) => {
             if read {
                 Outcome::Value(0)
@@ -147,6 +169,28 @@ mod tests {
         assert_eq!(access(write, u64::MAX, &mut system, &ids(), || 0), Outcome::Done);
         assert_eq!(system.mdscr_el1, MDSCR_KEPT);
         assert_eq!(read(MDSCR_EL1), Outcome::Value(1 << 15));
+    }
+
+    #[test]
+    fn the_cpu_interface_is_there_with_a_gic() {
+        let mut with = ids();
+        with.show_gic();
+        let ask = |register, read, ids: &IdRegisters| {
+            access(SystemAccess { register, general: 0, read }, 7, &mut System::ZERO.clone(), ids, || 0)
+        };
+        for (register, read, expected) in [
+            (ICC_SGI1R_EL1, false, Outcome::Sgi { group: 1 }),
+            (ICC_SGI0R_EL1, false, Outcome::Sgi { group: 0 }),
+            (ICC_ASGI1R_EL1, false, Outcome::Sgi { group: 0 }),
+            (ICC_SRE_EL1, true, Outcome::Value(7)),
+            (ICC_SRE_EL1, false, Outcome::Done),
+            (ICC_DIR_EL1, false, Outcome::Deactivate),
+            (ICC_SGI1R_EL1, true, Outcome::Undefined),
+            (sr(3, 0, 12, 12, 0), true, Outcome::Undefined), // ICC_IAR1_EL1, which is not trapped then
+        ] {
+            assert_eq!(ask(register, read, &with), expected, "{register:#x}");
+            assert_eq!(ask(register, read, &ids()), Outcome::Undefined, "{register:#x} without");
+        }
     }
 
     #[test]

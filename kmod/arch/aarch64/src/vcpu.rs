@@ -5,6 +5,7 @@
 //! first entry after interrupts went off to [`leave`](ArmVCpu::leave). Register sets are read and set while it is not.
 
 use core::marker::PhantomData;
+use core::ops::Deref;
 use core::ptr::NonNull;
 
 use axvcpu_uapi::arm64::{Fp, General, System, PSTATE_DAIF, PSTATE_EL0, PSTATE_EL1H, PSTATE_EL1T, PSTATE_MODE};
@@ -17,6 +18,8 @@ use crate::cpu;
 use crate::exception::{Environment, Exception};
 use crate::exit::{self, Event};
 use crate::frame::TrapFrame;
+use crate::gic::{Access, Gic, Interface, Notices};
+use crate::interrupts::{Interrupts, Mailbox, TimerUpdate};
 use crate::psci;
 use crate::switch;
 use crate::syndrome::{class, Syndrome, SystemAccess};
@@ -30,6 +33,13 @@ pub struct ArmCreateConfig {
     pub vcpu_id: u32,
     /// The host's counter when the guest's is 0: the same for all vCPUs of a VM.
     pub counter_origin: u64,
+}
+
+/// What [`AxArchVCpu::setup`] needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmSetupConfig<G> {
+    /// The VM's interrupt controller, if the vCPU takes part in it.
+    pub gic: Option<G>,
 }
 
 /// An answer from userspace.
@@ -58,42 +68,13 @@ enum Open {
     Call,
 }
 
-/// What others post to a vCPU. There is nothing yet: it takes an interrupt controller in the kernel.
-#[derive(Debug, Default)]
-pub struct Mailbox;
-
-impl Mailbox {
-    /// An empty one.
-    pub const fn new() -> Self {
-        Self
-    }
-
-    /// Whether something waits.
-    pub fn pending(&self) -> bool {
-        false
-    }
-
-    /// The host timer expired. It is never started.
-    pub fn post_timer(&self) {}
-}
-
-/// What the host timer must do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TimerUpdate {
-    /// Nothing.
-    Unchanged,
-    /// Stop.
-    Cancel,
-    /// Expire at this time of the host's monotonic clock, in nanoseconds.
-    Arm(u64),
-}
-
 /// The registers, in a frame of the host's.
 #[repr(C)]
 struct State {
     frame: TrapFrame,
     system: System,
     fp: Fp,
+    interface: Interface,
     host: HostState,
 }
 
@@ -130,7 +111,7 @@ impl AxArchPerCpu for ArmPerCpu {
 ///
 /// # Invariants
 /// `state` points to a frame that came from `H::alloc_frames(0)`, holds a [`State`], and is this object's alone.
-pub struct ArmVCpu<H: AxVCpuHal> {
+pub struct ArmVCpu<H: AxVCpuHal, G> {
     state: NonNull<State>,
     phys: HostPhysAddr,
     caps: Capabilities,
@@ -143,6 +124,9 @@ pub struct ArmVCpu<H: AxVCpuHal> {
     /// An exception that the guest takes before it goes on.
     exception: Option<Exception>,
     open: Open,
+    /// The vCPU's part in its VM's interrupt controller, if there is one.
+    interrupts: Option<Interrupts<G>>,
+    vcpu_id: u32,
     /// The address of the instruction that the last exit was about.
     at: u64,
     kind: ExitKind,
@@ -152,12 +136,9 @@ pub struct ArmVCpu<H: AxVCpuHal> {
 }
 
 // SAFETY: The state is this object's alone.
-unsafe impl<H: AxVCpuHal> Send for ArmVCpu<H> {}
+unsafe impl<H: AxVCpuHal, G: Send> Send for ArmVCpu<H, G> {}
 // SAFETY: Shared references only read.
-unsafe impl<H: AxVCpuHal> Sync for ArmVCpu<H> {}
-
-/// PSTATE.I: IRQ is masked.
-const PSTATE_I: u64 = 1 << 7;
+unsafe impl<H: AxVCpuHal, G: Sync> Sync for ArmVCpu<H, G> {}
 
 /// Bits of the processor state that can be set: NZCV, DIT, UAO, PAN, SS, IL, SSBS, BTYPE, DAIF and the mode.
 const PSTATE_KNOWN: u64 =
@@ -166,7 +147,7 @@ const PSTATE_KNOWN: u64 =
 /// SCTLR_EL1 at reset: the bits that were always 1 (Arm ARM D24.2.118; Linux: `INIT_SCTLR_EL1_MMU_OFF`), MMU and caches off.
 const SCTLR_RESET: u64 = 0x30d0_0800;
 
-impl<H: AxVCpuHal> ArmVCpu<H> {
+impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     fn state(&self) -> &State {
         // SAFETY: The type invariant; the borrow is as long as that of `self`.
         unsafe { self.state.as_ref() }
@@ -192,6 +173,10 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
             return Err(AxError::InvalidRegister);
         }
         self.state_mut().frame.general = *general;
+        // WFI may end at any time.
+        if let Some(interrupts) = &mut self.interrupts {
+            interrupts.end_wait();
+        }
         Ok(())
     }
 
@@ -295,9 +280,15 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
         if self.loaded {
             self.loaded = false;
             let caps = self.caps;
-            let State { system, fp, host, .. } = self.state_mut();
+            // SAFETY: The type invariant.
+            let State { system, fp, interface, host, .. } = unsafe { self.state.as_mut() };
             // SAFETY: `load` was called on this CPU, as interrupts have been off since.
-            unsafe { window::leave(&caps, system, fp, host) };
+            unsafe {
+                if let Some(interrupts) = &mut self.interrupts {
+                    interrupts.leave(interface);
+                }
+                window::leave(&caps, system, fp, host);
+            }
         }
         Ok(())
     }
@@ -317,23 +308,68 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
         self.tlb_flushes
     }
 
-    /// Takes what was posted to the vCPU (without an interrupt controller in the kernel, nothing can be), and tells whether
-    /// there is something to run for: always, as a guest that waits is userspace's affair.
-    pub fn prepare(&mut self, _mailbox: &Mailbox) -> bool {
-        true
+    /// Takes what was posted to the vCPU, and tells whether there is something to run for. Without an interrupt controller in
+    /// the kernel there always is, as a guest that waits is userspace's affair.
+    pub fn prepare(&mut self, mailbox: &Mailbox) -> bool {
+        let now = self.counter();
+        let Some(interrupts) = &mut self.interrupts else { return true };
+        // SAFETY: The type invariant.
+        let State { system, interface, .. } = unsafe { self.state.as_ref() };
+        interrupts.prepare(mailbox, interface, || window::timer_of(system).is_due(now))
     }
 
-    /// Whether the guest would take an interrupt: asked of a guest that waits in the kernel only.
+    /// Whether something that the kernel knows of can end the wait of a guest that waits in the kernel: WFI ends with an
+    /// interrupt that is masked, too.
     pub fn interrupts_enabled(&self) -> bool {
-        self.state().frame.general.pstate & PSTATE_I == 0
+        self.interrupts.is_some()
     }
 
     /// An interrupt window is nothing that userspace can ask for here.
     pub fn request_interrupt_window(&mut self, _wanted: bool) {}
 
-    /// What the host timer must do: nothing, since no interrupt of the guest's timer can be delivered.
+    /// What the host timer must do.
     pub fn timer_update(&mut self) -> TimerUpdate {
-        TimerUpdate::Unchanged
+        let now = self.counter();
+        let Some(interrupts) = &mut self.interrupts else { return TimerUpdate::Unchanged };
+        // SAFETY: The type invariant.
+        let State { system, host, .. } = unsafe { self.state.as_ref() };
+        // SAFETY: The guest is loaded.
+        let timer = if self.loaded { unsafe { window::timer_loaded(host) } } else { window::timer_of(system) };
+        interrupts.timer_update::<H>(timer, now, window::counter_hertz())
+    }
+
+    /// Where the guest's counter stands.
+    fn counter(&self) -> u64 {
+        window::counter().wrapping_sub(self.setting.counter_origin)
+    }
+
+    /// Carries out an access to the interrupt controller's registers, if the exit was one that the hardware has decoded, at
+    /// `addr`. The guest has not been left since. vCPUs that must look at their interrupts are given to `wake`.
+    pub fn gic_access(&mut self, addr: GuestPhysAddr, wake: impl FnMut(usize)) -> bool {
+        let at = addr.as_u64();
+        let Some(interrupts) = self.interrupts.as_mut().filter(|interrupts| interrupts.covers(at)) else { return false };
+        // SAFETY: The type invariant.
+        let State { frame, interface, .. } = unsafe { self.state.as_mut() };
+        let (true, Some(exit)) = (self.loaded, exit::mmio(frame, addr)) else { return false };
+        // SAFETY: The guest is loaded.
+        let gic = unsafe { interrupts.tell_all(interface) };
+        match exit {
+            Exit::MmioRead { width, reg, .. } => {
+                let value = gic.access(at, width, Access::Read, wake).unwrap_or(0);
+                frame.set_register(reg, exit::extend(value, &exit));
+            }
+            Exit::MmioWrite { width, data, .. } => _ = gic.access(at, width, Access::Write(data), wake),
+            _ => return false,
+        }
+        frame.skip();
+        true
+    }
+
+    /// What others must be told of this vCPU's interrupts, if there is anything.
+    #[inline]
+    pub fn take_notices(&mut self) -> Option<Notices> {
+        let interrupts = self.interrupts.as_mut()?;
+        interrupts.has_notices().then(|| interrupts.take_notices())
     }
 
     /// Whether a clock in guest memory is to be written: there is none.
@@ -343,9 +379,15 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
 
     fn load(&mut self) {
         let (caps, setting) = (self.caps, self.setting);
-        let State { frame, system, fp, host } = self.state_mut();
+        // SAFETY: The type invariant.
+        let State { frame, system, fp, interface, host } = unsafe { self.state.as_mut() };
         // SAFETY: The module calls `run` at EL2 (or there would be no vCPU) with interrupts off and the FPU lent by `bind`.
-        unsafe { window::load(&caps, &setting, system, fp, host) };
+        unsafe {
+            window::load(&caps, &setting, system, fp, host);
+            if let Some(interrupts) = &mut self.interrupts {
+                interrupts.load(interface, host.timer_masked);
+            }
+        }
         frame.host_hcr = host.hcr;
         frame.host_vbar = host.vbar;
         self.loaded = true;
@@ -391,6 +433,7 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
             }
             Event::Wait => {
                 self.state_mut().frame.skip();
+                self.wait();
                 (ExitKind::Halt, Exit::Halt)
             }
             Event::Yield => {
@@ -416,6 +459,13 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
         exit
     }
 
+    /// The guest waits for an interrupt.
+    fn wait(&mut self) {
+        if let Some(interrupts) = &mut self.interrupts {
+            interrupts.wait();
+        }
+    }
+
     /// HVC or SMC.
     fn call(&mut self, smc: bool) -> Exit {
         let outcome = exit::call(&self.state().frame);
@@ -431,7 +481,10 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
             psci::Outcome::Exit(exit) => {
                 // What the guest finds in X0 if it goes on: SUCCESS after a suspension, userspace's answer otherwise.
                 match exit {
-                    Exit::Halt => frame.set_register(0, 0),
+                    Exit::Halt => {
+                        frame.set_register(0, 0);
+                        self.wait();
+                    }
                     _ => self.open = Open::Call,
                 }
                 exit
@@ -462,9 +515,26 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
                 return (kind, Exit::Nothing);
             }
             sysreg::Outcome::Value(value) => frame.set_register(access.general, value),
-            sysreg::Outcome::Done | sysreg::Outcome::User => {}
+            sysreg::Outcome::Done
+            | sysreg::Outcome::User
+            | sysreg::Outcome::Sgi { .. }
+            | sysreg::Outcome::Deactivate => {}
         }
         frame.skip();
+        if let sysreg::Outcome::Sgi { group } = outcome {
+            let exit = Exit::SendIPI {
+                target_cpu: value,
+                target_cpu_aux: 0,
+                send_to_all: value >> 40 & 1 != 0,
+                send_to_self: false,
+                vector: group.into(),
+            };
+            return (ExitKind::Ipi, exit);
+        }
+        if let (sysreg::Outcome::Deactivate, Some(interrupts)) = (outcome, &mut self.interrupts) {
+            // SAFETY: The type invariant, and the guest is loaded.
+            unsafe { interrupts.deactivate(&mut self.state.as_mut().interface, value) };
+        }
         if outcome != sysreg::Outcome::User {
             return (kind, Exit::Nothing);
         }
@@ -478,9 +548,9 @@ impl<H: AxVCpuHal> ArmVCpu<H> {
     }
 }
 
-impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
+impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
     type CreateConfig = ArmCreateConfig;
-    type SetupConfig = ();
+    type SetupConfig = ArmSetupConfig<G>;
 
     fn new(config: ArmCreateConfig) -> AxResult<Self> {
         let caps = Capabilities::host()?;
@@ -497,6 +567,8 @@ impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
             flush: false,
             exception: None,
             open: Open::Nothing,
+            interrupts: None,
+            vcpu_id: config.vcpu_id,
             at: 0,
             kind: ExitKind::Other,
             injections: 0,
@@ -524,7 +596,16 @@ impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
         Ok(())
     }
 
-    fn setup(&mut self, (): ()) -> AxResult {
+    fn setup(&mut self, config: ArmSetupConfig<G>) -> AxResult {
+        if let Some(gic) = config.gic {
+            let cpu = self.vcpu_id as usize;
+            if cpu >= gic.cpus() {
+                return Err(AxError::InvalidInput);
+            }
+            // SAFETY: There is a vCPU, so the host is at EL2 and has the registers.
+            self.interrupts = Some(unsafe { Interrupts::new(gic, cpu, &mut self.state.as_mut().interface) });
+            self.caps.ids.show_gic();
+        }
         let entry = self.entry;
         let general = &mut self.state_mut().frame.general;
         general.pc = entry;
@@ -544,6 +625,10 @@ impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
         }
         if let Some(exception) = self.exception.take() {
             self.inject(exception);
+        }
+        if let Some(interrupts) = &mut self.interrupts {
+            // SAFETY: The type invariant, and the guest is loaded.
+            unsafe { interrupts.refresh(&mut self.state.as_mut().interface) };
         }
         let caps = self.caps;
         let State { frame, host, .. } = self.state_mut();
@@ -571,7 +656,7 @@ impl<H: AxVCpuHal> AxArchVCpu for ArmVCpu<H> {
     }
 }
 
-impl<H: AxVCpuHal> Drop for ArmVCpu<H> {
+impl<H: AxVCpuHal, G> Drop for ArmVCpu<H, G> {
     fn drop(&mut self) {
         H::free_frames(self.phys, 0);
     }

@@ -18,6 +18,7 @@ use axvcpu_uapi::arm64::{Fp, System};
 use crate::caps::Capabilities;
 use crate::cpu::{self, *};
 use crate::switch;
+use crate::timer::{self, Timer};
 
 /// The VMID of all our guests.
 const VMID: u8 = 0xff;
@@ -74,9 +75,9 @@ const ICC_SRE_ENABLE: u64 = 1 << 3;
 /// ICH_HCR_EL2: the guest's accesses to its CPU interface are trapped: common registers, groups 0 and 1.
 const ICH_HCR_TRAP: u64 = 1 << 10 | 1 << 11 | 1 << 12;
 
-/// CNTV_CTL_EL0: ENABLE and IMASK.
-const TIMER_ENABLE: u64 = 1 << 0;
-const TIMER_IMASK: u64 = 1 << 1;
+/// ICC_PMR_EL1 that lets every interrupt of Linux through. With pseudo-NMIs (`irqchip.gicv3_pseudo_nmi`), interrupts are off by
+/// this register, where it would keep them from ending the guest's turn; otherwise Linux leaves it at this.
+const ALL_PRIORITIES: u64 = 0xf0;
 
 /// What the host has in the registers that a window changes.
 #[repr(C)]
@@ -101,9 +102,10 @@ pub(crate) struct HostState {
     mpam2: u64,
     icc_sre: u64,
     ich_hcr: u64,
+    icc_pmr: u64,
     pstate: [u64; 5],
-    /// The guest's timer was loaded with a mask that is not the guest's.
-    timer_masked: bool,
+    /// The guest's timer was due when it was loaded, and so with a mask that is not the guest's.
+    pub(crate) timer_masked: bool,
 }
 
 /// What a window is about, beside the registers.
@@ -113,6 +115,11 @@ pub(crate) struct Setting {
     pub(crate) root: vcpu_core::HostPhysAddr,
     /// The host's counter when the guest's is 0.
     pub(crate) counter_origin: u64,
+}
+
+/// How often the counter counts in a second.
+pub(crate) fn counter_hertz() -> u64 {
+    aarch64_cpu::registers::CNTFRQ_EL0.get()
 }
 
 /// The host's counter.
@@ -144,6 +151,7 @@ pub(crate) unsafe fn load(caps: &Capabilities, setting: &Setting, system: &Syste
         host.hstr = HstrEl2.get();
         host.icc_sre = IccSreEl2.get();
         host.ich_hcr = IchHcrEl2.get();
+        host.icc_pmr = IccPmrEl1.get();
         host.pstate = processor_state(caps);
 
         SctlrEl12.set(system.sctlr_el1);
@@ -173,9 +181,9 @@ pub(crate) unsafe fn load(caps: &Capabilities, setting: &Setting, system: &Syste
 
         CNTVOFF_EL2.set(setting.counter_origin);
         CntvCvalEl02.set(system.cntv_cval_el0);
-        // An interrupt that is due would end the guest's turn as soon as it begins. There is nobody to take it to the guest.
-        host.timer_masked = timer_due(system, counter().wrapping_sub(setting.counter_origin));
-        CntvCtlEl02.set(system.cntv_ctl_el0 | if host.timer_masked { TIMER_IMASK } else { 0 });
+        // An interrupt that is due would end the guest's turn as soon as it begins. It is the GIC's now, if there is one.
+        host.timer_masked = timer_of(system).is_due(counter().wrapping_sub(setting.counter_origin));
+        CntvCtlEl02.set(system.cntv_ctl_el0 | if host.timer_masked { timer::IMASK } else { 0 });
 
         VTCR_EL2.set(caps.shape.vtcr());
         VTTBR_EL2.set(caps.shape.vttbr(setting.root, VMID));
@@ -185,6 +193,9 @@ pub(crate) unsafe fn load(caps: &Capabilities, setting: &Setting, system: &Syste
         HstrEl2.set(HSTR_GUEST);
         IccSreEl2.set(host.icc_sre & !ICC_SRE_ENABLE);
         IchHcrEl2.set(ICH_HCR_TRAP);
+        if host.icc_pmr != ALL_PRIORITIES {
+            IccPmrEl1.set(ALL_PRIORITIES);
+        }
         load_optional_traps(caps, host);
         CPTR_EL2.set(CPTR_GUEST | if caps.amu { CPTR_TAM } else { 0 });
         cpu::isb();
@@ -229,10 +240,10 @@ pub(crate) unsafe fn leave(caps: &Capabilities, system: &mut System, fp: &mut Fp
         system.csselr_el1 = CsselrEl1.get();
 
         // The timer must not fire for nobody: its interrupt is KVM's.
-        let control = CntvCtlEl02.get() & (TIMER_ENABLE | TIMER_IMASK);
-        system.cntv_cval_el0 = CntvCvalEl02.get();
+        let timer = timer_loaded(host);
         CntvCtlEl02.set(0);
-        system.cntv_ctl_el0 = if host.timer_masked { control & !TIMER_IMASK } else { control };
+        system.cntv_cval_el0 = timer.compare;
+        system.cntv_ctl_el0 = timer.control;
 
         switch::save_fp(fp);
         HCR_EL2.set(host.hcr);
@@ -250,6 +261,9 @@ pub(crate) unsafe fn leave(caps: &Capabilities, system: &mut System, fp: &mut Fp
         HstrEl2.set(host.hstr);
         IchHcrEl2.set(host.ich_hcr);
         IccSreEl2.set(host.icc_sre);
+        if host.icc_pmr != ALL_PRIORITIES {
+            IccPmrEl1.set(host.icc_pmr);
+        }
         leave_optional_traps(caps, host);
         set_processor_state(caps, &host.pstate);
         cpu::isb();
@@ -268,9 +282,19 @@ pub(crate) unsafe fn restore_processor_state(caps: &Capabilities, host: &HostSta
     unsafe { set_processor_state(caps, &host.pstate) };
 }
 
-/// Whether the guest's timer asks for an interrupt when its counter stands at `now`.
-fn timer_due(system: &System, now: u64) -> bool {
-    system.cntv_ctl_el0 & (TIMER_ENABLE | TIMER_IMASK) == TIMER_ENABLE && system.cntv_cval_el0 <= now
+/// The timer of a guest that is not loaded.
+pub(crate) fn timer_of(system: &System) -> Timer {
+    Timer { control: system.cntv_ctl_el0, compare: system.cntv_cval_el0 }
+}
+
+/// The timer of the guest that is loaded.
+///
+/// # Safety
+/// Between [`load`], which filled `host`, and [`leave`].
+pub(crate) unsafe fn timer_loaded(host: &HostState) -> Timer {
+    // SAFETY: The caller's promise: the registers are the guest's.
+    let (control, compare) = unsafe { (CntvCtlEl02.get() & (timer::ENABLE | timer::IMASK), CntvCvalEl02.get()) };
+    Timer { control: if host.timer_masked { control & !timer::IMASK } else { control }, compare }
 }
 
 unsafe fn processor_state(caps: &Capabilities) -> [u64; 5] {

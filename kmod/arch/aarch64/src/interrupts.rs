@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! A vCPU's part in its VM's GIC: when list registers are filled and folded, its timer's interrupt, and its waiting.
+//!
+//! List registers stay in the CPU from one entry to the next as long as nobody has posted anything; when the guest is
+//! left for more than an exit (`leave`), or looks at the GIC's registers, they are folded, and the distributor knows all.
+//!
+//! The timer runs in hardware while the guest does. Its physical interrupt, like the GIC's maintenance interrupt, belongs to
+//! KVM, if to anybody; all that is used of either is that the guest is left when it comes. Where KVM has switched it off,
+//! nothing comes. So the host's timer is armed for the guest's, whether the guest sleeps or runs, and maintenance is done at
+//! the latest with the next interrupt of the host's.
+
+use core::ops::Deref;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use axvcpu_uapi::arm64::GIC_TIMER_PPI;
+use vcpu_core::AxVCpuHal;
+
+use crate::gic::{hardware, Distributor, Gic, Interface, Notices};
+use crate::timer::Timer;
+
+/// What others post to a vCPU: that there is something to look at.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    attention: AtomicBool,
+    timer: AtomicBool,
+}
+
+impl Mailbox {
+    /// An empty one.
+    pub const fn new() -> Self {
+        Self { attention: AtomicBool::new(false), timer: AtomicBool::new(false) }
+    }
+
+    /// The vCPU must look at its interrupts. From any context; who posts notifies.
+    pub fn post(&self) {
+        self.attention.store(true, Ordering::SeqCst);
+    }
+
+    /// The host timer expired.
+    pub fn post_timer(&self) {
+        self.timer.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether something waits.
+    #[inline]
+    pub fn pending(&self) -> bool {
+        self.attention.load(Ordering::SeqCst) || self.timer.load(Ordering::SeqCst)
+    }
+
+    fn take(flag: &AtomicBool) -> bool {
+        flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// What the host timer must do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimerUpdate {
+    /// Nothing.
+    Unchanged,
+    /// Stop.
+    Cancel,
+    /// Expire at this time of the host's monotonic clock, in nanoseconds.
+    Arm(u64),
+}
+
+/// The part.
+pub(crate) struct Interrupts<G> {
+    gic: G,
+    cpu: usize,
+    shape: hardware::Shape,
+    /// Something was posted since list registers were filled.
+    stale: bool,
+    /// The guest has executed WFI.
+    waits: bool,
+    /// What the host timer is armed for.
+    armed: Option<u64>,
+    notices: Notices,
+}
+
+impl<G> Interrupts<G> {
+    /// The guest waits for an interrupt.
+    pub(crate) fn wait(&mut self) {
+        self.waits = true;
+    }
+
+    /// It does not any more, since somebody sets its registers.
+    pub(crate) fn end_wait(&mut self) {
+        self.waits = false;
+    }
+
+    /// Whether something must be told, to be taken with [`take_notices`](Self::take_notices).
+    pub(crate) fn has_notices(&self) -> bool {
+        !self.notices.is_empty()
+    }
+
+    /// What must be told.
+    pub(crate) fn take_notices(&mut self) -> Notices {
+        core::mem::take(&mut self.notices)
+    }
+
+    /// What the host timer must do for the guest's, which is `timer` when its counter stands at `now`.
+    pub(crate) fn timer_update<H: AxVCpuHal>(&mut self, timer: Timer, now: u64, hertz: u64) -> TimerUpdate {
+        let wanted = (timer.is_armed() && !timer.is_due(now)).then_some(timer.compare);
+        if wanted == self.armed {
+            return TimerUpdate::Unchanged;
+        }
+        self.armed = wanted;
+        match wanted {
+            None => TimerUpdate::Cancel,
+            Some(_) => TimerUpdate::Arm(H::now_ns().saturating_add(timer.delay_ns(now, hertz))),
+        }
+    }
+}
+
+impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
+    /// The part of vCPU `cpu`, with the interface's registers as after a reset.
+    ///
+    /// # Safety
+    /// At EL2 on a CPU with GICv3 system registers.
+    pub(crate) unsafe fn new(gic: G, cpu: usize, interface: &mut Interface) -> Self {
+        // SAFETY: The caller's promise.
+        let shape = unsafe { hardware::Shape::host() };
+        interface.preemption_bits = shape.preemption_bits;
+        Self { gic, cpu, shape, stale: false, waits: false, armed: None, notices: Notices::default() }
+    }
+
+    fn gic(&self) -> &Distributor {
+        &self.gic
+    }
+
+    fn set_timer_line(&self, high: bool) {
+        self.gic().set_private_line(self.cpu, GIC_TIMER_PPI as usize, high);
+    }
+
+    /// Takes what was posted, and tells whether there is something to run for. `due` is whether the timer of a vCPU that is not
+    /// loaded asks for its interrupt.
+    pub(crate) fn prepare(&mut self, mailbox: &Mailbox, interface: &Interface, due: impl FnOnce() -> bool) -> bool {
+        if Mailbox::take(&mailbox.timer) {
+            // It must be armed again if it was too early.
+            self.armed = None;
+            self.stale = true;
+        }
+        if Mailbox::take(&mailbox.attention) {
+            self.stale = true;
+        }
+        if self.waits {
+            // A guest that waits has been left since.
+            self.set_timer_line(due());
+            self.waits = !interface.wants(self.gic(), self.cpu);
+        }
+        !self.waits
+    }
+
+    /// Loads the interface. `due` is whether the timer asks for its interrupt.
+    ///
+    /// # Safety
+    /// At EL2 on a CPU with GICv3 system registers, exceptions masked. [`leave`](Self::leave) follows on it.
+    pub(crate) unsafe fn load(&mut self, interface: &mut Interface, due: bool) {
+        self.set_timer_line(due);
+        self.stale = false;
+        interface.fill(&self.gic, self.cpu, self.shape.lists);
+        // SAFETY: The caller's promise; all CPUs are of one shape, or Linux would not have started them with one driver.
+        unsafe { hardware::load(interface, self.shape) };
+    }
+
+    /// Fills the list registers anew if something was posted.
+    ///
+    /// # Safety
+    /// Between [`load`](Self::load) and [`leave`](Self::leave).
+    pub(crate) unsafe fn refresh(&mut self, interface: &mut Interface) {
+        if self.stale {
+            self.stale = false;
+            // SAFETY: The caller's promise.
+            unsafe { hardware::save_lists(interface) };
+            interface.fold(&self.gic, self.cpu, &mut self.notices);
+            interface.fill(&self.gic, self.cpu, self.shape.lists);
+            // SAFETY: As above.
+            unsafe { hardware::load_lists(interface, self.shape) };
+        }
+    }
+
+    /// Saves the interface, and tells the distributor all that is in it.
+    ///
+    /// # Safety
+    /// After [`load`](Self::load), on the same CPU.
+    pub(crate) unsafe fn leave(&mut self, interface: &mut Interface) {
+        // SAFETY: The caller's promise.
+        unsafe { hardware::save(interface, self.shape) };
+        interface.fold(&self.gic, self.cpu, &mut self.notices);
+    }
+
+    /// The guest on this vCPU is about to look at the distributor, or deactivates an interrupt: tells the distributor all
+    /// that is in the list registers, to be filled again before the next entry.
+    ///
+    /// # Safety
+    /// Between [`load`](Self::load) and [`leave`](Self::leave).
+    pub(crate) unsafe fn tell_all(&mut self, interface: &mut Interface) -> &Distributor {
+        self.stale = true;
+        // SAFETY: The caller's promise.
+        unsafe { hardware::save_lists(interface) };
+        interface.fold(&self.gic, self.cpu, &mut self.notices);
+        &self.gic
+    }
+
+    /// ICC_DIR_EL1, trapped.
+    ///
+    /// # Safety
+    /// As [`tell_all`](Self::tell_all).
+    pub(crate) unsafe fn deactivate(&mut self, interface: &mut Interface, value: u64) {
+        // SAFETY: The caller's promise.
+        unsafe {
+            self.tell_all(interface);
+            // For the mode, which is in there.
+            interface.vmcr = crate::cpu::IchVmcrEl2.get();
+        }
+        interface.deactivate(&self.gic, self.cpu, value, &mut self.notices);
+    }
+
+    /// Whether the GIC has registers at `addr`.
+    pub(crate) fn covers(&self, addr: u64) -> bool {
+        self.gic().covers(addr)
+    }
+}
