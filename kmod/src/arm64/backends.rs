@@ -8,6 +8,7 @@ use crate::percpu::PerCpu;
 mod raw {
     extern "C" {
         pub(super) fn axvcpu_flush_ipis();
+        pub(super) fn axvcpu_find_timer_irq();
     }
 }
 
@@ -28,6 +29,8 @@ impl Backends {
             }
             return Ok(None);
         }
+        // SAFETY: No precondition but a context that may sleep, which loading is.
+        unsafe { raw::axvcpu_find_timer_irq() };
         Ok(Some(Self { _per_cpu: PerCpu::new()? }))
     }
 }

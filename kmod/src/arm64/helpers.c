@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* The part of ../helpers.c that is arm64's own. */
+#include <linux/interrupt.h>
+#include <linux/irq.h>
+#include <linux/of.h>
+#include <linux/of_irq.h>
 #include <linux/percpu.h>
 #include <linux/smp.h>
 #include <asm/neon.h>
@@ -48,4 +52,37 @@ void axvcpu_fpu_end(void)
 {
 	kernel_neon_end(this_cpu_ptr(&axvcpu_fpsimd));
 	preempt_enable();
+}
+
+static unsigned int axvcpu_timer_irq;
+
+/*
+ * The virtual timer's interrupt, as the device tree tells of it
+ * (Documentation/devicetree/bindings/timer/arm,arch_timer.yaml): the one called
+ * "virt", or the third. It is mapped already, by the driver of the host's timer
+ * or by KVM. With ACPI it is not found, and the guests' timers are masked.
+ */
+void axvcpu_find_timer_irq(void)
+{
+	struct device_node *node = of_find_compatible_node(NULL, NULL, "arm,armv8-timer");
+	int index;
+
+	if (!node)
+		return;
+	index = of_property_match_string(node, "interrupt-names", "virt");
+	axvcpu_timer_irq = irq_of_parse_and_map(node, index < 0 ? 2 : index);
+	of_node_put(node);
+}
+
+u32 axvcpu_timer_intid(void)
+{
+	struct irq_data *data = axvcpu_timer_irq ? irq_get_irq_data(axvcpu_timer_irq) : NULL;
+
+	/* The interrupt controller at the root of the hierarchy counts in INTIDs. */
+	return data ? irqd_to_hwirq(data) : 0;
+}
+
+void axvcpu_hold_timer_irq(bool hold)
+{
+	irq_set_irqchip_state(axvcpu_timer_irq, IRQCHIP_STATE_ACTIVE, hold);
 }

@@ -3,6 +3,7 @@
 
 mod backends;
 mod exits;
+mod hal;
 pub(crate) mod regs;
 mod system;
 mod vcpu;

@@ -10,11 +10,12 @@
 //! | [`TABLES`] | free for page tables |
 //! | [`DATA`] | free for the case, up to the end of the RAM |
 //! | [`HOLE`] | not memory, as everything below the RAM |
+//! | [`GICD`], [`GICR`] | distributor and four redistributors, of a machine that has them |
 
 use crate::harness::{self, CaseResult, Stop};
 use crate::{ensure, ensure_eq};
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::arm64::{General, System as Registers, PSTATE_DAIF, PSTATE_EL1H};
+use axvcpu_uapi::arm64::{General, Gic, System as Registers, PSTATE_DAIF, PSTATE_EL1H};
 use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
 use axvcpu_uapi::exit::AxVCpuExitReason;
 use axvcpu_uapi::system::{ARCH_AARCH64, BACKEND_NONE, STATUS_READY};
@@ -36,6 +37,41 @@ pub const TABLES: u64 = RAM + 0x2_0000;
 pub const DATA: u64 = RAM + 0x10_0000;
 /// Not memory.
 pub const HOLE: u64 = 0x0900_0000;
+
+/// The GIC's distributor.
+pub const GICD: u64 = 0x0800_0000;
+/// The GIC's redistributors.
+pub const GICR: u64 = 0x080a_0000;
+
+/// Code for a machine with a GIC. It starts with the address of the distributor in X20, that of the vCPU's SGIs and PPIs in X21,
+/// group 1 on, and all interrupts up to 63 in it, enabled and of the best priority; the priority mask is 0xf0. X9 is
+/// lost.
+#[macro_export]
+macro_rules! gic_code {
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        $crate::code!(
+            $name,
+            "movz x20, #0x0800, lsl #16",
+            "movz x21, #0x080b, lsl #16",
+            "mrs x9, mpidr_el1",
+            "and x9, x9, #15",
+            "add x21, x21, x9, lsl #17",
+            "mov w9, #2",
+            "str w9, [x20]",
+            "mov w9, #-1",
+            "str w9, [x21, #0x80]",
+            "str w9, [x21, #0x100]",
+            "str w9, [x20, #0x84]",
+            "str w9, [x20, #0x104]",
+            "mov x9, #0xf0",
+            "msr icc_pmr_el1, x9",
+            "mov x9, #1",
+            "msr icc_igrpen1_el1, x9",
+            "isb",
+            $($line),+
+        )
+    };
+}
 
 /// The machine.
 pub struct Machine {
@@ -74,12 +110,27 @@ impl Machine {
     /// # Errors
     /// What a handle reports.
     pub fn new(code: &[u8]) -> Result<Self, Stop> {
+        Self::with(code, Apic::None)
+    }
+
+    /// A machine with a GIC that is about to run `code`, a [`gic_code!`](crate::gic_code).
+    ///
+    /// # Errors
+    /// What a handle reports.
+    pub fn with_gic(code: &[u8]) -> Result<Self, Stop> {
+        Self::with(code, Apic::InKernel)
+    }
+
+    fn with(code: &[u8], apic: Apic) -> Result<Self, Stop> {
         let system = open()?;
         let vm = system.create_vm()?;
+        if apic == Apic::InKernel {
+            vm.create_gic(Gic { distributor: GICD, redistributors: GICR, cpus: 4, flags: 0 })?;
+        }
         let space = vm.create_address_space()?;
         let ram = Arc::new(Memory::anonymous(RAM_SIZE)?);
         let slots = vec![space.map_all(GuestPhysAddr::new(RAM), Arc::clone(&ram), Permissions::RWX)?];
-        let vcpu = Self::vcpu_of(&vm, &space, 0)?;
+        let vcpu = Self::vcpu_of(&vm, &space, 0, apic)?;
         let machine = Self { system, vm, space, ram, slots, vcpu };
         machine.write(CODE, code)?;
         // Each vector: HVC with the vector's number.
@@ -94,12 +145,12 @@ impl Machine {
     ///
     /// # Errors
     /// What a handle reports.
-    pub fn vcpu_of(vm: &Vm, space: &AddressSpace, id: u32) -> Result<Vcpu, Stop> {
+    pub fn vcpu_of(vm: &Vm, space: &AddressSpace, id: u32, apic: Apic) -> Result<Vcpu, Stop> {
         let mut vcpu = vm.create_vcpu(id)?;
         harness::watch(vcpu.kicker());
         vcpu.set_entry(GuestPhysAddr::new(CODE))?;
         vcpu.set_ept_root(space)?;
-        vcpu.setup(Apic::None, &[])?;
+        vcpu.setup(apic, &[])?;
         let mut registers: Registers = vcpu.get()?;
         registers.sp_el1 = STACK;
         registers.vbar_el1 = VECTORS;

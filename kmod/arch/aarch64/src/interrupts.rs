@@ -8,15 +8,18 @@
 //! KVM, if to anybody; all that is used of either is that the guest is left when it comes. Where KVM has switched it off,
 //! nothing comes. So the host's timer is armed for the guest's, whether the guest sleeps or runs, and maintenance is done at
 //! the latest with the next interrupt of the host's.
+//!
+//! As long as the guest has been told that the timer asks, its physical interrupt must not end the guest's turn again. It is
+//! made active at the host's interrupt controller, as KVM does, and becomes inactive when the guest deactivates its own. Where
+//! we cannot do that, the timer is masked, which the guest can see, and confuse with a mask of its own.
 
 use core::ops::Deref;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use axvcpu_uapi::arm64::GIC_TIMER_PPI;
-use vcpu_core::AxVCpuHal;
-
 use crate::gic::{hardware, Distributor, Gic, Interface, Notices};
+use crate::hal::ArmHal;
 use crate::timer::Timer;
+use axvcpu_uapi::arm64::GIC_TIMER_PPI;
 
 /// What others post to a vCPU: that there is something to look at.
 #[derive(Debug, Default)]
@@ -72,6 +75,10 @@ pub(crate) struct Interrupts<G> {
     stale: bool,
     /// The guest has executed WFI.
     waits: bool,
+    /// What the distributor was told last of the timer's line.
+    timer_line: bool,
+    /// The timer's physical interrupt was made active for the guest that is loaded.
+    timer_held: bool,
     /// What the host timer is armed for.
     armed: Option<u64>,
     notices: Notices,
@@ -99,8 +106,10 @@ impl<G> Interrupts<G> {
     }
 
     /// What the host timer must do for the guest's, which is `timer` when its counter stands at `now`.
-    pub(crate) fn timer_update<H: AxVCpuHal>(&mut self, timer: Timer, now: u64, hertz: u64) -> TimerUpdate {
-        let wanted = (timer.is_armed() && !timer.is_due(now)).then_some(timer.compare);
+    pub(crate) fn timer_update<H: ArmHal>(&mut self, timer: Timer, now: u64, hertz: u64) -> TimerUpdate {
+        // It may have become due since the line was set: then nobody knows yet.
+        let known = self.timer_line && timer.is_due(now);
+        let wanted = (timer.is_armed() && !known).then_some(timer.compare);
         if wanted == self.armed {
             return TimerUpdate::Unchanged;
         }
@@ -112,7 +121,7 @@ impl<G> Interrupts<G> {
     }
 }
 
-impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
+impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
     /// The part of vCPU `cpu`, with the interface's registers as after a reset.
     ///
     /// # Safety
@@ -121,14 +130,26 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         // SAFETY: The caller's promise.
         let shape = unsafe { hardware::Shape::host() };
         interface.preemption_bits = shape.preemption_bits;
-        Self { gic, cpu, shape, stale: false, waits: false, armed: None, notices: Notices::default() }
+        interface.timer = H::timer_interrupt().unwrap_or(0);
+        Self {
+            gic,
+            cpu,
+            shape,
+            stale: false,
+            waits: false,
+            timer_line: false,
+            timer_held: false,
+            armed: None,
+            notices: Notices::default(),
+        }
     }
 
     fn gic(&self) -> &Distributor {
         &self.gic
     }
 
-    fn set_timer_line(&self, high: bool) {
+    fn set_timer_line(&mut self, high: bool) {
+        self.timer_line = high;
         self.gic().set_private_line(self.cpu, GIC_TIMER_PPI as usize, high);
     }
 
@@ -149,6 +170,24 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
             self.waits = !interface.wants(self.gic(), self.cpu);
         }
         !self.waits
+    }
+
+    /// The guest is about to be loaded, and its timer asks for its interrupt if it is `due`: keeps the physical interrupt from
+    /// coming for what the guest knows. Whether that is done; otherwise the timer must be masked.
+    pub(crate) fn hold_timer(&mut self, interface: &Interface, due: bool) -> bool {
+        let can = interface.timer != 0;
+        if can && (due || self.gic().is_private_active(self.cpu, GIC_TIMER_PPI as usize)) {
+            H::hold_timer_interrupt(true);
+            self.timer_held = true;
+        }
+        can
+    }
+
+    /// The guest has been left, and its timer is off.
+    pub(crate) fn release_timer(&mut self) {
+        if core::mem::take(&mut self.timer_held) {
+            H::hold_timer_interrupt(false);
+        }
     }
 
     /// Loads the interface. `due` is whether the timer asks for its interrupt.

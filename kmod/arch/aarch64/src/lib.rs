@@ -16,6 +16,7 @@ pub mod exception;
 pub mod exit;
 pub mod frame;
 pub mod gic;
+mod hal;
 pub mod id;
 pub mod psci;
 pub mod stage2;
@@ -40,6 +41,7 @@ mod window;
 pub use caps::{counter_khz, detect, missing_feature, Capabilities};
 #[cfg(target_arch = "aarch64")]
 pub use cpu::{barrier_for_tables, clean_and_invalidate};
+pub use hal::ArmHal;
 #[cfg(target_arch = "aarch64")]
 pub use interrupts::{Mailbox, TimerUpdate};
 pub use stage2::NestedTable;

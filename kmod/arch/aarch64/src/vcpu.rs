@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 
 use axvcpu_uapi::arm64::{Fp, General, System, PSTATE_DAIF, PSTATE_EL0, PSTATE_EL1H, PSTATE_EL1T, PSTATE_MODE};
 use axvcpu_uapi::vcpu::ExitKind;
-use vcpu_core::{AxArchPerCpu, AxArchVCpu, AxError, AxResult, AxVCpuExitReason as Exit, AxVCpuHal};
+use vcpu_core::{AxArchPerCpu, AxArchVCpu, AxError, AxResult, AxVCpuExitReason as Exit};
 use vcpu_core::{GuestPhysAddr, HostPhysAddr};
 
 use crate::caps::Capabilities;
@@ -19,6 +19,7 @@ use crate::exception::{Environment, Exception};
 use crate::exit::{self, Event};
 use crate::frame::TrapFrame;
 use crate::gic::{Access, Gic, Interface, Notices};
+use crate::hal::ArmHal;
 use crate::interrupts::{Interrupts, Mailbox, TimerUpdate};
 use crate::psci;
 use crate::switch;
@@ -111,7 +112,7 @@ impl AxArchPerCpu for ArmPerCpu {
 ///
 /// # Invariants
 /// `state` points to a frame that came from `H::alloc_frames(0)`, holds a [`State`], and is this object's alone.
-pub struct ArmVCpu<H: AxVCpuHal, G> {
+pub struct ArmVCpu<H: ArmHal, G> {
     state: NonNull<State>,
     phys: HostPhysAddr,
     caps: Capabilities,
@@ -136,9 +137,9 @@ pub struct ArmVCpu<H: AxVCpuHal, G> {
 }
 
 // SAFETY: The state is this object's alone.
-unsafe impl<H: AxVCpuHal, G: Send> Send for ArmVCpu<H, G> {}
+unsafe impl<H: ArmHal, G: Send> Send for ArmVCpu<H, G> {}
 // SAFETY: Shared references only read.
-unsafe impl<H: AxVCpuHal, G: Sync> Sync for ArmVCpu<H, G> {}
+unsafe impl<H: ArmHal, G: Sync> Sync for ArmVCpu<H, G> {}
 
 /// Bits of the processor state that can be set: NZCV, DIT, UAO, PAN, SS, IL, SSBS, BTYPE, DAIF and the mode.
 const PSTATE_KNOWN: u64 =
@@ -147,7 +148,7 @@ const PSTATE_KNOWN: u64 =
 /// SCTLR_EL1 at reset: the bits that were always 1 (Arm ARM D24.2.118; Linux: `INIT_SCTLR_EL1_MMU_OFF`), MMU and caches off.
 const SCTLR_RESET: u64 = 0x30d0_0800;
 
-impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
+impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     fn state(&self) -> &State {
         // SAFETY: The type invariant; the borrow is as long as that of `self`.
         unsafe { self.state.as_ref() }
@@ -158,9 +159,11 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         unsafe { self.state.as_mut() }
     }
 
-    /// General registers. May be asked at any time.
+    /// General registers. May be asked at any time. Of the processor state they have what can be set: the CPU adds bits of
+    /// features that the guest does not have (TCO at every exception, with FEAT_MTE).
     pub fn general(&self) -> General {
-        self.state().frame.general
+        let general = self.state().frame.general;
+        General { pstate: general.pstate & PSTATE_KNOWN, ..general }
     }
 
     /// Sets general registers.
@@ -289,6 +292,9 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
                 }
                 window::leave(&caps, system, fp, host);
             }
+            if let Some(interrupts) = &mut self.interrupts {
+                interrupts.release_timer();
+            }
         }
         Ok(())
     }
@@ -347,7 +353,9 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     /// `addr`. The guest has not been left since. vCPUs that must look at their interrupts are given to `wake`.
     pub fn gic_access(&mut self, addr: GuestPhysAddr, wake: impl FnMut(usize)) -> bool {
         let at = addr.as_u64();
-        let Some(interrupts) = self.interrupts.as_mut().filter(|interrupts| interrupts.covers(at)) else { return false };
+        let Some(interrupts) = self.interrupts.as_mut().filter(|interrupts| interrupts.covers(at)) else {
+            return false;
+        };
         // SAFETY: The type invariant.
         let State { frame, interface, .. } = unsafe { self.state.as_mut() };
         let (true, Some(exit)) = (self.loaded, exit::mmio(frame, addr)) else { return false };
@@ -381,11 +389,13 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         let (caps, setting) = (self.caps, self.setting);
         // SAFETY: The type invariant.
         let State { frame, system, fp, interface, host } = unsafe { self.state.as_mut() };
+        let due = window::timer_of(system).is_due(window::counter().wrapping_sub(setting.counter_origin));
+        let held = self.interrupts.as_mut().is_some_and(|interrupts| interrupts.hold_timer(interface, due));
         // SAFETY: The module calls `run` at EL2 (or there would be no vCPU) with interrupts off and the FPU lent by `bind`.
         unsafe {
-            window::load(&caps, &setting, system, fp, host);
+            window::load(&caps, &setting, system, fp, host, due && !held);
             if let Some(interrupts) = &mut self.interrupts {
-                interrupts.load(interface, host.timer_masked);
+                interrupts.load(interface, due);
             }
         }
         frame.host_hcr = host.hcr;
@@ -479,13 +489,15 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
                 Exit::Nothing
             }
             psci::Outcome::Exit(exit) => {
-                // What the guest finds in X0 if it goes on: SUCCESS after a suspension, userspace's answer otherwise.
+                // What the guest finds in X0 if it goes on: SUCCESS after a suspension, or userspace's answer. The other
+                // calls do not return, but to a vCPU whose registers are set anew.
                 match exit {
                     Exit::Halt => {
                         frame.set_register(0, 0);
                         self.wait();
                     }
-                    _ => self.open = Open::Call,
+                    Exit::CpuUp { .. } | Exit::Hypercall { .. } => self.open = Open::Call,
+                    _ => {}
                 }
                 exit
             }
@@ -548,7 +560,7 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     }
 }
 
-impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
+impl<H: ArmHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
     type CreateConfig = ArmCreateConfig;
     type SetupConfig = ArmSetupConfig<G>;
 
@@ -656,7 +668,7 @@ impl<H: AxVCpuHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
     }
 }
 
-impl<H: AxVCpuHal, G> Drop for ArmVCpu<H, G> {
+impl<H: ArmHal, G> Drop for ArmVCpu<H, G> {
     fn drop(&mut self) {
         H::free_frames(self.phys, 0);
     }

@@ -104,8 +104,8 @@ pub(crate) struct HostState {
     ich_hcr: u64,
     icc_pmr: u64,
     pstate: [u64; 5],
-    /// The guest's timer was due when it was loaded, and so with a mask that is not the guest's.
-    pub(crate) timer_masked: bool,
+    /// The guest's timer was loaded with a mask that is not the guest's.
+    timer_masked: bool,
 }
 
 /// What a window is about, beside the registers.
@@ -130,9 +130,19 @@ pub fn counter() -> u64 {
 /// Loads the guest. Until [`leave`] the CPU's exceptions are masked, and nothing may be done that needs interrupts, the FPU,
 /// or user memory.
 ///
+/// With `mask_timer` the guest's timer gets a mask that is not the guest's: an interrupt that is due would end the guest's turn
+/// as soon as it begins.
+///
 /// # Safety
 /// At EL2 on a CPU of these capabilities, preemption and interrupts off, and the FPU lent to us.
-pub(crate) unsafe fn load(caps: &Capabilities, setting: &Setting, system: &System, fp: &Fp, host: &mut HostState) {
+pub(crate) unsafe fn load(
+    caps: &Capabilities,
+    setting: &Setting,
+    system: &System,
+    fp: &Fp,
+    host: &mut HostState,
+    mask_timer: bool,
+) {
     // SAFETY: The caller's promise, for every access below: the registers are there by the capabilities asked, and `leave`
     // puts the host's values back before anything of the host's can depend on them.
     unsafe {
@@ -181,8 +191,7 @@ pub(crate) unsafe fn load(caps: &Capabilities, setting: &Setting, system: &Syste
 
         CNTVOFF_EL2.set(setting.counter_origin);
         CntvCvalEl02.set(system.cntv_cval_el0);
-        // An interrupt that is due would end the guest's turn as soon as it begins. It is the GIC's now, if there is one.
-        host.timer_masked = timer_of(system).is_due(counter().wrapping_sub(setting.counter_origin));
+        host.timer_masked = mask_timer;
         CntvCtlEl02.set(system.cntv_ctl_el0 | if host.timer_masked { timer::IMASK } else { 0 });
 
         VTCR_EL2.set(caps.shape.vtcr());

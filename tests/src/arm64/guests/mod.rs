@@ -4,11 +4,14 @@
 
 mod beside;
 mod calls;
+mod gic;
 mod memory;
 mod mmio;
 mod registers;
+mod smp;
 mod sysregs;
 mod threads;
+mod timer;
 
 /// Code with `same move, source`: by that instruction X2 takes what is at the source, and goes on at the label 4 unless it is
 /// X1.
@@ -39,6 +42,9 @@ pub fn cases() -> Vec<Case> {
         sysregs::cases(),
         registers::cases(),
         threads::cases(),
+        gic::cases(),
+        timer::cases(),
+        smp::cases(),
         beside::cases(),
     ]
     .into_iter()

@@ -5,6 +5,7 @@ use crate::harness::{Case, CaseResult};
 use crate::machine::{Machine, CODE};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::{system_register, System};
+use axvcpu_uapi::client::Apic;
 use axvcpu_uapi::exit::AxVCpuExitReason as Exit;
 
 /// The cases.
@@ -57,7 +58,7 @@ fn identity() -> CaseResult {
     let code =
         code!(identity, "mrs x0, midr_el1", "mrs x1, mpidr_el1", "mrs x2, revidr_el1", "mrs x3, currentel", "hvc #0");
     let mut machine = Machine::new(code)?;
-    machine.vcpu = Machine::vcpu_of(&machine.vm, &machine.space, 21)?;
+    machine.vcpu = Machine::vcpu_of(&machine.vm, &machine.space, 21, Apic::None)?;
     let [midr, mpidr, revidr, el, ..] = machine.expect_call()?;
     // Bits 19:16: the architecture is told by the ID registers.
     ensure!(midr >> 16 & 15 == 15, "MIDR_EL1 is {midr:#x}");

@@ -7,6 +7,7 @@ use crate::machine::{Machine, CODE, DATA};
 use crate::random::{self, Random};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::{General, System, PSTATE_DAIF, PSTATE_EL1H};
+use axvcpu_uapi::client::Apic;
 use axvcpu_uapi::exit::AxVCpuExitReason as Exit;
 use std::time::{Duration, Instant};
 
@@ -89,7 +90,7 @@ fn two() -> CaseResult {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (1..5u32)
             .map(|id| {
-                let mut vcpu = Machine::vcpu_of(&machine.vm, &machine.space, id)?;
+                let mut vcpu = Machine::vcpu_of(&machine.vm, &machine.space, id, Apic::None)?;
                 Ok(scope.spawn(move || -> CaseResult {
                     let mut general: General = vcpu.get()?;
                     general.x[1] = u64::from(id) * 0x1_0001;

@@ -43,7 +43,8 @@ impl Layout {
         if gic.flags != 0 || cpus == 0 || cpus > MAX_CPUS || (gic.distributor | gic.redistributors) & ALIGNED != 0 {
             return Err(AxError::InvalidInput);
         }
-        let end = |start: u64, size: u64| start.checked_add(size).filter(|end| *end <= limit).ok_or(AxError::InvalidInput);
+        let end =
+            |start: u64, size: u64| start.checked_add(size).filter(|end| *end <= limit).ok_or(AxError::InvalidInput);
         let distributor_end = end(gic.distributor, abi::GIC_DISTRIBUTOR_SIZE)?;
         let redistributors_end = end(gic.redistributors, abi::GIC_REDISTRIBUTOR_SIZE.wrapping_mul(gic.cpus.into()))?;
         if gic.distributor < redistributors_end && gic.redistributors < distributor_end {
@@ -194,6 +195,11 @@ impl Distributor {
                 assign(&bank.line, bit, high);
             }
         }
+    }
+
+    /// Whether a private interrupt of vCPU `cpu` is active.
+    pub fn is_private_active(&self, cpu: usize, intid: usize) -> bool {
+        self.private(cpu).is_some_and(|bank| intid < FIRST_SPI && bank.active.load(SeqCst) >> intid & 1 != 0)
     }
 
     /// vCPU `sender` writes `value` to ICC_SGI1R_EL1 or, for `group` 0, to one of its siblings (IHI 0069 section 12.2.14): an

@@ -70,7 +70,11 @@ pub(crate) unsafe fn save_lists(interface: &mut Interface) {
     // SAFETY: The caller's promise. What was counted is in memory then, and counts no more.
     unsafe {
         interface.control = IchHcrEl2.get();
-        IchHcrEl2.set(interface.control & !COUNT);
+        if interface.control & COUNT != 0 {
+            IchHcrEl2.set(interface.control & !COUNT);
+            // For the mode that they were counted in.
+            interface.vmcr = IchVmcrEl2.get();
+        }
     }
     macro_rules! save {
         ($index:literal, $name:ident) => {

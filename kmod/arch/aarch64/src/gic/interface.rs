@@ -10,9 +10,12 @@
 //!
 //! A level-triggered interrupt is never pending while it is active: its end is told (EOI), and the line is looked at again.
 
+use core::sync::atomic::Ordering::SeqCst;
+
+use axvcpu_uapi::arm64::GIC_TIMER_PPI;
+
 use super::bank::{bits, Bank};
 use super::distributor::{Distributor, FIRST_SPI, INTIDS, SPI_BANKS};
-use core::sync::atomic::Ordering::SeqCst;
 
 /// List registers that a CPU can have.
 pub(super) const MAX_LISTS: usize = 16;
@@ -22,8 +25,11 @@ const PENDING: u64 = 1 << 62;
 const ACTIVE: u64 = 1 << 63;
 /// group 1 rather than 0,
 const GROUP1: u64 = 1 << 60;
-/// and a maintenance interrupt when the interrupt ends. Bits 55:48 are the priority, 31:0 the INTID.
+/// a maintenance interrupt when the interrupt ends,
 const TELL_END: u64 = 1 << 41;
+/// or the physical interrupt in bits 44:32 that is deactivated with it. Bits 55:48 are the priority, 31:0 the INTID.
+const PHYSICAL: u64 = 1 << 61;
+const PHYSICAL_SHIFT: u32 = 32;
 
 /// ICH_HCR_EL2: the interface is on.
 const ENABLE: u64 = 1 << 0;
@@ -37,6 +43,9 @@ const TRAP_DEACTIVATION: u64 = 1 << 14;
 /// ICH_HCR_EL2.EOIcount.
 pub(super) const COUNT: u64 = 31 << COUNT_SHIFT;
 const COUNT_SHIFT: u32 = 27;
+
+/// ICH_VMCR_EL2.VEOIM: the end of an interrupt and its deactivation are two things.
+const EOI_MODE: u64 = 1 << 9;
 
 /// What others must be told after list registers were folded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -119,6 +128,11 @@ pub struct Interface {
     was_active: u32,
     /// SPIs that this vCPU holds.
     held: [u32; SPI_BANKS],
+    /// The INTID of the physical interrupt that stands behind the timer's: it is kept active as long as the virtual one is
+    /// pending or active, and deactivated with it, so that it comes again if the timer still asks. Or 0.
+    pub(crate) timer: u32,
+    /// Zero: the size is a multiple of 8.
+    pub(crate) reserved: u32,
     /// Bits of a priority that can decide on preemption: 5 to 7.
     pub(crate) preemption_bits: u32,
 }
@@ -242,7 +256,9 @@ impl Interface {
         if is_active {
             value |= ACTIVE;
         }
-        if !edge {
+        if intid == GIC_TIMER_PPI as usize && self.timer != 0 {
+            value |= PHYSICAL | u64::from(self.timer) << PHYSICAL_SHIFT;
+        } else if !edge {
             value |= TELL_END;
         }
         if bank.ready(groups) & bit != 0 && (edge || !is_active) {
@@ -281,13 +297,14 @@ impl Interface {
             if value & PENDING != 0 && self.latched >> index & 1 != 0 {
                 bank.latch.fetch_or(bit, SeqCst);
             }
-            if value & TELL_END != 0 && value & (PENDING | ACTIVE) == 0 {
+            if value & (TELL_END | PHYSICAL) == TELL_END && value & (PENDING | ACTIVE) == 0 {
                 if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| notices.ended.get_mut(index)) {
                     *word |= bit;
                 }
             }
         }
-        let counted = (self.control & COUNT) >> COUNT_SHIFT;
+        // With EOImode 1, what is counted may be the drop of a priority, and deactivations are trapped.
+        let counted = if self.vmcr & EOI_MODE == 0 { (self.control & COUNT) >> COUNT_SHIFT } else { 0 };
         for _ in 0..counted {
             self.end_unlisted(gic, cpu, &listed, notices);
         }
@@ -327,8 +344,8 @@ impl Interface {
     /// The guest on vCPU `cpu` has written `value` to ICC_DIR_EL1, which is trapped. List registers are folded.
     pub fn deactivate(&mut self, gic: &Distributor, cpu: usize, value: u64, notices: &mut Notices) {
         let intid = (value & 0xff_ffff) as usize;
-        // EOImode: without it, the write means nothing.
-        if self.vmcr >> 9 & 1 == 0 || intid >= INTIDS {
+        // Without EOImode 1, the write means nothing.
+        if self.vmcr & EOI_MODE == 0 || intid >= INTIDS {
             return;
         }
         // An SPI that is active on another vCPU may be deactivated here.
