@@ -20,7 +20,7 @@ use super::distributor::{Distributor, FIRST_SPI, INTIDS, SPI_BANKS};
 /// List registers that a CPU can have.
 pub(super) const MAX_LISTS: usize = 16;
 
-/// A list register, ICH_LR<n>_EL2 (IHI 0069 section 12.4.7): the states,
+/// A list register, `ICH_LR<n>_EL2` (IHI 0069 section 12.4.7): the states,
 const PENDING: u64 = 1 << 62;
 const ACTIVE: u64 = 1 << 63;
 /// group 1 rather than 0,
@@ -114,9 +114,9 @@ impl Best {
 pub struct Interface {
     /// ICH_VMCR_EL2.
     pub(crate) vmcr: u64,
-    /// ICH_AP0R<n>_EL2 and ICH_AP1R<n>_EL2: the active priorities of each group.
+    /// `ICH_AP0R<n>_EL2` and `ICH_AP1R<n>_EL2`: the active priorities of each group.
     pub(crate) active_priorities: [[u32; 4]; 2],
-    /// ICH_LR<n>_EL2: the first `used` of them.
+    /// `ICH_LR<n>_EL2`: the first `used` of them.
     pub(crate) lists: [u64; MAX_LISTS],
     /// ICH_HCR_EL2.
     pub(crate) control: u64,
@@ -165,7 +165,9 @@ impl Interface {
         let mask = (self.vmcr >> 24) as u8;
         self.group_enabled(group)
             && priority < mask
-            && self.running_priority().is_none_or(|running| self.group_priority(priority, group) < running)
+            && self
+                .running_priority()
+                .is_none_or(|running| self.group_priority(priority, group) < self.group_priority(running, group))
     }
 
     /// The banks that vCPU `cpu` sees, with the number of each.
@@ -379,3 +381,6 @@ impl Interface {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! The interface with a model of the CPU's side, which takes interrupts out of list registers and ends them as IHI 0069
+//! says.
+
+use super::super::bank::assign;
+use super::super::distributor::tests::new;
+use super::super::distributor::CONTROL_GROUPS;
+use super::*;
+use std::boxed::Box;
+use std::vec;
+use std::vec::Vec;
+
+/// List registers of the model.
+const LISTS: usize = 4;
+const ALL_BITS: u32 = u32::MAX;
+
+fn interface() -> Interface {
+    Interface {
+        vmcr: 0xff << 24 | 2,
+        active_priorities: [[0; 4]; 2],
+        lists: [0; MAX_LISTS],
+        control: 0,
+        used: 0,
+        latched: 0,
+        was_active: 0,
+        held: [0; SPI_BANKS],
+        timer: 0,
+        reserved: 0,
+        preemption_bits: 5,
+    }
+}
+
+/// A distributor with everything enabled, in group 1, edges but for the odd SPIs.
+fn distributor() -> Box<Distributor> {
+    let gic = new();
+    gic.control.store(CONTROL_GROUPS, SeqCst);
+    for cpu in 0..gic.cpus() {
+        let bank = gic.private(cpu).unwrap();
+        bank.group.store(ALL_BITS, SeqCst);
+        bank.enabled.store(ALL_BITS, SeqCst);
+    }
+    for bank in &gic.spis {
+        bank.group.store(ALL_BITS, SeqCst);
+        bank.enabled.store(ALL_BITS, SeqCst);
+        bank.edge.store(0x5555_5555, SeqCst);
+    }
+    gic
+}
+
+/// A vCPU and its CPU. The list registers are `interface.lists` while it is in the guest.
+struct Cpu {
+    number: usize,
+    interface: Interface,
+    inside: bool,
+    /// Interrupts that the guest has acknowledged and not ended, the last one last.
+    taken: Vec<(usize, u8)>,
+    notices: Notices,
+}
+
+impl Cpu {
+    fn new(number: usize) -> Self {
+        Self { number, interface: interface(), inside: false, taken: vec![], notices: Notices::default() }
+    }
+
+    fn enter(&mut self, gic: &Distributor) {
+        assert!(!self.inside);
+        self.interface.fill(gic, self.number, LISTS);
+        assert!(self.interface.used as usize <= LISTS);
+        self.inside = true;
+    }
+
+    fn leave(&mut self, gic: &Distributor) {
+        assert!(self.inside);
+        self.interface.fold(gic, self.number, &mut self.notices);
+        assert_eq!((self.interface.used, self.interface.lists), (0, [0; MAX_LISTS]));
+        self.inside = false;
+    }
+
+    fn refresh(&mut self, gic: &Distributor) {
+        self.leave(gic);
+        self.enter(gic);
+    }
+
+    fn lists(&mut self) -> &mut [u64] {
+        &mut self.interface.lists[..LISTS]
+    }
+
+    /// Whether the CPU asks for maintenance.
+    fn wants_maintenance(&self) -> bool {
+        let none_pending = self.interface.lists.iter().all(|value| value & PENDING == 0);
+        let control = self.interface.control;
+        control & TELL_NONE_PENDING != 0 && none_pending || control & TELL_COUNTED != 0 && control & COUNT != 0
+    }
+
+    /// ICC_IAR1_EL1.
+    fn acknowledge(&mut self) -> Option<usize> {
+        let running = self.taken.last().map_or(0xff, |(_, priority)| *priority);
+        let best = self
+            .lists()
+            .iter_mut()
+            .filter(|value| **value & (PENDING | ACTIVE) == PENDING)
+            .min_by_key(|value| **value >> 48 & 0xff)?;
+        let priority = (*best >> 48 & 0xff) as u8;
+        if priority >= running {
+            return None;
+        }
+        *best = *best & !PENDING | ACTIVE;
+        let intid = (*best & 0xff) as usize;
+        self.interface.active_priorities[1][0] |= 1 << (priority >> 3);
+        self.taken.push((intid, priority));
+        Some(intid)
+    }
+
+    /// ICC_EOIR1_EL1, of the last one.
+    fn end(&mut self) -> Option<usize> {
+        let (intid, priority) = self.taken.pop()?;
+        self.interface.active_priorities[1][0] &= !(1 << (priority >> 3));
+        match self.lists().iter_mut().find(|value| **value & ACTIVE != 0 && **value & 0xff == intid as u64) {
+            Some(value) => *value &= !ACTIVE,
+            None => self.interface.control += 1 << COUNT_SHIFT,
+        }
+        Some(intid)
+    }
+
+    /// Takes and ends all there is, and returns it in this order.
+    fn drain(&mut self, gic: &Distributor) -> Vec<usize> {
+        if !self.inside {
+            self.enter(gic);
+        }
+        self.refresh(gic);
+        let mut order = vec![];
+        loop {
+            while self.end().is_some() {}
+            if self.wants_maintenance() {
+                self.refresh(gic);
+            }
+            match self.acknowledge() {
+                Some(intid) => order.push(intid),
+                None if self.taken.is_empty() => return order,
+                None => {}
+            }
+            assert!(order.len() < 1000, "an interrupt storm: {order:?}");
+        }
+    }
+}
+
+#[test]
+fn the_best_priority_comes_first_however_many_there_are() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(0);
+    for bit in 0..32 {
+        gic.spis[1].set_priority(bit, 0xf8 - 8 * bit as u8);
+    }
+    gic.spis[1].edge.store(ALL_BITS, SeqCst);
+    gic.spis[1].latch.store(ALL_BITS, SeqCst);
+    cpu.enter(&gic);
+    assert_eq!(cpu.drain(&gic), (64..96).rev().collect::<Vec<_>>());
+}
+
+#[test]
+fn more_active_than_list_registers_end_in_their_order() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(0);
+    cpu.enter(&gic);
+    for depth in 0..12u8 {
+        let intid = 64 + 2 * usize::from(depth);
+        gic.spis[1].set_priority(2 * usize::from(depth), 0xf0 - 8 * depth);
+        gic.signal(intid, true, |_| ());
+        cpu.refresh(&gic);
+        assert_eq!(cpu.acknowledge(), Some(intid), "it preempts those before");
+    }
+    cpu.refresh(&gic);
+    assert_ne!(cpu.interface.control & TRAP_DEACTIVATION, 0);
+    for _ in 0..12 {
+        cpu.end().unwrap();
+        if cpu.wants_maintenance() {
+            cpu.refresh(&gic);
+        }
+    }
+    cpu.leave(&gic);
+    assert_eq!(gic.spis[1].active.load(SeqCst), 0);
+    assert_eq!(cpu.interface.held, [0; SPI_BANKS]);
+}
+
+#[test]
+fn a_level_comes_again_until_it_is_lowered_and_its_end_is_told() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(0);
+    gic.signal(33, true, |_| ());
+    for _ in 0..3 {
+        cpu.enter(&gic);
+        assert_ne!(cpu.interface.lists[0] & TELL_END, 0);
+        assert_eq!(cpu.acknowledge(), Some(33));
+        cpu.refresh(&gic);
+        assert_eq!(cpu.interface.lists[0] & (PENDING | ACTIVE), ACTIVE, "not pending while it is active");
+        assert!(cpu.notices.is_empty());
+        cpu.end();
+        cpu.leave(&gic);
+        assert_eq!(core::mem::take(&mut cpu.notices).ended().collect::<Vec<_>>(), [33]);
+    }
+    gic.signal(33, false, |_| ());
+    cpu.enter(&gic);
+    assert_eq!(cpu.interface.used, 0);
+}
+
+#[test]
+fn the_timer_stands_for_its_physical_interrupt() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(0);
+    cpu.interface.timer = 30;
+    gic.private(0).unwrap().edge.store(0xffff, SeqCst);
+    gic.set_private_line(0, 27, true);
+    cpu.enter(&gic);
+    assert_eq!(cpu.interface.lists[0] & (0x1fff << 32 | PHYSICAL | 0xff), PHYSICAL | 30 << 32 | 27);
+    cpu.acknowledge();
+    cpu.end();
+    cpu.leave(&gic);
+    assert!(cpu.notices.is_empty());
+}
+
+#[test]
+fn waiting_ends_for_what_would_be_taken() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(1);
+    let wants = |cpu: &Cpu| cpu.interface.wants(&gic, 1);
+    assert!(!wants(&cpu));
+    gic.spis[0].set_priority(8, 0x80);
+    gic.signal(40, true, |_| ());
+    assert!(!wants(&cpu), "it is another one's");
+    gic.routes[8].store(1, SeqCst);
+    assert!(wants(&cpu));
+    cpu.interface.vmcr = 0x80 << 24 | 2;
+    assert!(!wants(&cpu), "the priority mask");
+    cpu.interface.vmcr = 0x88 << 24 | 1;
+    assert!(!wants(&cpu), "the other group");
+    cpu.interface.vmcr = 0x88 << 24 | 2;
+    assert!(wants(&cpu));
+    cpu.interface.active_priorities[1][0] = 1 << 16;
+    assert!(!wants(&cpu), "one of the same priority runs");
+    cpu.interface.active_priorities[0][0] = 1 << 17;
+    cpu.interface.active_priorities[1][0] = 0;
+    assert!(wants(&cpu), "one that is less urgent runs");
+    // With a binary point of 5 for group 1, 0x80 and 0x88 are of one group of priorities.
+    cpu.interface.vmcr |= 5 << 18;
+    assert!(!wants(&cpu));
+    cpu.interface.active_priorities[0][0] = 0;
+    gic.control.store(1, SeqCst);
+    assert!(!wants(&cpu), "the distributor keeps the group");
+    gic.control.store(3, SeqCst);
+    gic.spis[0].active.store(1 << 8, SeqCst);
+    assert!(!wants(&cpu), "it is active");
+}
+
+#[test]
+fn with_seven_bits_of_preemption_priorities_are_in_four_words() {
+    let mut this = Interface { preemption_bits: 7, ..interface() };
+    this.active_priorities[1][2] = 1 << 5;
+    assert_eq!(this.running_priority(), Some((2 * 32 + 5) << 1));
+    this.active_priorities[0][1] = 1 << 31;
+    assert_eq!(this.running_priority(), Some(63 << 1));
+}
+
+#[test]
+fn deactivation_is_for_mode_1_and_for_what_exists() {
+    let gic = distributor();
+    let mut cpu = Cpu::new(0);
+    gic.signal(40, true, |_| ());
+    cpu.enter(&gic);
+    cpu.acknowledge();
+    cpu.leave(&gic);
+    let deactivate = |cpu: &mut Cpu, value| cpu.interface.deactivate(&gic, 0, value, &mut Notices::default());
+    deactivate(&mut cpu, 40);
+    assert_ne!(gic.spis[0].active.load(SeqCst), 0, "in mode 0 it means nothing");
+    cpu.interface.vmcr |= EOI_MODE;
+    for nothing in [1023, 256, 0xff_ffff, 41] {
+        deactivate(&mut cpu, nothing);
+    }
+    assert_ne!(gic.spis[0].active.load(SeqCst), 0);
+    deactivate(&mut cpu, 40);
+    assert_eq!((gic.spis[0].active.load(SeqCst), gic.holder(40)), (0, None));
+}
+
+/// Xorshift.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) as usize % limit
+    }
+}
+
+/// vCPUs of the model.
+const CPUS: usize = 3;
+
+/// What random operations must never break, whatever their order: an edge is taken once for each time that it was raised
+/// since it was taken last, or less, but at least once; a level as long as it is up; an SPI is on one vCPU at a time.
+fn survives(seed: u64, steps: usize) {
+    let gic = distributor();
+    let mut random = Random(seed);
+    let mut cpus: Vec<Cpu> = (0..CPUS).map(Cpu::new).collect();
+    // Edges that are to come: SPIs, and SGIs of each vCPU.
+    let mut spis = [false; INTIDS];
+    let mut sgis = [[false; 16]; CPUS];
+    let mut woken = [false; CPUS];
+    let took = |spis: &mut [bool; INTIDS], sgis: &mut [[bool; 16]; CPUS], cpu: usize, intid: usize| {
+        let expected = match intid {
+            0..=15 => &mut sgis[cpu][intid],
+            _ if intid % 2 == 0 => &mut spis[intid],
+            _ => return,
+        };
+        assert!(core::mem::take(expected), "seed {seed}: {intid} came to vCPU {cpu} and nobody has raised it");
+    };
+    for _ in 0..steps {
+        let (number, spi) = (random.below(CPUS), 32 + random.below(12));
+        let mut wake = |cpu: usize| woken[cpu] = true;
+        match random.below(12) {
+            0 | 1 => {
+                spis[spi] |= spi % 2 == 0;
+                gic.signal(spi, true, &mut wake);
+            }
+            2 if spi % 2 == 1 => _ = gic.signal(spi, false, &mut wake),
+            3 => {
+                let sgi = random.below(16);
+                sgis[number][sgi] = true;
+                gic.send_sgi(0, (1 << number) | (sgi as u64) << 24, 1, &mut wake);
+            }
+            4 => {
+                gic.routes[spi - 32].store(number as u32, SeqCst);
+                gic.changed(0, 1 << (spi - 32), &mut wake);
+            }
+            5 => {
+                assign(&gic.spis[0].enabled, 1 << (spi - 32), random.below(3) != 0);
+                gic.changed(0, 1 << (spi - 32), &mut wake);
+            }
+            6 => {
+                gic.spis[0].set_priority(spi - 32, 8 * random.below(31) as u8);
+                gic.changed(0, 1 << (spi - 32), &mut wake);
+            }
+            7 => match cpus[number].inside {
+                true => cpus[number].leave(&gic),
+                false => cpus[number].enter(&gic),
+            },
+            8 | 9 if cpus[number].inside => {
+                if let Some(intid) = cpus[number].acknowledge() {
+                    took(&mut spis, &mut sgis, number, intid);
+                    let elsewhere = cpus.iter().flat_map(|cpu| &cpu.taken).filter(|(taken, _)| *taken == intid).count();
+                    assert!(intid < 32 || elsewhere == 1, "seed {seed}: {intid} is taken twice");
+                }
+            }
+            _ if cpus[number].inside => _ = cpus[number].end(),
+            _ => {}
+        }
+        // Whoever is told in the guest looks again, as does whoever is asked for maintenance.
+        for cpu in &mut cpus {
+            if cpu.inside && (core::mem::take(&mut woken[cpu.number]) || cpu.wants_maintenance()) {
+                cpu.refresh(&gic);
+            }
+            let wake = core::mem::take(&mut cpu.notices.wake);
+            (0..CPUS).filter(|cpu| wake >> cpu & 1 != 0).for_each(|cpu| woken[cpu] = true);
+        }
+    }
+    // All lines go down, all is enabled, and everybody works off what there is.
+    gic.spis[0].line.store(0, SeqCst);
+    gic.spis[0].enabled.store(ALL_BITS, SeqCst);
+    for _ in 0..2 {
+        for cpu in &mut cpus {
+            for intid in cpu.drain(&gic) {
+                took(&mut spis, &mut sgis, cpu.number, intid);
+            }
+            cpu.leave(&gic);
+        }
+    }
+    assert!(!spis.contains(&true), "seed {seed}: lost {:?}", spis.iter().position(|lost| *lost));
+    assert!(!sgis.as_flattened().contains(&true), "seed {seed}: an SGI is lost");
+    for cpu in &cpus {
+        assert_eq!(gic.private(cpu.number).unwrap().active.load(SeqCst), 0, "seed {seed}");
+        assert_eq!((cpu.interface.held, cpu.interface.active_priorities), ([0; SPI_BANKS], [[0; 4]; 2]), "seed {seed}");
+    }
+    assert!((32..INTIDS).all(|intid| gic.holder(intid).is_none()), "seed {seed}");
+    assert!(gic.spis.iter().all(|bank| bank.active.load(SeqCst) == 0), "seed {seed}");
+}
+
+#[test]
+fn nothing_is_lost_or_invented_in_any_order() {
+    let seeds = if cfg!(miri) { 2 } else { 400 };
+    for seed in 1..=seeds {
+        survives(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed), if cfg!(miri) { 200 } else { 2000 });
+    }
+}
