@@ -11,7 +11,7 @@ use axvcpu_uapi::client::{
 };
 use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
 use axvcpu_uapi::x86::{CpuidEntry, Events, ACTIVITY_RUNNING};
-use axvmm::x86::emulate::{self, Bus, CpuState, Outcome};
+use axvmm::x86::emulate::{self, Bus, CpuState, Fault, Outcome, Shortcuts};
 use axvmm::x86::paging::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -53,7 +53,13 @@ impl Factory for Device {
                 let events: Events = vcpu.get()?;
                 vcpu.set(&Events { activity: ACTIVITY_RUNNING, ..events })?;
             }
-            let cpu = AxCpu { id, vcpu, bus: Ram(Arc::clone(&plan.ram)), emulator: emulate::Config::default() };
+            let cpu = AxCpu {
+                id,
+                vcpu,
+                bus: Ram(Arc::clone(&plan.ram)),
+                emulator: emulate::Config::default(),
+                shortcuts: Shortcuts::new(),
+            };
             cpus.push(Some(cpu));
         }
         Ok(Box::new(AxMachine { cpus, _ram: ram, other: None, space, vm }))
@@ -111,13 +117,20 @@ struct AxCpu {
     vcpu: Vcpu,
     bus: Ram,
     emulator: emulate::Config,
+    shortcuts: Shortcuts,
 }
 
 impl AxCpu {
     /// Carries out an access to a device.
-    fn emulate(&mut self, exit: &Exit) -> Result<()> {
+    fn emulate(&mut self, exit: &Exit, fault: &Fault) -> Result<()> {
         let snapshot = self.vcpu.snapshot().ok_or("an exit without snapshot")?;
-        let mut cpu = CpuState::from_registers(&self.vcpu.general(), &snapshot.segments, &snapshot.control);
+        let mut general = self.vcpu.general();
+        if self.shortcuts.take(&mut general, &snapshot, fault, &mut self.bus)? {
+            self.vcpu.set_general(&general);
+            return Ok(());
+        }
+        let mut cpu = CpuState::from_registers(&general, &snapshot.segments, &snapshot.control);
+        self.shortcuts.learn(&self.emulator, &cpu, fault, &mut self.bus)?;
         match emulate::step(&self.emulator, &mut cpu, &mut self.bus, exit.insn()) {
             Ok(Outcome::Retired { .. }) => {
                 self.vcpu.set_general(&cpu.general());
@@ -141,7 +154,9 @@ impl Cpu for AxCpu {
                 Reason::IoWrite { .. } | Reason::Interrupted => {}
                 Reason::IoRead { .. } | Reason::Hypercall { .. } => self.vcpu.reply(0),
                 Reason::SysRegRead { .. } | Reason::SysRegWrite { .. } => self.vcpu.reply_fault(),
-                Reason::NestedPageFault { .. } => self.emulate(&exit)?,
+                Reason::NestedPageFault { addr, access_flags } => {
+                    self.emulate(&exit, &Fault { addr, access: access_flags, user_mode: exit.user_mode() })?;
+                }
                 other => return Err(format!("an exit that no loop has: {other:x?}").into()),
             }
         }

@@ -151,14 +151,44 @@ enum Format {
 }
 
 /// An entry met on the way, remembered so that its accessed and dirty bits can be set once the walk succeeded.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Visited {
     at: GuestPhysAddr,
     entry: u64,
 }
 
+impl Visited {
+    const NONE: Self = Self { at: GuestPhysAddr::new(0), entry: 0 };
+}
+
 /// At most five levels.
 const MAX_LEVELS: usize = 5;
+
+/// The entries that a walk went by, but for PAE's PDPTEs.
+#[derive(Clone, Copy, Debug)]
+pub struct Path {
+    visited: [Visited; MAX_LEVELS],
+    depth: usize,
+    entry_bytes: usize,
+}
+
+impl Path {
+    const EMPTY: Self = Self { visited: [Visited::NONE; MAX_LEVELS], depth: 0, entry_bytes: 8 };
+
+    /// Whether all of its entries are as the walk has left them: another one, by the same processor state for the same
+    /// address and access, would then go by them again and change nothing. Not to be asked of PAE paging.
+    ///
+    /// # Errors
+    /// The tables could not be read.
+    pub fn holds<M: GuestMemory>(&self, memory: &mut M) -> Result<bool, M::Error> {
+        for step in self.visited.iter().take(self.depth) {
+            if read_entry(memory, step.at, self.entry_bytes)? != step.entry {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
 
 /// Translates `linear` for `access`, setting accessed and dirty bits as the processor would.
 ///
@@ -173,14 +203,29 @@ pub fn translate<M: GuestMemory>(
     linear: GuestVirtAddr,
     access: Access,
 ) -> Result<Translation, WalkError<M::Error>> {
+    trace(state, memory, linear, access).map(|(translation, _)| translation)
+}
+
+/// [`translate`], with the way: there is none while paging is off.
+///
+/// # Errors
+/// As for [`translate`].
+pub fn trace<M: GuestMemory>(
+    state: &PagingState,
+    memory: &mut M,
+    linear: GuestVirtAddr,
+    access: Access,
+) -> Result<(Translation, Path), WalkError<M::Error>> {
+    let mut path = Path::EMPTY;
     if state.cr0 & bits::CR0_PG == 0 {
-        return Ok(Translation { gpa: GuestPhysAddr::new(linear.as_u64() & 0xffff_ffff), page_size: 4096 });
+        let gpa = GuestPhysAddr::new(linear.as_u64() & 0xffff_ffff);
+        return Ok((Translation { gpa, page_size: 4096 }, path));
     }
     // Another vCPU may change an entry between our read and our update of its A/D bits; the processor then walks
     // again, and so do we. Each round means that somebody else made progress.
     loop {
-        if let Some(translation) = walk(state, memory, linear, access)? {
-            return Ok(translation);
+        if let Some(translation) = walk(state, memory, linear, access, &mut path)? {
+            return Ok((translation, path));
         }
     }
 }
@@ -191,6 +236,7 @@ fn walk<M: GuestMemory>(
     memory: &mut M,
     linear: GuestVirtAddr,
     access: Access,
+    path: &mut Path,
 ) -> Result<Option<Translation>, WalkError<M::Error>> {
     let (format, mut level) = match () {
         () if state.cr4 & bits::CR4_PAE == 0 => (Format::Legacy32, 2),
@@ -206,8 +252,8 @@ fn walk<M: GuestMemory>(
         Format::Long => state.cr3 & address_mask(state),
     };
 
-    let mut visited = [Visited { at: GuestPhysAddr::new(0), entry: 0 }; MAX_LEVELS];
-    let mut depth = 0;
+    path.depth = 0;
+    path.entry_bytes = entry_bytes;
     let mut allowed = RW | US;
     let mut no_execute = false;
     loop {
@@ -226,10 +272,10 @@ fn walk<M: GuestMemory>(
         if !(format == Format::Pae && level == 3) {
             allowed &= entry;
             no_execute |= format != Format::Legacy32 && entry & NX != 0;
-            if let Some(slot) = visited.get_mut(depth) {
+            if let Some(slot) = path.visited.get_mut(path.depth) {
                 *slot = Visited { at, entry };
+                path.depth += 1;
             }
-            depth += 1;
         }
         if !leaf {
             table = if format == Format::Legacy32 { entry & 0xffff_f000 } else { entry & address_mask(state) };
@@ -240,12 +286,14 @@ fn walk<M: GuestMemory>(
         if !permitted(state, access, allowed, no_execute) {
             return Err(page_fault(state, access, fault::PRESENT));
         }
-        for (i, step) in visited.iter().take(depth).enumerate() {
+        let depth = path.depth;
+        for (i, step) in path.visited.iter_mut().take(depth).enumerate() {
             let dirty = if i + 1 == depth && access == Access::Write { D } else { 0 };
             let new = step.entry | A | dirty;
             if new != step.entry && !memory.compare_exchange(step.at, entry_bytes, step.entry, new)? {
                 return Ok(None);
             }
+            step.entry = new;
         }
         let page_size = 1u64 << shift;
         let frame = if format == Format::Legacy32 && level == 2 {

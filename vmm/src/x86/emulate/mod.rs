@@ -31,6 +31,7 @@
 //! | `exec.rs` | dispatch, integer arithmetic |
 //! | `bits.rs`, `data.rs`, `stack.rs`, `sse.rs`, `string.rs` | instruction classes |
 //! | `string_io.rs` | INS and OUTS |
+//! | `shortcut.rs` | moves to and from devices that come again |
 
 use std::fmt;
 
@@ -48,6 +49,7 @@ mod fetch;
 mod memory;
 mod operand;
 mod shift;
+mod shortcut;
 mod sse;
 mod stack;
 mod state;
@@ -57,6 +59,7 @@ mod string_io;
 mod tests;
 
 pub use exception::Exception;
+pub use shortcut::{Fault, Shortcuts};
 pub use state::{rflags, seg, CpuState};
 pub use string_io::{string_io, Direction, PortBus, StringIo};
 

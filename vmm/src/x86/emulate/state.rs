@@ -167,31 +167,13 @@ impl CpuState {
         if register.is_segment_register() {
             return self.segments.get(register.number()).map(|s| s.selector.into());
         }
-        if !register.is_gpr() {
-            return None;
-        }
-        let full = self.gpr.get(register.full_register().number())?;
-        Some(match register {
-            Register::AH | Register::CH | Register::DH | Register::BH => (full >> 8) & 0xff,
-            _ => full & mask(register.size()),
-        })
+        read_register(&self.gpr, register)
     }
 
     /// Sets a general register. Writes of 32 bits clear the upper half, narrower ones keep the rest (APM volume 1,
     /// section 3.1.2). `None` for any other register.
     pub(super) fn write(&mut self, register: Register, value: u64) -> Option<()> {
-        if !register.is_gpr() {
-            return None;
-        }
-        let full = self.gpr.get_mut(register.full_register().number())?;
-        let (field, shift) = match register {
-            Register::AH | Register::CH | Register::DH | Register::BH => (0xff00, 8),
-            _ if register.size() == 4 => (u64::MAX, 0),
-            _ => (mask(register.size()), 0),
-        };
-        let value = if register.size() == 4 { value & mask(4) } else { value };
-        *full = (*full & !field) | ((value << shift) & field);
-        Some(())
+        write_register(&mut self.gpr, register, value)
     }
 
     /// Sets register number `index` as a register of `width` bytes (2, 4 or 8).
@@ -209,6 +191,34 @@ impl CpuState {
     pub(super) fn set_flags(&mut self, which: u64, value: u64) {
         self.rflags = (self.rflags & !which) | (value & which);
     }
+}
+
+/// The value of a general register in `gpr`, zero-extended. `None` for any other register.
+pub(super) fn read_register(gpr: &[u64; 16], register: Register) -> Option<u64> {
+    if !register.is_gpr() {
+        return None;
+    }
+    let full = gpr.get(register.full_register().number())?;
+    Some(match register {
+        Register::AH | Register::CH | Register::DH | Register::BH => (full >> 8) & 0xff,
+        _ => full & mask(register.size()),
+    })
+}
+
+/// Sets a general register in `gpr`: see [`CpuState::write`].
+pub(super) fn write_register(gpr: &mut [u64; 16], register: Register, value: u64) -> Option<()> {
+    if !register.is_gpr() {
+        return None;
+    }
+    let full = gpr.get_mut(register.full_register().number())?;
+    let (field, shift) = match register {
+        Register::AH | Register::CH | Register::DH | Register::BH => (0xff00, 8),
+        _ if register.size() == 4 => (u64::MAX, 0),
+        _ => (mask(register.size()), 0),
+    };
+    let value = if register.size() == 4 { value & mask(4) } else { value };
+    *full = (*full & !field) | ((value << shift) & field);
+    Some(())
 }
 
 /// The low `bytes` bytes set (0 to 8).

@@ -20,7 +20,7 @@ use axvcpu_uapi::x86::{
 };
 
 use super::cpuid::Paging;
-use super::emulate::{self, Direction, Exception, Outcome, StringIo};
+use super::emulate::{self, Direction, Exception, Fault, Outcome, Shortcuts, StringIo};
 use super::hypervisor::X86Vcpu;
 use crate::control::Stop;
 use crate::exit::ExitCode;
@@ -49,6 +49,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 /// What a vCPU's thread keeps.
 pub struct Local {
     emulator: emulate::Config,
+    shortcuts: Shortcuts,
     halted: Arc<Halted>,
     /// Whether this vCPU was halted for good when that was last known.
     is_halted: bool,
@@ -68,6 +69,7 @@ impl Local {
         let Paging { phys_bits, gib_pages } = paging;
         let local = |id| Self {
             emulator: emulate::Config { phys_bits, gib_pages, ..emulate::Config::default() },
+            shortcuts: Shortcuts::new(),
             halted: Arc::clone(&halted),
             is_halted: halted.at_start(id),
             acknowledged: None,
@@ -214,7 +216,19 @@ impl<V: X86Vcpu> Runner<V> {
                 self.give_up(ExitCode::AbiMismatch, "the module gave no snapshot with an exit that needs decoding")
             );
         };
-        let general = self.vcpu.general()?;
+        let mut general = self.vcpu.general()?;
+        let fault = match exit.reason {
+            AxVCpuExitReason::NestedPageFault { addr, access_flags } => {
+                Some(Fault { addr, access: access_flags, user_mode: exit.user_mode() })
+            }
+            _ => None,
+        };
+        if let Some(fault) = &fault {
+            let mut access = Access::new(&mut self.vcpu, &self.machine);
+            if self.local.shortcuts.take(&mut general, &snapshot, fault, &mut access)? {
+                return Ok(self.vcpu.set_general(&general)?);
+            }
+        }
         let before = state::to_emulator(&general, &snapshot, exit.user_mode());
         let mut cpu = before.clone();
         let mut access = Access::new(&mut self.vcpu, &self.machine);
@@ -227,6 +241,10 @@ impl<V: X86Vcpu> Runner<V> {
             Err(emulate::Error::Bus(error)) => return Err(error.into()),
             Err(error) => return Err(self.give_up(ExitCode::CannotContinue, &error.to_string())),
         };
+        if let (Some(fault), Outcome::Retired { .. }) = (&fault, outcome) {
+            let mut access = Access::new(&mut self.vcpu, &self.machine);
+            self.local.shortcuts.learn(&self.local.emulator, &before, fault, &mut access)?;
+        }
         if cpu.segments != before.segments {
             let segments = state::with_segments(snapshot.segments, &cpu);
             self.vcpu.set(&segments)?;

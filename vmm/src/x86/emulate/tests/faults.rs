@@ -14,7 +14,7 @@ const NO_EXECUTE: u64 = 1 << 63;
 
 /// 64-bit mode with paging: code, RAM, stack and device pages mapped one to one as `flags` say, and read-only RAM in
 /// the page after [`RAM`]; the page after the stack's and the third page at [`DEVICE`] are not mapped.
-fn paged(cpl: u8) -> (CpuState, Machine) {
+pub(super) fn paged(cpl: u8) -> (CpuState, Machine) {
     let mut machine = Machine::new(&[]);
     let user = if cpl == 3 { USER } else { 0 };
     machine.poke(ROOT, &[0; 4096]);
@@ -32,7 +32,7 @@ fn paged(cpl: u8) -> (CpuState, Machine) {
 }
 
 /// Overwrites the last-level entry of `linear`.
-fn set_leaf(machine: &mut Machine, linear: u64, entry: u64) {
+pub(super) fn set_leaf(machine: &mut Machine, linear: u64, entry: u64) {
     let mut table = ROOT;
     for shift in [39, 30, 21] {
         table = machine.peek_u64(table + (linear >> shift & 511) * 8) & 0xf_ffff_ffff_f000;

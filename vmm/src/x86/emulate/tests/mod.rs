@@ -18,6 +18,7 @@ mod moves;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
 mod native;
 mod ports;
+mod shortcut;
 mod strings;
 
 /// CR4.OSFXSR.

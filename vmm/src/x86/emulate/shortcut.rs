@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A short way for accesses to devices that come again and again: drivers have few instructions for them.
+//!
+//! A plain move between a register, or a constant, and a device is remembered once it has been carried out, with its bytes,
+//! where they lie, and the entries of the page tables that led there. When the guest stands at the same place in the same mode,
+//! and entries and bytes are what they were, then fetching and decoding would give the same instruction; and where its operand
+//! leads the CPU has said with the exit. Nothing is taken for granted that the guest could have changed since: there is no
+//! moment at which this would have to be told to forget.
+//!
+//! Only 64-bit code has it easy enough: no segment limits, and of five levels of tables all entries are in memory.
+
+use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
+use axvcpu_uapi::client::Snapshot;
+use axvcpu_uapi::exit::AccessFlags;
+use axvcpu_uapi::x86::{Control, General, Segments};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+
+use super::memory::PAGE;
+use super::state::{mask, read_register, rflags, seg, sign_extend, write_register};
+use super::{Bus, Config, CpuState};
+use crate::x86::paging::{bits, trace, Access, PagingState, Path};
+
+/// How many instructions are remembered; a power of two.
+const PLACES: usize = 16;
+/// The longest x86 instruction.
+const MAX_LENGTH: usize = 15;
+
+/// An access that the CPU has left to the VMM: what a
+/// [`NestedPageFault`](axvcpu_uapi::exit::AxVCpuExitReason::NestedPageFault) tells.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Where it leads.
+    pub addr: GuestPhysAddr,
+    /// What it is.
+    pub access: AccessFlags,
+    /// Whether it is user mode's.
+    pub user_mode: bool,
+}
+
+/// The moves that one vCPU has made.
+#[derive(Debug, Default)]
+pub struct Shortcuts([Option<Box<Move>>; PLACES]);
+
+/// A move, and what makes the instruction at RIP be this one.
+#[derive(Debug)]
+struct Move {
+    mode: Mode,
+    code: GuestPhysAddr,
+    path: Path,
+    bytes: [u8; MAX_LENGTH],
+    length: usize,
+    operand: Operand,
+    /// Bytes of the operand: 1, 2, 4 or 8.
+    width: usize,
+    action: Action,
+}
+
+/// What decides how an instruction is fetched and decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mode {
+    rip: u64,
+    cr0: u64,
+    cr3: u64,
+    cr4: u64,
+    efer: u64,
+    code_attributes: u16,
+    user_mode: bool,
+}
+
+/// How the operand's address is put together.
+#[derive(Clone, Copy, Debug)]
+struct Operand {
+    segment: Register,
+    base: Register,
+    index: Register,
+    scale: u64,
+    displacement: u64,
+    /// Of the offset.
+    mask: u64,
+}
+
+/// What is moved.
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    /// From the device to a register.
+    Load { to: Register, sign_extends: bool },
+    /// From a register.
+    Store(Register),
+    /// A constant.
+    StoreConstant(u64),
+}
+
+impl Mode {
+    fn new(general: &General, control: &Control, segments: &Segments, user_mode: bool) -> Self {
+        let Control { cr0, cr3, cr4, efer, .. } = *control;
+        Self { rip: general.rip, cr0, cr3, cr4, efer, code_attributes: segments.cs.attributes, user_mode }
+    }
+
+    /// Where a move at this RIP is remembered.
+    fn place(&self) -> usize {
+        // Instructions are a few bytes long.
+        (self.rip ^ self.rip >> 4) as usize % PLACES
+    }
+}
+
+impl Operand {
+    fn new(insn: &Instruction) -> Option<Self> {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let relative = matches!(base, Register::RIP | Register::EIP);
+        let width = match (base, index) {
+            _ if relative => 8,
+            (Register::None, Register::None) => insn.memory_displ_size() as usize,
+            (Register::None, register) | (register, _) => register.size(),
+        };
+        matches!(width, 4 | 8).then(|| Self {
+            segment: insn.memory_segment(),
+            // For RIP-relative operands the decoder gives the target itself.
+            base: if relative { Register::None } else { base },
+            index,
+            scale: insn.memory_index_scale().into(),
+            displacement: insn.memory_displacement64(),
+            mask: mask(width),
+        })
+    }
+
+    /// The linear address.
+    fn address(&self, general: &General, segments: &Segments) -> u64 {
+        let value = |register| read_register(&general.gpr, register).unwrap_or(0);
+        let offset = value(self.base).wrapping_add(value(self.index).wrapping_mul(self.scale));
+        let offset = offset.wrapping_add(self.displacement) & self.mask;
+        match self.segment {
+            Register::FS => segments.fs.base.wrapping_add(offset),
+            Register::GS => segments.gs.base.wrapping_add(offset),
+            _ => offset,
+        }
+    }
+}
+
+/// The plain moves: between a general register or a constant and memory.
+fn plain_move(insn: &Instruction) -> Option<(Operand, usize, Action)> {
+    let (first, second) = (insn.op0_kind(), insn.op1_kind());
+    let general = |index| Some(insn.op_register(index)).filter(|register| register.is_gpr());
+    let action = match (insn.mnemonic(), first, second) {
+        (Mnemonic::Mov | Mnemonic::Movzx, OpKind::Register, OpKind::Memory) => {
+            Action::Load { to: general(0)?, sign_extends: false }
+        }
+        (Mnemonic::Movsx | Mnemonic::Movsxd, OpKind::Register, OpKind::Memory) => {
+            Action::Load { to: general(0)?, sign_extends: true }
+        }
+        (Mnemonic::Mov, OpKind::Memory, OpKind::Register) => Action::Store(general(1)?),
+        (Mnemonic::Mov, OpKind::Memory, _) => Action::StoreConstant(insn.try_immediate(1).ok()?),
+        _ => return None,
+    };
+    let width = insn.memory_size().size();
+    matches!(width, 1 | 2 | 4 | 8).then_some((Operand::new(insn)?, width, action))
+}
+
+impl Shortcuts {
+    /// None remembered.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Carries out the instruction at RIP, if it is one that is remembered and `fault` its access to a device. Gives whether
+    /// it was: otherwise nothing has been done. As after [`step`](super::step), [`Retired`](super::Outcome::Retired) without
+    /// trap and shadow.
+    ///
+    /// # Errors
+    /// The bus's own.
+    pub fn take<B: Bus>(
+        &self,
+        general: &mut General,
+        snapshot: &Snapshot,
+        fault: &Fault,
+        bus: &mut B,
+    ) -> Result<bool, B::Error> {
+        let Snapshot { control, segments } = snapshot;
+        let mode = Mode::new(general, control, segments, fault.user_mode);
+        let Some(known) = self.0.get(mode.place()).and_then(Option::as_deref).filter(|known| known.mode == mode) else {
+            return Ok(false);
+        };
+        let write = !matches!(known.action, Action::Load { .. });
+        let of_operand = fault.access.contains(AccessFlags::WRITE) == write
+            && !fault.access.contains(AccessFlags::PAGE_WALK)
+            && !fault.access.contains(AccessFlags::EXECUTE);
+        // The CPU has translated it, and found that the guest may access it. It is all of the operand if that does not go on in
+        // another page.
+        let in_page = fault.addr.as_u64() % PAGE;
+        if !of_operand
+            || general.rflags & rflags::TF != 0
+            || known.operand.address(general, segments) % PAGE != in_page
+            || in_page + known.width as u64 > PAGE
+            || bus.is_ram(fault.addr, write)
+            || !known.is_still_there(bus)?
+        {
+            return Ok(false);
+        }
+        known.carry_out(general, fault.addr, bus)?;
+        Ok(true)
+    }
+
+    /// Remembers the instruction at RIP in `cpu`, with which the CPU has left, if it is one that can be.
+    ///
+    /// # Errors
+    /// The bus's own.
+    pub fn learn<B: Bus>(
+        &mut self,
+        config: &Config,
+        cpu: &CpuState,
+        fault: &Fault,
+        bus: &mut B,
+    ) -> Result<(), B::Error> {
+        if !cpu.is_64bit() || cpu.cr0 & bits::CR0_PG == 0 {
+            return Ok(());
+        }
+        let state = PagingState {
+            cr0: cpu.cr0,
+            cr3: cpu.cr3,
+            cr4: cpu.cr4,
+            efer: cpu.efer,
+            cpl: cpu.cpl,
+            ac: false,
+            phys_bits: config.phys_bits,
+            gib_pages: config.gib_pages,
+        };
+        let Ok((translation, path)) = trace(&state, bus, GuestVirtAddr::new(cpu.rip), Access::Execute) else {
+            return Ok(());
+        };
+        let code = translation.gpa;
+        if !bus.is_ram(code, false) {
+            return Ok(());
+        }
+        let mut bytes = [0; MAX_LENGTH];
+        let there = ((PAGE - code.as_u64() % PAGE) as usize).min(MAX_LENGTH);
+        bus.read(code, &mut bytes[..there])?;
+        let insn = Decoder::with_ip(64, &bytes[..there], cpu.rip, DecoderOptions::NONE).decode();
+        let mode = Mode {
+            rip: cpu.rip,
+            cr0: cpu.cr0,
+            cr3: cpu.cr3,
+            cr4: cpu.cr4,
+            efer: cpu.efer,
+            code_attributes: cpu.segments[seg::CS].attributes,
+            user_mode: fault.user_mode,
+        };
+        if let (Some((operand, width, action)), Some(slot)) = (plain_move(&insn), self.0.get_mut(mode.place())) {
+            *slot = Some(Box::new(Move { mode, code, path, bytes, length: insn.len(), operand, width, action }));
+        }
+        Ok(())
+    }
+}
+
+impl Move {
+    /// Whether RIP still leads to these bytes.
+    fn is_still_there<B: Bus>(&self, bus: &mut B) -> Result<bool, B::Error> {
+        let mut bytes = [0; MAX_LENGTH];
+        bus.read(self.code, &mut bytes[..self.length])?;
+        Ok(bytes[..self.length] == self.bytes[..self.length] && self.path.holds(bus)?)
+    }
+
+    /// At a device at `at`.
+    fn carry_out<B: Bus>(&self, general: &mut General, at: GuestPhysAddr, bus: &mut B) -> Result<(), B::Error> {
+        let mut data = [0; 8];
+        match self.action {
+            Action::Load { to, sign_extends } => {
+                bus.mmio_read(at, &mut data[..self.width])?;
+                let value = u64::from_le_bytes(data);
+                let value = if sign_extends { sign_extend(value, self.width) } else { value };
+                let _ = write_register(&mut general.gpr, to, value);
+            }
+            Action::Store(from) => {
+                data = read_register(&general.gpr, from).unwrap_or(0).to_le_bytes();
+                bus.mmio_write(at, &data[..self.width])?;
+            }
+            Action::StoreConstant(value) => {
+                data = value.to_le_bytes();
+                bus.mmio_write(at, &data[..self.width])?;
+            }
+        }
+        general.rip = general.rip.wrapping_add(self.length as u64);
+        general.rflags &= !rflags::RF;
+        Ok(())
+    }
+}
