@@ -6,8 +6,10 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
+
 use crate::machine::{Hypervisor, Result};
-use crate::measure::ticks;
 use crate::rows::Row;
 
 /// What the guest's init says first (scripts/lab/guest-init).
@@ -25,7 +27,6 @@ pub(crate) fn measure(hypervisor: Hypervisor, config: &Path) -> Result<Vec<(Row,
     let variant = std::env::temp_dir().join("axvcpu-bench.toml");
     fs::write(&variant, configuration(&fs::read_to_string(config)?, hypervisor))?;
     let exits_before = if hypervisor == Hypervisor::Kvm { kvm_exits()? } else { 0 };
-    let (idle_before, start) = (idle()?, ticks());
     let mut axvmm = Command::new("axvmm")
         .arg("--config")
         .arg(&variant)
@@ -33,10 +34,7 @@ pub(crate) fn measure(hypervisor: Hypervisor, config: &Path) -> Result<Vec<(Row,
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    let rows = watch(hypervisor, &mut axvmm, || {
-        let end = ticks();
-        Ok((end.wrapping_sub(start), idle()?.saturating_sub(idle_before)))
-    });
+    let rows = watch(hypervisor, &mut axvmm);
     // It powers itself off, but after an error it may not.
     if rows.is_err() {
         axvmm.kill()?;
@@ -68,12 +66,9 @@ fn configuration(text: &str, hypervisor: Hypervisor) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Waits for the guest's first words. Gives ticks without idle time, exits, and axvmm's resident KiB.
-fn watch(
-    hypervisor: Hypervisor,
-    axvmm: &mut Child,
-    time: impl FnOnce() -> Result<(u64, u64)>,
-) -> Result<(f64, u64, u64)> {
+/// Waits for the guest's first words. Gives the ticks that axvmm and its guest have had the CPU, exits, and axvmm's resident
+/// KiB.
+fn watch(hypervisor: Hypervisor, axvmm: &mut Child) -> Result<(f64, u64, u64)> {
     let pid = axvmm.id();
     let mut output = BufReader::new(axvmm.stdout.take().ok_or("axvmm has no output")?);
     let mut line = Vec::new();
@@ -86,7 +81,7 @@ fn watch(
             break;
         }
     }
-    let (elapsed, idle) = time()?;
+    let work = cpu_ticks(pid)?;
     let exits = match hypervisor {
         Hypervisor::Axvcpu => own_entries(pid)?,
         Hypervisor::Kvm => kvm_exits()?,
@@ -94,29 +89,23 @@ fn watch(
     let resident = resident(pid)?;
     // What it says further is not looked at, but must be taken.
     std::io::copy(&mut output, &mut std::io::sink())?;
-    Ok((elapsed.saturating_sub(idle_ticks(elapsed, idle)) as f64, exits, resident))
+    Ok((work, exits, resident))
 }
 
-/// Hundredths of a second that the host's CPU was idle.
-fn idle() -> Result<u64> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let figures = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).ok_or("/proc/stat has no 'cpu'")?;
-    Ok(figures.split_whitespace().nth(3).ok_or("/proc/stat has no idle time")?.parse()?)
-}
-
-/// Idle time in ticks, at most all of `elapsed`.
-fn idle_ticks(elapsed: u64, hundredths: u64) -> u64 {
-    let per_second = frequency().unwrap_or(0);
-    (hundredths * per_second / 100).min(elapsed)
+/// The time for which process `pid` has had the CPU, all its threads together, in user mode, kernel and guest, in ticks.
+fn cpu_ticks(pid: u32) -> Result<f64> {
+    let time = clock_gettime(clock_getcpuclockid(Pid::from_raw(pid.try_into()?))?)?;
+    let seconds = time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9;
+    Ok(seconds * frequency().ok_or("/proc/cpuinfo has no frequency")?)
 }
 
 /// Ticks per second, as the kernel has found them to be.
-fn frequency() -> Option<u64> {
+fn frequency() -> Option<f64> {
     // The only place where Linux tells user mode.
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("cpu MHz"))?;
     let mhz: f64 = line.split(':').nth(1)?.trim().parse().ok()?;
-    Some((mhz * 1e6) as u64)
+    Some(mhz * 1e6)
 }
 
 /// Exits of all guests of KVM so far.

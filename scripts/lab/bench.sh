@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # shellcheck shell=dash
 #
-# On the lab host: measures axvcpu and KVM in one boot, in turns. BENCH_OPTIONS are
-# axvcpu-bench's for exits; BENCH_BOOT, if not empty, asks for whole guests. Results go to a file first and come out at the end, since writing
-# them on the way would be measured, too; see bench/src/main.rs for their form.
+# On the lab host: measures axvcpu and KVM in one boot, in turns, as often as BENCH_TURNS
+# says. BENCH_PART is "exits", with BENCH_OPTIONS for axvcpu-bench, or "boot", which is whole
+# guests. The results of exits come out at the end, since writing them on the way would be
+# measured, too; see bench/src/main.rs for their form.
 
 results=/tmp/results
 
@@ -14,7 +15,7 @@ vendor=amd
 grep -q GenuineIntel /proc/cpuinfo && vendor=intel
 
 fail() {
-	cat $results
+	[ "$BENCH_PART" != exits ] || cat $results
 	echo "bench.sh: $*" >&2
 	exit 1
 }
@@ -29,20 +30,28 @@ load_kvm() {
 	fi
 }
 
-axvcpu-bench facts >$results || fail "no facts"
+# Whole guests may take long: what is known of them is told at once.
+[ "$BENCH_PART" = exits ] || results=/dev/stdout
+
+measure() {
+	if [ "$BENCH_PART" = exits ]; then
+		# shellcheck disable=SC2086 # words
+		axvcpu-bench exits "$1" $BENCH_OPTIONS >>$results || fail "exits under $1"
+	else
+		axvcpu-bench boot "$1" >>$results || fail "a guest under $1"
+	fi
+}
+
+axvcpu-bench facts >>$results || fail "no facts"
 dmesg | sed -n 's/.*axvcpu: \(at a change of vCPU:.*\)/fact\taxvcpu, beyond what the kernel does for all\t\1/p' >>$results
 
-for _ in 1 2; do
+for _ in $(seq "$BENCH_TURNS"); do
 	# On VMX both share the CPU, and that is what is measured. On SVM one has to go.
 	[ $vendor = amd ] || load_kvm
-	# shellcheck disable=SC2086 # words
-	axvcpu-bench exits axvcpu $BENCH_OPTIONS >>$results || fail "axvcpu"
-	[ -z "$BENCH_BOOT" ] || axvcpu-bench boot axvcpu >>$results || fail "boot under axvcpu"
+	measure axvcpu
 	load_kvm
-	# shellcheck disable=SC2086 # words
-	axvcpu-bench exits kvm $BENCH_OPTIONS >>$results || fail "KVM"
-	[ -z "$BENCH_BOOT" ] || axvcpu-bench boot kvm >>$results || fail "boot under KVM"
+	measure kvm
 	[ $vendor = intel ] || rmmod kvm_amd || fail "kvm_amd does not go"
 done
 
-cat $results
+[ "$BENCH_PART" != exits ] || cat $results
