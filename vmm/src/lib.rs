@@ -11,9 +11,13 @@
 //! [`vm`] puts them together and runs a VM. What only one architecture has is in `x86/` or `arm64/`; the one that the program
 //! is built for is [`arch`], under whose names the rest uses it.
 
+#[cfg(any(target_arch = "aarch64", test))]
+pub mod arm64;
 #[cfg(target_arch = "x86_64")]
 pub mod x86;
 
+#[cfg(target_arch = "aarch64")]
+pub use arm64 as arch;
 #[cfg(target_arch = "x86_64")]
 pub use x86 as arch;
 

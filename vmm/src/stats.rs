@@ -49,6 +49,8 @@ user_exits! {
     MsrWrite = "msr-write";
     /// Hypercall.
     Hypercall = "hypercall";
+    /// A CPU was started, stopped or asked for (PSCI).
+    Power = "power";
     /// Halted with interrupts off.
     Halt = "halt";
     /// Nothing to do.

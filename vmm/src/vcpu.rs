@@ -52,7 +52,9 @@ impl<V: VcpuOps> Runner<V> {
     }
 
     fn step(&mut self) -> Result<(), Stop> {
-        self.before_entry()?;
+        if !self.before_entry()? {
+            return Ok(());
+        }
         let exit = self.vcpu.run()?;
         self.after_exit(&exit)?;
         self.handle(&exit)

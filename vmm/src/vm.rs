@@ -119,7 +119,7 @@ fn run_on<M: VmOps>(config: &VmConfig, options: &Options, device: &str) -> Resul
     let Built::<M> { vcpus, locals, vm } = build(config, device, &ram, &loaded)?;
 
     let control = Arc::new(Control::new()?);
-    control.set_kickers(vcpus.iter().map(Vcpu::kicker).collect());
+    control.set_kickers(vcpus.iter().zip(&locals).map(|(vcpu, local)| local.kicker(vcpu.kicker())).collect());
     let parts = Parts {
         ram,
         memory: &config.memory,

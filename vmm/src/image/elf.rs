@@ -15,7 +15,6 @@ const ET_DYN: u16 = 3;
 const ET_CORE: u16 = 4;
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
-const PT_NOTE: u32 = 4;
 /// Machine: x86, 32 bits.
 pub(crate) const EM_386: u16 = 3;
 /// Machine: x86-64.
@@ -44,12 +43,15 @@ pub(crate) struct Elf<'a> {
     is_64: bool,
     kind: u16,
     entry: u64,
-    segments: Vec<Segment>,
+    /// The program headers, in their order.
+    pub(crate) segments: Vec<Segment>,
 }
 
+/// A program header.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    kind: u32,
+pub(crate) struct Segment {
+    /// `PT_*`.
+    pub(crate) kind: u32,
     offset: u64,
     vaddr: u64,
     paddr: u64,
@@ -71,7 +73,7 @@ impl Fields<'_> {
     pub(crate) fn u32(self, at: usize) -> Option<u32> {
         self.get(at).map(u32::from_le_bytes)
     }
-    fn u64(self, at: usize) -> Option<u64> {
+    pub(crate) fn u64(self, at: usize) -> Option<u64> {
         self.get(at).map(u64::from_le_bytes)
     }
     /// An address or size: 32 or 64 bits wide.
@@ -161,12 +163,8 @@ impl<'a> Elf<'a> {
         (what.into(), String::new())
     }
 
-    /// The contents of the note segments.
-    pub(crate) fn notes(&self) -> impl Iterator<Item = &'a [u8]> + '_ {
-        self.segments.iter().filter(|segment| segment.kind == PT_NOTE).filter_map(|segment| self.data(segment))
-    }
-
-    fn data(&self, segment: &Segment) -> Option<&'a [u8]> {
+    /// What the file has of a segment; `None` if it is cut off.
+    pub(crate) fn data(&self, segment: &Segment) -> Option<&'a [u8]> {
         let start = usize::try_from(segment.offset).ok()?;
         self.image.get(start..start.checked_add(usize::try_from(segment.file_size).ok()?)?)
     }

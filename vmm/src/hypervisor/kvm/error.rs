@@ -36,6 +36,9 @@ pub enum Error {
     /// No VM could be created.
     #[error("{}", create_failure(*.0))]
     CreateVm(Errno),
+    /// There is no GICv3 for guests (AArch64).
+    #[error("KVM has no GICv3 for guests here: the host's own interrupt controller is an older one, or another\nA host with a GICv3 is needed.")]
+    NoGicV3,
     /// An ioctl failed.
     #[error("KVM refused {name}: {}", errno.desc())]
     Ioctl {
@@ -54,7 +57,8 @@ fn open_failure(path: &std::path::Path, errno: Errno) -> String {
     match errno {
         Errno::ENOENT | Errno::ENODEV => format!(
             "{path} is missing: KVM is not loaded\n\
-             Load it: modprobe kvm_amd or modprobe kvm_intel. The kernel's log says why it may refuse."
+             {}",
+            crate::arch::kvm::MISSING_CURE
         ),
         Errno::EACCES | Errno::EPERM => format!(
             "no permission to open {path}\n\
@@ -80,7 +84,7 @@ impl Error {
         match self {
             Self::Open { errno, .. } | Self::Ioctl { errno, .. } => Some(*errno),
             Self::CreateVm(errno) | Self::MapRunPage(errno) => Some(*errno),
-            Self::NotKvm { .. } | Self::Lacks { .. } => None,
+            Self::NotKvm { .. } | Self::Lacks { .. } | Self::NoGicV3 => None,
         }
     }
 
@@ -91,6 +95,7 @@ impl Error {
             (Self::Open { .. }, Some(Errno::EACCES | Errno::EPERM)) => ExitCode::NoPermission,
             (Self::Open { .. }, _) => ExitCode::NoDevice,
             (Self::NotKvm { .. } | Self::Lacks { .. }, _) => ExitCode::AbiMismatch,
+            (Self::NoGicV3, _) => ExitCode::NoVirtualization,
             (Self::CreateVm(Errno::EBUSY | Errno::EIO), _) => ExitCode::InUse,
             (_, Some(Errno::ENOMEM | Errno::ENOSPC | Errno::EMFILE | Errno::ENFILE)) => ExitCode::NoResources,
             _ => ExitCode::HostError,
@@ -111,12 +116,13 @@ mod tests {
     fn each_cause_has_its_code_and_cure() {
         let open = |errno| Error::Open { path: "/dev/kvm".into(), errno };
         let cases = [
-            (open(Errno::ENOENT), ExitCode::NoDevice, "modprobe kvm_amd"),
+            (open(Errno::ENOENT), ExitCode::NoDevice, crate::arch::kvm::MISSING_CURE),
             (open(Errno::EACCES), ExitCode::NoPermission, "usermod -aG kvm"),
             (open(Errno::EMFILE), ExitCode::NoDevice, "cannot open /dev/kvm"),
             (Error::NotKvm { path: "/dev/null".into() }, ExitCode::AbiMismatch, "version 12"),
             (Error::Lacks { what: "x", since: "4.4" }, ExitCode::AbiMismatch, "newer kernel"),
             (Error::CreateVm(Errno::EBUSY), ExitCode::InUse, "rmmod axvcpu"),
+            (Error::NoGicV3, ExitCode::NoVirtualization, "with a GICv3 is needed"),
             (Error::CreateVm(Errno::ENOMEM), ExitCode::NoResources, "cannot create a VM"),
             (Error::Ioctl { name: "KVM_RUN", errno: Errno::EINVAL }, ExitCode::HostError, "KVM_RUN"),
         ];

@@ -55,14 +55,7 @@ macro_rules! get {
         unsafe { std::ptr::read_volatile(&raw const (*$page.as_ptr()).$($field)+) }
     };
 }
-/// Writes one field of the page.
-macro_rules! set {
-    ($page:expr, $($field:tt)+) => {
-        // SAFETY: as for reading; the mapping is writable, and no reference to its bytes exists.
-        (|value| unsafe { std::ptr::write_volatile(&raw mut (*$page.as_ptr()).$($field)+, value) })
-    };
-}
-pub(crate) use {get, set};
+pub(crate) use get;
 
 impl RunPage {
     /// Maps the run page, `size` bytes, of the vCPU `fd`.
@@ -79,7 +72,7 @@ impl RunPage {
         Ok(Self { mapping, not_sync: std::marker::PhantomData })
     }
 
-    /// The page, for [`get`] and [`set`]: mapped and aligned for as long as `self` exists.
+    /// The page, for those who access its fields: mapped and aligned for as long as `self` exists.
     pub(crate) fn as_ptr(&self) -> *mut kvm_run {
         self.mapping.page.as_ptr()
     }
@@ -201,7 +194,7 @@ pub(crate) mod tests {
     #[test]
     fn exits_that_make_no_sense_are_none() {
         let mut page = page();
-        set!(page, __bindgen_anon_1.mmio.len)(9);
+        page.write(std::mem::offset_of!(kvm_run, __bindgen_anon_1.mmio.len), AccessWidth::Dword, 9);
         assert_eq!(page.mmio(), None);
         page.write(SIZE - 1, AccessWidth::Word, 0xaabb);
         assert_eq!(page.read(SIZE - 1, AccessWidth::Word), 0xbb, "nothing beyond the end");

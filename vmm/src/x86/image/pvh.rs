@@ -13,6 +13,8 @@ use crate::image::ImageError;
 use crate::x86::boot::{Start, StartRegisters};
 use crate::x86::layout;
 
+/// A segment of notes.
+const PT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the 32-bit physical entry point.
 const NOTE: u32 = 18;
 
@@ -29,7 +31,8 @@ const MAX_MAP: usize = (MODULES - MEMMAP) as usize / size_of::<hvm_memmap_table_
 
 /// The entry point by this protocol, if the kernel speaks it.
 pub(super) fn entry(elf: &Elf<'_>) -> Option<u64> {
-    elf.notes().find_map(|notes| {
+    elf.segments.iter().filter(|segment| segment.kind == PT_NOTE).find_map(|segment| {
+        let notes = elf.data(segment)?;
         let mut at = 0usize;
         loop {
             let fields = Fields(notes.get(at..)?);

@@ -24,6 +24,7 @@ use super::emulate::{self, Direction, Exception, Fault, Outcome, Shortcuts, Stri
 use super::hypervisor::X86Vcpu;
 use crate::control::Stop;
 use crate::exit::ExitCode;
+use crate::hypervisor::Kick;
 use crate::stats::UserExit;
 use crate::vcpu::Runner;
 
@@ -78,12 +79,19 @@ impl Local {
         };
         (0..count).map(local).collect()
     }
+
+    /// A handle that makes the vCPU return that `kick` makes return while it runs: it always runs.
+    #[must_use]
+    pub fn kicker(&self, kick: Box<dyn Kick>) -> Box<dyn Kick> {
+        kick
+    }
 }
 
 impl<V: X86Vcpu> Runner<V> {
-    /// Before the guest runs on.
-    pub(crate) fn before_entry(&mut self) -> Result<(), Stop> {
-        self.offer_interrupt()
+    /// Before the guest runs on. Says whether it may.
+    pub(crate) fn before_entry(&mut self) -> Result<bool, Stop> {
+        self.offer_interrupt()?;
+        Ok(true)
     }
 
     /// After it has left, before the exit is handled.

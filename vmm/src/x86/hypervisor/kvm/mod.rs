@@ -50,6 +50,10 @@ pub(crate) const NEEDED: &[Needed] = &[
     (Cap::X86UserSpaceMsr, "exits for unknown MSRs (KVM_CAP_X86_USER_SPACE_MSR)", "5.10"),
 ];
 
+/// What to do where the device is missing.
+pub(crate) const MISSING_CURE: &str =
+    "Load it: modprobe kvm_amd or modprobe kvm_intel. The kernel's log says why it may refuse.";
+
 /// CPUID 1 ECX: the local APIC's timer has a TSC-deadline mode. KVM leaves it out of its list, since it depends on where
 /// the local APIC is.
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;

@@ -3,8 +3,16 @@
 
 use axvcpu_uapi::exit::{AccessWidth, AxVCpuExitReason};
 
-use crate::hypervisor::kvm::run_page::{get, set, RunPage};
+use crate::hypervisor::kvm::run_page::{get, RunPage};
 use crate::hypervisor::kvm::transfer::Transfer;
+
+/// Writes one field of the page.
+macro_rules! set {
+    ($page:expr, $($field:tt)+) => {
+        // SAFETY: as for reading; the mapping is writable, and no reference to its bytes exists.
+        (|value| unsafe { std::ptr::write_volatile(&raw mut (*$page.as_ptr()).$($field)+, value) })
+    };
+}
 
 impl RunPage {
     /// Whether an external interrupt handed over now would be delivered at once.
