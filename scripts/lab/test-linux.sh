@@ -32,6 +32,45 @@ guest_run "boots to userspace and powers off" /tmp/vm.toml $limit
 boot_ms=$(($(now) - begin))
 echo "one guest, start to power-off: $boot_ms ms"
 
+# confined FILTER OPTION...: whether every thread of axvmm is under FILTER (proc(5),
+# Seccomp) while a guest runs, which is not hindered.
+confined() {
+	want=$1 name="every thread has the system calls that it needs only"
+	shift
+	[ "$want" = 2 ] || name="and with $* every system call"
+	axvmm --config /tmp/vm.toml "$@" >/tmp/confined.out 2>&1 </dev/null &
+	vmm=$!
+	usleep 500000
+	found=$(sed -n 's/^Seccomp:[^0-9]*//p' /proc/$vmm/task/*/status 2>/dev/null | tr -d '\n')
+	guest_judge "boots $([ "$want" = 2 ] && echo in || echo without) the sandbox" $vmm $limit /tmp/confined.out
+	if [ "$found" = "$want$want" ]; then
+		ok "$name"
+	else
+		not_ok "$name" "filters of its two threads: '$found' instead of $want$want"
+	fi
+}
+confined 2
+confined 0 --no-sandbox
+
+# A vCPU keeps to the host CPUs that the configuration gives it.
+if [ "$(nproc)" -gt 1 ]; then
+	sed 's/^cpu_num = .*/&\nphys_cpu_sets = [0x2]/' /tmp/vm.toml >/tmp/placed.toml
+	axvmm --config /tmp/placed.toml >/tmp/placed.out 2>&1 </dev/null &
+	vmm=$!
+	usleep 500000
+	for thread in /proc/$vmm/task/*; do
+		grep -q vcpu0 "$thread/comm" && placed=$(sed -n 's/^Cpus_allowed_list:[^0-9]*//p' "$thread/status")
+	done
+	guest_judge "boots on the host's second CPU" $vmm $limit /tmp/placed.out
+	if [ "$placed" = 1 ]; then
+		ok "and stays there"
+	else
+		not_ok "and stays there" "its thread may run on CPU '$placed'"
+	fi
+else
+	skip "boots on the host's second CPU" "there is one CPU only"
+fi
+
 # Every thread of axvmm hops between the host's CPUs as fast as taskset can.
 if [ "$(nproc)" -gt 1 ]; then
 	axvmm --config /tmp/vm.toml >/tmp/hop.out 2>&1 </dev/null &

@@ -58,6 +58,7 @@ exit_codes! {
     AbiMismatch = 70, "axvmm and the hypervisor do not go together";
     NoResources = 72, "the host lacks memory or other resources";
     HostError = 74, "something failed on the host";
+    Sandbox = 76, "the sandbox stopped a system call";
 }
 
 impl From<ExitCode> for u8 {

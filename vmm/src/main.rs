@@ -59,7 +59,7 @@ struct RunArgs {
     /// Show counters when the VM has ended
     #[arg(long)]
     stats: bool,
-    /// Keep access to the file system while the guest runs
+    /// Keep access to the file system and every system call while the guest runs
     #[arg(long)]
     no_sandbox: bool,
 }

@@ -78,6 +78,15 @@ pub fn restore() {
     }
 }
 
+/// The same from a signal's handler: nothing if somebody has just taken hold of the terminal.
+pub(crate) fn restore_unless_busy() {
+    if let Ok(saved) = SAVED.try_lock() {
+        if let Some(before) = saved.as_ref() {
+            let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, before);
+        }
+    }
+}
+
 /// What the user typed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Typed {

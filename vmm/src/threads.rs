@@ -14,6 +14,7 @@ use crate::arch::VcpuOps;
 use crate::control::{Control, Stop};
 use crate::error::Error;
 use crate::events::Signals;
+use crate::sandbox::{Sandbox, Thread};
 use crate::vcpu::Runner;
 
 /// How long the threads may take to end when a signal or the user ends the VM.
@@ -22,6 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// The threads of a VM, and where their vCPUs come back.
 pub struct Threads<V> {
     control: Arc<Control>,
+    sandbox: Arc<Sandbox>,
     sender: Sender<(usize, V)>,
     ended: Receiver<(usize, V)>,
     started: usize,
@@ -47,11 +49,11 @@ impl<V> Drop for End<V> {
 }
 
 impl<V: VcpuOps> Threads<V> {
-    /// None yet.
+    /// None yet. Each will enter the sandbox.
     #[must_use]
-    pub fn new(control: &Arc<Control>) -> Self {
+    pub fn new(control: &Arc<Control>, sandbox: &Arc<Sandbox>) -> Self {
         let (sender, ended) = channel();
-        Self { control: Arc::clone(control), sender, ended, started: 0 }
+        Self { control: Arc::clone(control), sandbox: Arc::clone(sandbox), sender, ended, started: 0 }
     }
 
     /// Starts the thread of the next vCPU, on the host CPUs in the set if there is one.
@@ -61,8 +63,10 @@ impl<V: VcpuOps> Threads<V> {
     pub fn start(&mut self, runner: Runner<V>, cpus: Option<u64>) -> Result<(), Error> {
         let id = self.started;
         let end = End { control: Arc::clone(&self.control), sender: Some(self.sender.clone()) };
+        let sandbox = Arc::clone(&self.sandbox);
         let body = move || {
-            if let Some(Err(error)) = cpus.map(|cpus| affinity::restrict(id as u32, cpus)) {
+            let placed = cpus.map_or(Ok(()), |cpus| affinity::restrict(id as u32, cpus));
+            if let Err(error) = placed.and_then(|()| sandbox.enter(Thread::Vcpu)) {
                 end.control.stop(Stop::Failed(error));
             }
             let vcpu = runner.run();

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::events::{EventLoop, Signals};
 use crate::hypervisor::{axvcpu, kvm, Vcpu};
 use crate::memory::Ram;
-use crate::sandbox;
+use crate::sandbox::{Sandbox, Thread};
 use crate::stats::{vcpu_report, vm_report, Counters};
 use crate::terminal::{Output, RawTerminal};
 use crate::threads::Threads;
@@ -132,23 +132,21 @@ fn run_on<M: VmOps>(config: &VmConfig, options: &Options, device: &str) -> Resul
     let machine = Arc::new(machine);
 
     let signals = Signals::block()?;
-    if options.sandbox {
-        sandbox::enter()?;
-    }
+    let sandbox = Arc::new(if options.sandbox { Sandbox::close(&M::IOCTLS)? } else { Sandbox::open() });
     // After everything that may fail with a message of its own.
     let interactive = config.devices.serial == SerialConfig::Stdio;
     let terminal = if interactive { RawTerminal::enter()? } else { None };
     let input = interactive && (terminal.is_some() || !std::io::stdin().is_terminal());
 
     let counters: Vec<Arc<Counters>> = vcpus.iter().map(|_| Arc::default()).collect();
-    let mut threads = Threads::new(&control);
+    let mut threads = Threads::new(&control, &sandbox);
     let threads_of = vcpus.into_iter().zip(locals).zip(counters.iter().zip(&config.vcpus));
     for (id, ((vcpu, local), (counters, cpus))) in (0..).zip(threads_of) {
         let runner = Runner::new(vcpu, id, &machine, counters, local);
         threads.start(runner, *cpus)?;
     }
     let events = EventLoop { control: &control, served, signals: &signals, terminal, input, typed: Vec::new() };
-    if let Err(error) = events.run() {
+    if let Err(error) = sandbox.enter(Thread::Main).and_then(|()| events.run()) {
         control.stop(Stop::Failed(error));
     }
 

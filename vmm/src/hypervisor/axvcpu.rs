@@ -13,6 +13,7 @@ use super::{Kick, Limits, Registers, Result, Stats, Vcpu};
 use crate::arch;
 use crate::error::Error;
 use crate::memory::{Ram, RamRegion};
+use crate::sandbox::Ioctls;
 
 /// Opens the device and makes sure that it can run a VM.
 ///
@@ -74,6 +75,8 @@ pub struct Vm {
 
 impl super::Vm for Vm {
     type Vcpu = client::Vcpu;
+
+    const IOCTLS: Ioctls = arch::axvcpu::IOCTLS;
 
     fn create(device: &Path) -> std::result::Result<Self, Error> {
         let (system, info) = open(device)?;

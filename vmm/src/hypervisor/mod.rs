@@ -19,6 +19,7 @@ use axvcpu_uapi::vm::VmStats;
 
 use crate::exit::ExitCode;
 use crate::memory::Ram;
+use crate::sandbox::Ioctls;
 
 pub mod axvcpu;
 pub mod kvm;
@@ -83,6 +84,10 @@ pub struct Limits {
 pub trait Vm: Sized {
     /// Its virtual CPUs.
     type Vcpu: Vcpu;
+
+    /// The ioctls that are behind the methods of vCPUs, interrupt messages, and `stats`, and behind dropping
+    /// all of them: what the program may ask for while the guest runs and when it has ended.
+    const IOCTLS: Ioctls;
 
     /// Creates one with the hypervisor behind the device node `device`.
     ///

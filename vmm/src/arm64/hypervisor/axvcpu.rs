@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use axvcpu_uapi::arm64::{General, Gic, GIC_CLEAR_SPI, GIC_SET_SPI};
 use axvcpu_uapi::client::{self, Apic, System};
+use axvcpu_uapi::ioctl;
 use axvcpu_uapi::system::{self, SystemInfo};
 
 use super::{Arm64Vcpu, Arm64Vm};
@@ -13,12 +14,19 @@ use crate::arm64::layout::{DISTRIBUTOR, REDISTRIBUTORS};
 use crate::device::line::Lines;
 use crate::hypervisor::axvcpu::Vm;
 use crate::hypervisor::{Registers, Result};
+use crate::sandbox::Ioctls;
 
 /// What the module calls this architecture.
 pub const ARCH: u32 = system::ARCH_AARCH64;
 
 /// What to do about a CPU whose extension is too old.
 pub const TOO_OLD_CURE: &str = "A CPU with a GICv3 interface and stage 2 translation of 4 KiB pages is needed.";
+
+/// What it is asked for while the guest runs, and at the end.
+pub const IOCTLS: Ioctls = Ioctls {
+    vcpu: &[ioctl::RUN, ioctl::SET_GPR, ioctl::GET_REGS, ioctl::SET_REGS],
+    any: &[ioctl::KICK, ioctl::SIGNAL_MSI, ioctl::VM_STATS, ioctl::VCPU_STATS, ioctl::UNMAP],
+};
 
 /// What a module lacks that every VM here needs.
 #[must_use]

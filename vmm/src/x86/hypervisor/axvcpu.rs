@@ -3,6 +3,7 @@
 
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{self, Apic, Errno, Snapshot, System};
+use axvcpu_uapi::ioctl;
 use axvcpu_uapi::system::{self, SystemInfo};
 use axvcpu_uapi::vcpu::{Event, EVENT_EXTERNAL_INTERRUPT};
 use axvcpu_uapi::x86::{CpuidEntry, General};
@@ -10,6 +11,7 @@ use axvcpu_uapi::x86::{CpuidEntry, General};
 use super::{X86Vcpu, X86Vm};
 use crate::hypervisor::axvcpu::Vm;
 use crate::hypervisor::Result;
+use crate::sandbox::Ioctls;
 use crate::x86::device::ioapic::Message;
 use crate::x86::device::irq::MessageSink;
 
@@ -18,6 +20,12 @@ pub const ARCH: u32 = system::ARCH_X86_64;
 
 /// What to do about a CPU whose extension is too old.
 pub const TOO_OLD_CURE: &str = "A newer CPU with nested paging is needed (AMD since 2007, Intel since 2008).";
+
+/// What it is asked for while the guest runs, and at the end.
+pub const IOCTLS: Ioctls = Ioctls {
+    vcpu: &[ioctl::RUN, ioctl::SET_GPR, ioctl::GET_REGS, ioctl::SET_REGS, ioctl::INJECT, ioctl::APIC_ACCESS],
+    any: &[ioctl::KICK, ioctl::SIGNAL_MSI, ioctl::VM_STATS, ioctl::VCPU_STATS, ioctl::UNMAP],
+};
 
 /// What a module lacks that every VM here needs.
 #[must_use]

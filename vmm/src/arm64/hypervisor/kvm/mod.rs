@@ -4,6 +4,7 @@
 //!
 //! | file | owns |
 //! |---|---|
+//! | `ioctls.rs` | the requests that a running VM makes |
 //! | `registers.rs` | register sets, one register at a time |
 //! | `vcpu.rs` | vCPUs: how they start, exits that only AArch64 has |
 //! | this file | the VM and its interrupt controller |
@@ -30,7 +31,9 @@ use crate::hypervisor::kvm::error::{refused, Error};
 use crate::hypervisor::kvm::{open, stats, Needed, Slots};
 use crate::hypervisor::{self, Limits, Result, Stats};
 use crate::memory::Ram;
+use crate::sandbox::Ioctls;
 
+mod ioctls;
 mod registers;
 mod vcpu;
 
@@ -65,6 +68,8 @@ pub struct Vm {
 
 impl hypervisor::Vm for Vm {
     type Vcpu = Vcpu;
+
+    const IOCTLS: Ioctls = ioctls::IOCTLS;
 
     fn create(device: &Path) -> std::result::Result<Self, crate::error::Error> {
         Ok(Self::new(device).map_err(hypervisor::Error::from)?)

@@ -7,6 +7,7 @@
 //!
 //! | file | owns |
 //! |---|---|
+//! | `ioctls.rs` | the requests that a running VM makes |
 //! | `registers.rs` | register sets in KVM's form and in ours |
 //! | `run_page.rs` | what the run page holds on x86 only |
 //! | `vcpu.rs` | vCPUs: exits, events |
@@ -32,11 +33,13 @@ use crate::hypervisor::kvm::error::{refused, Error};
 use crate::hypervisor::kvm::{open, stats, Needed, Slots};
 use crate::hypervisor::{self, Limits, Result, Stats};
 use crate::memory::Ram;
+use crate::sandbox::Ioctls;
 use crate::x86::cpuid::paging_features;
 use crate::x86::device::ioapic::{Message, PINS};
 use crate::x86::device::irq::MessageSink;
 use crate::x86::layout;
 
+mod ioctls;
 mod registers;
 mod run_page;
 mod vcpu;
@@ -68,6 +71,8 @@ pub struct Vm {
 
 impl hypervisor::Vm for Vm {
     type Vcpu = Vcpu;
+
+    const IOCTLS: Ioctls = ioctls::IOCTLS;
 
     fn create(device: &Path) -> std::result::Result<Self, crate::error::Error> {
         Ok(Self::with_apic(device, Apic::InKernel).map_err(hypervisor::Error::from)?)
