@@ -66,29 +66,31 @@ fn write_at(m: &mut Machine, page: u64) -> CaseResult {
 
 fn once() -> CaseResult {
     let mut m = Machine::new(Mode::Long, writer())?;
-    let slot = map(&m, 4 << 20, false)?;
+    let slot = map(&m, 6 << 20, false)?;
     let space = m.space.clone();
     ensure_eq!(read(&space, 1).is_err(), true, "reading without a log");
     ensure_eq!(space.stop_dirty_log(), Err(Error::StopDirtyLog(Errno::ENOENT)), "stopping without a log");
+    // The second lies in no large page that the end of the log cuts.
     write_at(&mut m, 3)?;
-    space.start_dirty_log(gpa(BASE), 4 << 20)?;
+    write_at(&mut m, 700)?;
+    space.start_dirty_log(gpa(BASE), 6 << 20)?;
     let again = space.start_dirty_log(gpa(0), DIRTY_LOG_GRANULE);
     ensure!(matches!(again, Err(Error::StartDirtyLog { errno: Errno::EEXIST, .. })), "a second log: {again:?}");
-    ensure_eq!(read(&space, 16)?, [0; 0], "pages written before the log was started");
-    for page in [3, 63, 64, 500, 1023] {
+    ensure_eq!(read(&space, 24)?, [0; 0], "pages written before the log was started");
+    for page in [3, 63, 64, 500, 700, 1023] {
         write_at(&mut m, page)?;
         write_at(&mut m, page)?;
     }
-    ensure_eq!(read(&space, 16)?, [3, 63, 64, 500, 1023], "pages written");
-    ensure_eq!(read(&space, 16)?, [0; 0], "pages written since");
+    ensure_eq!(read(&space, 24)?, [3, 63, 64, 500, 700, 1023], "pages written");
+    ensure_eq!(read(&space, 24)?, [0; 0], "pages written since");
     // Written, and logged again, although the CPU knew the page as writable.
     write_at(&mut m, 64)?;
     ensure_eq!(read(&space, 1)?, [0; 0], "pages of the first granule");
     ensure_eq!(read(&space, 2)?, [64], "pages of the first two");
     space.stop_dirty_log()?;
     write_at(&mut m, 5)?;
-    space.start_dirty_log(gpa(BASE), 4 << 20)?;
-    ensure_eq!(read(&space, 16)?, [0; 0], "pages written between two logs");
+    space.start_dirty_log(gpa(BASE), 6 << 20)?;
+    ensure_eq!(read(&space, 24)?, [0; 0], "pages written between two logs");
     drop(slot);
     Ok(())
 }
@@ -129,6 +131,7 @@ fn large() -> CaseResult {
     }
     // From the middle of the first large page to the middle of the last.
     let start = BASE + LARGE as u64 / 2;
+    let before = m.vm.stats()?.pages_4k;
     m.space.start_dirty_log(gpa(start), 3 * LARGE as u64)?;
     for page in [256, 511, 512, 1700, 1792, 2047, 0] {
         write_at(&mut m, page)?;
@@ -139,6 +142,7 @@ fn large() -> CaseResult {
     let dirty: Vec<usize> = (0..24 * 64).filter(|i| bitmap[i / 64] >> (i % 64) & 1 != 0).map(|i| i + 256).collect();
     ensure_eq!(dirty, [256, 511, 512, 1700], "pages written");
     m.space.stop_dirty_log()?;
+    ensure_eq!(m.vm.stats()?.pages_4k, before + 3, "small leaves at the log's end: those outside of it");
     for page in [256, 700, 1300, 1700] {
         write_at(&mut m, page)?;
     }

@@ -52,7 +52,7 @@ fn removed() -> CaseResult {
         high.unmap().map(drop)
     });
     m.expect_fault(HOLE_END, AccessFlags::READ)?;
-    remover.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+    harness::joined(remover.join())??;
     let General { gpr, .. } = m.vcpu.general();
     ensure_eq!(gpr[0], 0x77, "what the guest read before");
     ensure!(gpr[8] > 0, "the guest did not read before");
@@ -99,7 +99,7 @@ fn discarded() -> CaseResult {
         ram.discard(HIGH as usize, 0x1000)
     });
     m.expect_mark(0x81)?;
-    discarder.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+    harness::joined(discarder.join())??;
     Ok(())
 }
 
@@ -149,7 +149,7 @@ fn discard_storm() -> CaseResult {
             Ok(())
         })();
         stop.store(true, Ordering::Relaxed);
-        discarder.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+        harness::joined(discarder.join())??;
         result
     })?;
     Ok(())
@@ -214,7 +214,7 @@ fn protected() -> CaseResult {
         "exit: {:x?}",
         exit.reason
     );
-    let (_high, count, later) = protector.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
+    let (_high, count, later) = harness::joined(protector.join())??;
     ensure!(count > 0, "the guest did not write before");
     ensure_eq!(later, count, "the word after the right to write was gone");
     Ok(())

@@ -23,6 +23,7 @@ mod msr;
 mod registers;
 mod smp;
 mod spaces;
+mod stale;
 mod threads;
 mod x2apic;
 
@@ -48,6 +49,7 @@ pub fn cases() -> Vec<Case> {
         fpu::cases(),
         hostile::cases(),
         memory::cases(),
+        stale::cases(),
         host_memory::cases(),
         dirty::cases(),
         spaces::cases(),
