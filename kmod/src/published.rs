@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! Tables that vCPUs read on their exit paths without a lock, while others replace them as a whole (RCU).
+//!
+//! Locks: none here; a table's owner has one under which it is replaced, in process context, since that waits for readers.
 
 use core::{
     ptr,

@@ -6,9 +6,14 @@
 //! by the host as soon as the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done
 //! between windows.
 //!
-//! Locks: the vCPU's mutex is held all through `RUN`. A window takes none, nor does sending interrupts to other vCPUs: mailboxes
-//! and `Shared` are atomics. Between windows a nested page fault takes the address space's spin lock, sleeping and yielding
-//! those of the scheduler. So vCPUs of a VM meet at a lock only if they fault in the same address space.
+//! Locks: the vCPU's own mutex is held all through `RUN`. No lock of the VM is taken for a vCPU's exits:
+//! - in a window none of ours at all. Mailboxes and `Shared` are atomics, the VM's vCPUs are slots that are never emptied, its
+//!   eventfds' tables are `published`, the backends keep what they share in each CPU's record. Of the kernel's there are the
+//!   run queue of a thread that is woken, this CPU's timers, and the lock of an eventfd that is signalled.
+//! - between windows `AddressSpace::state`, by a nested page fault, and by a paravirtual clock that is due, which it is once the
+//!   guest has set it up or its TSC has been set; and the scheduler's, by sleeping and yielding.
+//!
+//! So vCPUs of a VM wait for each other only if they fault in the same address space or signal the same eventfd.
 
 use core::sync::atomic::Ordering;
 

@@ -7,6 +7,8 @@
 //!   vCPU first says that it is in the guest and then looks for posts. One of them sees the other.
 //! - a vCPU that goes to sleep first says so (in the scheduler's state) and then looks for posts; the poster first posts
 //!   and then wakes.
+//!
+//! Locks: none of ours. Waking takes the run queue of the thread that sleeps.
 
 use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The host timer behind a vCPU's timer: when it expires it posts and wakes, nothing more.
+//!
+//! Locks: none of ours; the kernel's of the CPU whose timer it is.
 
 use kernel::{
     impl_has_hr_timer,

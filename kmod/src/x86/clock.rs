@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The paravirtual clock: writing its structures to guest memory, between windows, where that may fault.
+//!
+//! Locks: `AddressSpace::state`, for the address and for the dirty log; not while guest memory is written.
 
 use axvcpu_uapi::aspace::MEM_WRITE;
 use kernel::{
