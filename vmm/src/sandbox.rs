@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a running VM does not need is given up, so that a guest that breaks into this program finds little to use: the file
-//! system and the network ([`files`]), and every system call that the thread does not make ([`filter`]).
+//! system and the network (`files.rs`), and every system call that the thread does not make (`filter.rs`, `calls.rs`).
 //!
 //! A thread inherits the filter of the one that starts it and can only add to it, so each enters its own when it needs no
 //! more than that: a vCPU's thread before its first entry into the guest, the main thread when the others have been started.
