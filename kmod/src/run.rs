@@ -28,6 +28,7 @@ use crate::{
     ffi::{self, IrqOff, PreemptOff},
     hal::Host,
     shared::bump,
+    timer::Timer,
     vcpu::{Inner, Vcpu},
 };
 
@@ -199,7 +200,7 @@ impl Vcpu {
     /// the backend, and are followed by the next entry unless something wants the guest to be left.
     #[inline]
     fn turn(&self, inner: &mut Inner, irq_off: &IrqOff, entries_left: &mut u32) -> Result<Option<Stop>, AxError> {
-        let Inner { vcpu, aspace: Some(aspace), seen_generation, .. } = inner else {
+        let Inner { vcpu, aspace: Some(aspace), seen_generation, timer, .. } = inner else {
             return Err(AxError::NotSetUp);
         };
         let arch = vcpu.arch_mut()?;
@@ -208,7 +209,8 @@ impl Vcpu {
             return Ok(Some(Stop::Again));
         }
         let shared = &*self.shared;
-        let exit = arch::enter(vcpu, |kind| {
+        let exit = arch::enter(vcpu, |kind, update| {
+            follow(timer, update);
             let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
             if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
                 return false;
@@ -253,11 +255,7 @@ impl Vcpu {
     /// Lets the host timer follow the guest's.
     pub(crate) fn set_timer(&self, inner: &mut Inner) {
         let Ok(arch) = inner.vcpu.arch_mut() else { return };
-        match arch.timer_update() {
-            TimerUpdate::Unchanged => {}
-            TimerUpdate::Cancel => inner.timer.cancel(),
-            TimerUpdate::Arm(at) => inner.timer.arm(at.saturating_sub(Host::now_ns())),
-        }
+        follow(&mut inner.timer, arch.timer_update());
     }
 
     /// Copies what others may read without the mutex.
@@ -275,6 +273,16 @@ impl Vcpu {
             stats.injections.store(arch.injections(), Ordering::Relaxed);
             stats.tlb_flushes.store(arch.tlb_flushes(), Ordering::Relaxed);
         }
+    }
+}
+
+/// Lets the host's timer do what the guest's asks of it.
+#[inline]
+fn follow(timer: &mut Timer, update: TimerUpdate) {
+    match update {
+        TimerUpdate::Unchanged => {}
+        TimerUpdate::Cancel => timer.cancel(),
+        TimerUpdate::Arm(at) => timer.arm(at),
     }
 }
 

@@ -9,7 +9,7 @@ use axvcpu_uapi::{
 };
 use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
 
-use super::VCpu;
+use super::{TimerUpdate, VCpu};
 use crate::{
     ffi::IrqOff,
     hal::Host,
@@ -21,7 +21,10 @@ use crate::{
 /// # Errors
 /// As [`AxVCpu::run`].
 #[inline]
-pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, _go_on: impl FnMut(ExitKind) -> bool) -> AxResult<Exit> {
+pub(crate) fn enter(
+    vcpu: &mut AxVCpu<VCpu, Host>,
+    _go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
+) -> AxResult<Exit> {
     vcpu.run()
 }
 

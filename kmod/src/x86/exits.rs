@@ -4,7 +4,7 @@
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
 use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
-use x86_vcpu::apic::Message;
+use x86_vcpu::apic::{Message, TimerUpdate};
 
 use super::VCpu;
 use crate::{
@@ -13,15 +13,19 @@ use crate::{
     vcpu::{Inner, Vcpu},
 };
 
-/// One entry, and more behind exits that concern nobody but the vCPU, as long as `go_on` agrees, which is told their kind.
+/// One entry, and more behind exits that concern nobody but the vCPU, as long as `go_on` agrees, which is told their kind and does what
+/// the timer is to do.
 ///
 /// # Errors
 /// As [`AxVCpu::run`].
 #[inline]
-pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, mut go_on: impl FnMut(ExitKind) -> bool) -> AxResult<Exit> {
+pub(crate) fn enter(
+    vcpu: &mut AxVCpu<VCpu, Host>,
+    mut go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
+) -> AxResult<Exit> {
     vcpu.run_by(|arch, entries| {
-        arch.run_while(|kind| {
-            let again = go_on(kind);
+        arch.run_while(|mut step| {
+            let again = go_on(step.kind(), step.timer_update());
             *entries = entries.wrapping_add(again.into());
             again
         })

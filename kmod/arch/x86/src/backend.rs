@@ -61,11 +61,35 @@ pub(crate) trait Backend<H: X86Hal> {
         false
     }
 
-    /// One entry, with the events of `plan`. How it ended is put into `guest.exited`.
+    /// Completes the control block for an entry with the events of `plan`. True if it is good for any number of entries: as long
+    /// as nothing but [`simple`](Self::simple) exits come, [`again`](Self::again) is all that it needs between two of them.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult;
+    fn prepare(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<bool>;
+
+    /// One entry. How it ended is for the next two to say.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn enter(&mut self) -> AxResult;
+
+    /// The last exit, if it is one of the frequent instructions that concern nobody but the vCPU, found with the least effort; and
+    /// where the next instruction is. To be asked only if [`prepare`](Self::prepare) said so; `None` if
+    /// [`decode`](Self::decode) is to find out.
+    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)>;
+
+    /// Makes the control block ready for the entry behind a [`simple`](Self::simple) exit.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn again(&mut self, guest: &Guest<H>) -> AxResult;
+
+    /// Puts into `guest.exited` how the last entry, which was prepared with `plan`, ended.
+    ///
+    /// # Errors
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    fn decode(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult;
 
     /// Ends what [`ready`](Self::ready) has begun on this CPU. Nothing if there is nothing to end.
     ///
@@ -161,19 +185,38 @@ impl Exit {
     }
 }
 
-/// An instruction that exits, with its operands.
+/// An instruction that exits often and that nobody but the vCPU has to do with, as a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Instruction {
+pub(crate) enum Simple {
     /// CPUID.
     Cpuid,
-    /// INVD, WBINVD: guests' caches are the host's.
-    CacheFlush,
-    /// PAUSE, in a loop.
-    Pause,
     /// RDMSR.
     Rdmsr,
     /// WRMSR.
     Wrmsr,
+}
+
+impl Simple {
+    /// For the statistics.
+    #[inline]
+    pub(crate) const fn kind(self) -> ExitKind {
+        match self {
+            Self::Cpuid => ExitKind::Cpuid,
+            Self::Rdmsr => ExitKind::MsrRead,
+            Self::Wrmsr => ExitKind::MsrWrite,
+        }
+    }
+}
+
+/// An instruction that exits, with its operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Instruction {
+    /// CPUID, RDMSR, WRMSR.
+    Simple(Simple),
+    /// INVD, WBINVD: guests' caches are the host's.
+    CacheFlush,
+    /// PAUSE, in a loop.
+    Pause,
     /// IN, OUT, INS, OUTS.
     Io(Io),
     /// HLT.
@@ -191,11 +234,9 @@ impl Instruction {
     #[inline]
     pub(crate) const fn kind(self) -> ExitKind {
         match self {
-            Self::Cpuid => ExitKind::Cpuid,
+            Self::Simple(simple) => simple.kind(),
             Self::CacheFlush => ExitKind::Other,
             Self::Pause => ExitKind::Pause,
-            Self::Rdmsr => ExitKind::MsrRead,
-            Self::Wrmsr => ExitKind::MsrWrite,
             Self::Io(_) => ExitKind::PortIo,
             Self::Hlt => ExitKind::Halt,
             Self::Control(_) => ExitKind::Register,

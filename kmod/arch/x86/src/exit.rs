@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-//! A turn of the guest, from the choice of what the entry injects to what is done about the exit. The same for all backends,
-//! which have said in [`Exit`] what the exit was.
+//! What is done about an exit. The same for all backends, which have said in [`Exit`] what the exit was.
 
 use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{RAX, RBX, RCX, RDI, RDX, RSI};
 use vcpu_core::npt::Format;
-use vcpu_core::{AxError, AxResult, AxVCpuExitReason as Reason};
+use vcpu_core::AxVCpuExitReason as Reason;
 
 use crate::apic::{self, Effect, Mode};
-use crate::backend::{Backend, ControlAccess, Exit, Exited, Instruction, Io, Refusal};
+use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Refusal, Simple};
 use crate::cpu;
 use crate::cpuid::Dynamic;
 use crate::events::{Activity, Injection, Plan};
@@ -17,7 +16,7 @@ use crate::length::{self, Found, MAX_LENGTH};
 use crate::linear::Paging;
 use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB, TSC_AUX};
 use crate::nested::NestedMemory;
-use crate::regs::{cr0, rflags, DR6_BS, DR7_GD};
+use crate::regs::{cr0, rflags, DR6_BS};
 use crate::state::{is_long_code, Guest, Registers};
 
 /// R8.
@@ -62,109 +61,9 @@ fn merge(old: u64, value: u64, bytes: usize) -> u64 {
 }
 
 impl<H: X86Hal> Guest<H> {
-    /// Enters the guest once, if it executes instructions, and deals with its exit. The vCPU is bound, and interrupts are off.
-    ///
-    /// # Errors
-    /// [`AxError::NotBound`]; [`AxError::HardwareLost`], with the CPU left.
-    #[inline]
-    pub(crate) fn run(&mut self, hw: &mut impl Backend<H>) -> AxResult<Reason> {
-        if !self.bound {
-            return Err(AxError::NotBound);
-        }
-        if let Some(reason) = self.without_entry(hw.regs()) {
-            return Ok(reason);
-        }
-        let result = self.turn(hw);
-        if result.is_err() {
-            // The caller cannot reach the vCPU any more, so nobody else does it.
-            let _ = hw.leave(self);
-        }
-        result
-    }
-
-    /// What there is to report before the guest is entered.
-    #[inline]
-    fn without_entry(&mut self, regs: &impl Registers) -> Option<Reason> {
-        if self.msrs.interrupt_end.is_some() {
-            self.exit_kind = ExitKind::Other;
-            return self.take_end();
-        }
-        if self.events.activity() != Activity::Running && !self.update_activity(regs) {
-            self.exit_kind = ExitKind::Halt;
-            return Some(Reason::Halt);
-        }
-        if self.events.window_requested() && self.window_open(regs) {
-            self.exit_kind = ExitKind::Window;
-            return Some(Reason::InterruptWindow);
-        }
-        None
-    }
-
-    /// [`run`](Self::run) again and again: see [`X86VCpu::run_while`](crate::X86VCpu::run_while).
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    #[inline]
-    pub(crate) fn run_while(
-        &mut self,
-        hw: &mut impl Backend<H>,
-        mut go_on: impl FnMut(ExitKind) -> bool,
-    ) -> AxResult<Reason> {
-        loop {
-            self.private = false;
-            let reason = self.run(hw)?;
-            if !self.private || !go_on(self.exit_kind) {
-                return Ok(reason);
-            }
-        }
-    }
-
-    #[inline]
-    fn turn(&mut self, hw: &mut impl Backend<H>) -> AxResult<Reason> {
-        if let Some(exit) = hw.ready(self)? {
-            self.exited = Exited { exit, interrupted: None };
-            return Ok(self.handle(hw.regs_mut(), &Plan::NOTHING));
-        }
-        let plan = self.plan(hw);
-        hw.enter(self, &plan)?;
-        Ok(self.handle(hw.regs_mut(), &plan))
-    }
-
-    /// Chooses what the next entry injects and which exits it asks for.
-    fn plan(&mut self, hw: &mut impl Backend<H>) -> Plan {
-        let apic = self.apic_view();
-        let vector = if hw.delivers_interrupts(self) { None } else { apic.vector };
-        if vector.is_none() && self.events.is_idle() {
-            return Plan::NOTHING;
-        }
-        let regs = hw.regs_mut();
-        let situation = self.situation(regs);
-        let plan = self.events.plan(situation, vector, apic.accepts_pic);
-        if plan.acknowledge {
-            if let Some(lapic) = self.lapic_mut() {
-                lapic.acknowledge();
-            }
-        }
-        if let Some(address) = plan.address {
-            regs.set_cr2(address);
-        }
-        if let Some(event) = plan.inject {
-            self.injections = self.injections.wrapping_add(1);
-            if event.is_fault() {
-                regs.set_rflags(regs.rflags() | rflags::RF);
-            }
-            if event == Injection::DEBUG {
-                // Delivering #DB clears DR7.GD (APM vol. 2 section 13.1.1.4, SDM vol. 3 section 18.2.4); an injected one does
-                // not do it by itself.
-                regs.set_dr7(regs.dr7() & !DR7_GD);
-            }
-        }
-        plan
-    }
-
     /// Deals with an exit of an entry that was made with `plan`.
     #[inline]
-    fn handle(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
+    pub(crate) fn handle(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
         if let Exited { exit: Exit::Instruction(instruction, next), interrupted: None } = self.exited {
             self.exit_kind = instruction.kind();
             return self.execute(regs, instruction, next);
@@ -232,18 +131,27 @@ impl<H: X86Hal> Guest<H> {
 
     // --- Instructions ---
 
-    /// Executes an instruction for the guest.
-    #[inline(never)]
-    fn execute(&mut self, regs: &mut impl Registers, instruction: Instruction, next: u64) -> Reason {
+    /// Executes a frequent instruction for the guest.
+    #[inline(always)] // Into the hot path; the other caller is rare.
+    pub(crate) fn execute_simple(&mut self, regs: &mut impl Registers, instruction: Simple, next: u64) -> Reason {
+        self.exit_kind = instruction.kind();
         match instruction {
-            Instruction::Cpuid => {
+            Simple::Cpuid => {
                 self.cpuid(regs);
                 self.private = true;
                 self.go_on(regs, next)
             }
+            Simple::Rdmsr => self.rdmsr(regs, next),
+            Simple::Wrmsr => self.wrmsr(regs, next),
+        }
+    }
+
+    /// Executes an instruction for the guest.
+    #[inline(never)]
+    fn execute(&mut self, regs: &mut impl Registers, instruction: Instruction, next: u64) -> Reason {
+        match instruction {
+            Instruction::Simple(simple) => self.execute_simple(regs, simple, next),
             Instruction::CacheFlush | Instruction::Pause => self.go_on(regs, next),
-            Instruction::Rdmsr => self.rdmsr(regs, next),
-            Instruction::Wrmsr => self.wrmsr(regs, next),
             Instruction::Io(io) => self.io(regs, io, next),
             Instruction::Hlt => self.hlt(regs, next),
             Instruction::Control(access) => self.control(regs, access, next),
@@ -292,6 +200,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Answers CPUID.
+    #[inline]
     pub(crate) fn cpuid(&mut self, regs: &mut impl Registers) {
         use axvcpu_uapi::x86::{RAX, RBX, RCX, RDX};
         let dynamic = Dynamic {
@@ -356,6 +265,7 @@ impl<H: X86Hal> Guest<H> {
         Reason::Nothing
     }
 
+    #[inline(never)]
     fn rdmsr(&mut self, regs: &mut impl Registers, next: u64) -> Reason {
         let rip = regs.rip();
         let index = regs.gpr(RCX) as u32;
@@ -377,6 +287,7 @@ impl<H: X86Hal> Guest<H> {
         }
     }
 
+    #[inline(never)]
     fn wrmsr(&mut self, regs: &mut impl Registers, next: u64) -> Reason {
         let rip = regs.rip();
         let index = regs.gpr(RCX) as u32;
@@ -397,6 +308,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// What a write of an MSR has set off.
+    #[inline]
     fn after_write(&mut self, index: u32, written: Written) -> Reason {
         match written {
             Written::Quiet => {
@@ -411,11 +323,15 @@ impl<H: X86Hal> Guest<H> {
                 unsafe { cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB) };
                 Reason::Nothing
             }
-            Written::Apic(effect) => self.after_apic(effect),
+            Written::Apic(effect) => {
+                self.private = effect == Effect::None && apic::is_own_affair(index);
+                self.after_apic(effect)
+            }
         }
     }
 
     /// What an access to the local APIC has set off.
+    #[inline]
     fn after_apic(&mut self, effect: Effect) -> Reason {
         match effect {
             Effect::None => Reason::Nothing,

@@ -7,8 +7,8 @@
 //! instructions), `switch.rs`, `svm/switch.rs` and `vmx/switch.rs` (the world switches), and `host_interrupt.rs`.
 //!
 //! - `backend` says what a virtualization extension does, in the architecture's terms: `svm` does it on AMD, `vmx` on Intel.
-//! - `vcpu` is all that is the same for both: `state` the vCPU but for its registers, `exit` a turn of the guest and what is done
-//!   about its end, `window` and `debug` what is switched between host and guest beside the backend's control block; `msr`,
+//! - `vcpu` is all that is the same for both: `state` the vCPU but for its registers, `turn` its turns and `exit` what is done about
+//!   the end of one, `window` and `debug` what is switched between host and guest beside the backend's control block; `msr`,
 //!   `regs`, `events`, `fpu`, `length`, `linear` and the public modules belong to it.
 #![no_std]
 
@@ -43,6 +43,7 @@ mod switch;
 mod table;
 #[cfg(test)]
 mod testing;
+mod turn;
 mod vcpu;
 mod vmx;
 mod window;
@@ -55,4 +56,5 @@ pub use mitigations::{HostFlags, L1dFlush, Mitigations};
 pub use percpu::X86PerCpu;
 pub use svm::PermissionMaps;
 pub use table::{new_table, NestedTable};
+pub use turn::Step;
 pub use vcpu::{load_cpuid, supported_cpuid, InsnInfo, X86CreateConfig, X86SetupConfig, X86VCpu};

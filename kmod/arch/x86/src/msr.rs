@@ -277,14 +277,21 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// WRMSR of `value` to `index`.
+    #[inline]
     pub(crate) fn write_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
-        let quiet = |result: GuestResult| Access::from(result.map(|()| Written::Quiet));
         // First, since guests write them at each interrupt.
         if apic::owns_msr(index) {
             return self
                 .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
                 .map_or(Access::User, |result| Access::from(result.map(Written::Apic)));
         }
+        self.write_other_msr(regs, index, value)
+    }
+
+    /// WRMSR of `value` to `index`, which is none of the local APIC's.
+    #[inline(never)]
+    fn write_other_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
+        let quiet = |result: GuestResult| Access::from(result.map(|()| Written::Quiet));
         if regs.direct_msr(index).is_some() {
             return if self.is_valid_direct(index, value) && regs.set_direct_msr(index, value) {
                 Access::Done(Written::Quiet)

@@ -8,7 +8,7 @@ use axvcpu_uapi::vcpu::ExitKind;
 use axvcpu_uapi::x86::{DescriptorTable, Segment, Segments, RDX};
 use vcpu_core::{AxError, AxResult, AxVCpuExitReason, HostPhysAddr};
 
-use crate::apic::{Clock, Config, Effect, Lapic, Mailbox, TimerUpdate};
+use crate::apic::{Clock, Config, Effect, Lapic, Mailbox, TimerUpdate, Watch};
 use crate::backend::{Backend, Exited};
 use crate::caps::Capabilities;
 use crate::cpu;
@@ -324,6 +324,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     /// Calls `f` with the local APIC and a reader of the clocks.
+    #[inline]
     pub(crate) fn with_lapic<T>(&mut self, f: impl FnOnce(&mut Lapic<H>, &dyn Fn() -> Clock) -> T) -> Option<T> {
         let offset = self.tsc_offset;
         let clock = || Clock { now_ns: H::now_ns(), tsc: cpu::rdtsc().wrapping_add(offset), tsc_khz: H::tsc_khz() };
@@ -376,12 +377,17 @@ impl<H: X86Hal> Guest<H> {
         view
     }
 
-    /// What the host's timer is to do for the local APIC's. Nothing for a deadline as long as entries can wait for it: a vCPU that
-    /// sleeps makes none.
-    pub(crate) fn timer_update(&mut self, hw: &impl Backend<H>) -> TimerUpdate {
-        let watched = hw.watches_deadline() && self.events.activity() == Activity::Running;
+    /// What the host's timer is to do for the local APIC's. `watched` is [`Backend::watches_deadline`]. A vCPU that sleeps makes no
+    /// entries that could wait for anything.
+    #[inline]
+    pub(crate) fn timer_update(&mut self, watched: bool) -> TimerUpdate {
+        let watch = match self.events.activity() {
+            Activity::Running if watched => Watch::Entries,
+            Activity::Running => Watch::Exits,
+            _ => Watch::Nobody,
+        };
         // Not `lapic_mut`: it changes nothing of what entries ask.
-        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, |lapic| lapic.timer_update(watched))
+        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, |lapic| lapic.timer_update(watch))
     }
 
     /// The guest's TSC that the local APIC's timer waits for, in TSC-deadline mode.

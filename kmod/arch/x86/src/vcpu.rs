@@ -20,6 +20,7 @@ use crate::pvclock::{ClockUpdate, TimeBase};
 use crate::regs::{check_debug, cr0, rflags, virtual_8086_in_long_mode};
 use crate::state::{Guest, Registers};
 use crate::svm::Svm;
+use crate::turn::Step;
 use crate::vmx::Vmx;
 
 /// What [`AxArchVCpu::new`] needs.
@@ -113,7 +114,7 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
 
     #[inline]
     fn run(&mut self) -> AxResult<AxVCpuExitReason> {
-        on!(&mut self.hardware, hw => self.guest.run(hw))
+        on!(&mut self.hardware, hw => self.guest.run_while(hw, |_| false))
     }
 
     fn bind(&mut self) -> AxResult {
@@ -386,12 +387,13 @@ impl<H: X86Hal> X86VCpu<H> {
     }
 
     /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, has changed nothing that anybody
-    /// else looks at, and `go_on` agrees, which is told its kind. The last exit is not put to `go_on` if it is not one of those.
+    /// else looks at (who the local APIC is, the guest's clock), and `go_on` agrees. The last exit is not put to `go_on` if it is not
+    /// one of those.
     ///
     /// # Errors
     /// As [`run`](AxArchVCpu::run).
     #[inline]
-    pub fn run_while(&mut self, go_on: impl FnMut(ExitKind) -> bool) -> AxResult<AxVCpuExitReason> {
+    pub fn run_while(&mut self, go_on: impl FnMut(Step<'_, H>) -> bool) -> AxResult<AxVCpuExitReason> {
         on!(&mut self.hardware, hw => self.guest.run_while(hw, go_on))
     }
 
@@ -460,7 +462,7 @@ impl<H: X86Hal> X86VCpu<H> {
     /// run for, it may be nothing, since the hardware ends the guest's turn in time.
     #[inline]
     pub fn timer_update(&mut self) -> TimerUpdate {
-        on!(&self.hardware, hw => self.guest.timer_update(hw))
+        on!(&self.hardware, hw => self.guest.timer_update(hw.watches_deadline()))
     }
 
     /// Whether [`clock_update`](Self::clock_update) has something: then the window is to be left, since the guest expects its

@@ -13,7 +13,7 @@ use vcpu_core::{AxError, AxResult, AxVCpuHal};
 
 use super::base::ApicBase;
 use super::registers::{Registers, Set};
-use super::{reg, Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate, FIRST_VECTOR};
+use super::{reg, Clock, Identity, Mailbox, Mode, Posted, Timer, TimerMode, TimerUpdate, Watch, FIRST_VECTOR};
 use crate::fault::{GeneralProtection, GuestResult};
 use crate::frame::Framed;
 
@@ -283,6 +283,7 @@ impl<H: AxVCpuHal> Lapic<H> {
     }
 
     /// End of the interrupt of highest priority in service.
+    #[inline]
     pub fn eoi(&mut self) -> Effect {
         let registers = &mut *self.registers;
         let Some(vector) = registers.highest(Set::InService) else { return Effect::None };
@@ -392,17 +393,17 @@ impl<H: AxVCpuHal> Lapic<H> {
 
     // --- Timer ---
 
+    #[inline]
     fn poll_timer(&mut self, clock: &Clock) {
         if self.timer.poll(clock) {
             self.raise(reg::LVT_TIMER);
         }
     }
 
-    /// What to do with the host's timer; the caller does it. `watched`: the vCPU runs, and leaves the guest by itself at a
-    /// deadline.
+    /// What to do with the host's timer; the caller does it. See [`Timer::update`].
     #[inline]
-    pub fn timer_update(&mut self, watched: bool) -> TimerUpdate {
-        self.timer.update(watched)
+    pub fn timer_update(&mut self, watch: Watch) -> TimerUpdate {
+        self.timer.update(watch)
     }
 
     /// The guest's TSC at which the timer's interrupt is due, in TSC-deadline mode.

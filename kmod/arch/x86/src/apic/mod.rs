@@ -26,7 +26,7 @@ pub use mailbox::{Identity, Mailbox, Notice, Posted};
 pub use message::{Delivery, Message, Shorthand};
 pub(crate) use posted::Descriptor;
 pub(crate) use registers::Registers;
-pub use timer::{Clock, Timer, TimerMode, TimerUpdate, MIN_PERIOD_NS};
+pub use timer::{Clock, Timer, TimerMode, TimerUpdate, Watch, MIN_PERIOD_NS};
 
 /// Vectors below are reserved for exceptions (SDM vol. 3 section 12.5.2).
 const FIRST_VECTOR: u8 = 16;
@@ -99,7 +99,24 @@ pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_APIC_BASE.
 pub const MSR_APIC_BASE: u32 = 0x1b;
 
+/// The end of an interrupt, in x2APIC mode.
+const MSR_EOI: u32 = X2APIC_FIRST + reg::EOI as u32 / 16;
+
 /// Whether MSR `index` is one of a local APIC's (IA32_APIC_BASE apart, which has functions of its own).
+#[inline]
 pub const fn owns_msr(index: u32) -> bool {
     matches!(index, MSR_TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST)
+}
+
+/// Whether a write of MSR `index` leaves the local APIC as it is for those who send it interrupts, but for the priority by which they
+/// may choose between several, which they can learn of later; and leaves CR8 as it is.
+#[inline]
+pub(crate) const fn is_own_affair(index: u32) -> bool {
+    match index {
+        MSR_TSC_DEADLINE => true,
+        X2APIC_FIRST..=X2APIC_LAST => {
+            matches!((index - X2APIC_FIRST) as u16 * 16, reg::EOI | reg::ICR | reg::INITIAL_COUNT | reg::SELF_IPI)
+        }
+        _ => false,
+    }
 }

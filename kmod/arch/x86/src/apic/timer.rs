@@ -59,6 +59,17 @@ pub enum TimerUpdate {
     Arm(u64),
 }
 
+/// Who looks at the timer besides the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Nobody: the vCPU sleeps.
+    Nobody,
+    /// The vCPU runs: whoever makes it exit makes it look.
+    Exits,
+    /// The vCPU runs, and besides its entries end when the TSC reaches a deadline.
+    Entries,
+}
+
 /// The timer of one local APIC.
 ///
 /// Callers [`poll`](Self::poll) before and after they change something: before, so that what has happened until now happened
@@ -116,6 +127,7 @@ impl Timer {
     /// Sees what has happened until now. True if the timer expired, unmasked: its interrupt is due. Periods that were missed
     /// become one interrupt, and the next period starts on the grid of the first.
     #[must_use = "an expiry is an interrupt"]
+    #[inline]
     pub fn poll(&mut self, clock: &Clock) -> bool {
         let Some(expiry) = self.expiry else { return false };
         match self.mode {
@@ -214,6 +226,7 @@ impl Timer {
     }
 
     /// Writes IA32_TSC_DEADLINE; zero disarms. Ignored in the other modes.
+    #[inline]
     pub fn set_deadline(&mut self, deadline: u64, clock: &Clock) {
         if self.mode == TimerMode::TscDeadline {
             self.deadline = deadline;
@@ -253,15 +266,22 @@ impl Timer {
     }
 
     /// What to do with the host's timer, after [`poll`](Self::poll); the caller does it. A masked timer needs no host timer:
-    /// what it would have done is found out when somebody looks. Nor does a deadline that is `watched`.
+    /// what it would have done is found out when somebody looks. Nor does a deadline that entries wait for.
+    ///
+    /// While the vCPU runs, a host timer that fires too early stays as it is: that costs one exit at most, and moving it would cost as
+    /// much whenever the guest sets a deadline.
     #[inline]
-    pub fn update(&mut self, watched: bool) -> TimerUpdate {
-        let wanted = if self.masked || watched && self.mode == TimerMode::TscDeadline {
+    pub fn update(&mut self, watch: Watch) -> TimerUpdate {
+        let wanted = if self.masked || watch == Watch::Entries && self.mode == TimerMode::TscDeadline {
             None
         } else {
             self.expiry.map(|ns| ns.min(NEVER_NS))
         };
-        if wanted == self.armed {
+        let will_do = match (wanted, self.armed) {
+            (Some(wanted), Some(armed)) => armed == wanted || armed < wanted && watch != Watch::Nobody,
+            (wanted, armed) => wanted == armed,
+        };
+        if will_do {
             return TimerUpdate::Unchanged;
         }
         self.armed = wanted;
@@ -297,11 +317,31 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_timer_is_moved_back_only_for_a_sleeper() {
+        let mut timer = timer(TimerMode::TscDeadline);
+        timer.set_deadline(2_600_000, &at(0));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Arm(1_000_000));
+        timer.set_deadline(5_200_000, &at(0));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Unchanged, "early enough");
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(2_000_000));
+        timer.set_deadline(1_300_000, &at(0));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Arm(500_000), "sooner");
+        timer.set_deadline(5_200_000, &at(0));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Unchanged);
+        // It fires for the deadline that is no more.
+        timer.host_fired();
+        assert!(!timer.poll(&at(500_000)));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Arm(2_000_000));
+        timer.set_deadline(0, &at(600_000));
+        assert_eq!(timer.update(Watch::Exits), TimerUpdate::Cancel);
+    }
+
+    #[test]
     fn one_shot_fires_once() {
         let mut timer = timer(TimerMode::OneShot);
         timer.set_initial_count(1000, &at(5000));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(6000));
-        assert_eq!(timer.update(false), TimerUpdate::Unchanged);
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(6000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Unchanged);
         assert_eq!(timer.current_count(&at(5000)), 1000);
         assert_eq!(timer.current_count(&at(5250)), 750);
         assert!(!timer.poll(&at(5999)));
@@ -309,31 +349,31 @@ mod tests {
         assert!(timer.poll(&at(6000)));
         assert!(!timer.poll(&at(9000)));
         assert_eq!((timer.current_count(&at(9000)), timer.initial_count()), (0, 1000));
-        assert_eq!(timer.update(false), TimerUpdate::Unchanged);
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Unchanged);
     }
 
     #[test]
     fn a_deadline_that_is_watched_needs_no_host_timer() {
         let mut timer = timer(TimerMode::TscDeadline);
-        assert_eq!((timer.watched_deadline(), timer.update(true)), (None, TimerUpdate::Unchanged));
+        assert_eq!((timer.watched_deadline(), timer.update(Watch::Entries)), (None, TimerUpdate::Unchanged));
         timer.set_deadline(2600, &at(0));
-        assert_eq!((timer.watched_deadline(), timer.update(true)), (Some(2600), TimerUpdate::Unchanged));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1000), "nobody watches any more");
-        assert_eq!(timer.update(true), TimerUpdate::Cancel);
+        assert_eq!((timer.watched_deadline(), timer.update(Watch::Entries)), (Some(2600), TimerUpdate::Unchanged));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1000), "nobody watches any more");
+        assert_eq!(timer.update(Watch::Entries), TimerUpdate::Cancel);
         timer.set_lvt(TimerMode::TscDeadline, true);
         assert_eq!(timer.watched_deadline(), None, "masked");
         timer.set_lvt(TimerMode::OneShot, false);
         timer.set_initial_count(1000, &at(0));
-        assert_eq!((timer.watched_deadline(), timer.update(true)), (None, TimerUpdate::Arm(1000)));
+        assert_eq!((timer.watched_deadline(), timer.update(Watch::Entries)), (None, TimerUpdate::Arm(1000)));
     }
 
     #[test]
     fn stopping_cancels() {
         let mut timer = timer(TimerMode::OneShot);
         timer.set_initial_count(1000, &at(0));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1000));
         timer.set_initial_count(0, &at(10));
-        assert_eq!(timer.update(false), TimerUpdate::Cancel);
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Cancel);
         assert!(!timer.poll(&at(2000)));
     }
 
@@ -341,24 +381,24 @@ mod tests {
     fn a_host_timer_that_fires_early_is_armed_again() {
         let mut timer = timer(TimerMode::OneShot);
         timer.set_initial_count(1000, &at(0));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1000));
         timer.host_fired();
         assert!(!timer.poll(&at(900)));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1000));
     }
 
     #[test]
     fn periods_stay_on_the_grid() {
         let mut timer = timer(TimerMode::Periodic);
         timer.set_initial_count(1_000_000, &at(7));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1_000_007));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1_000_007));
         timer.host_fired();
         assert!(timer.poll(&at(1_000_300)), "late by 293 ns");
-        assert_eq!(timer.update(false), TimerUpdate::Arm(2_000_007), "no drift");
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(2_000_007), "no drift");
         timer.host_fired();
         assert!(timer.poll(&at(5_500_007)));
         assert!(!timer.poll(&at(5_500_007)), "missed periods are one interrupt");
-        assert_eq!(timer.update(false), TimerUpdate::Arm(6_000_007));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(6_000_007));
         assert_eq!(timer.current_count(&at(5_500_007)), 500_000);
     }
 
@@ -366,24 +406,24 @@ mod tests {
     fn short_periods_are_stretched() {
         let mut timer = timer(TimerMode::Periodic);
         timer.set_initial_count(1, &at(0));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(MIN_PERIOD_NS));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(MIN_PERIOD_NS));
         assert_eq!(timer.current_count(&at(0)), 1);
         timer.host_fired();
         assert!(timer.poll(&at(MIN_PERIOD_NS)));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(2 * MIN_PERIOD_NS));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(2 * MIN_PERIOD_NS));
     }
 
     #[test]
     fn a_masked_timer_counts_but_neither_fires_nor_needs_the_host() {
         let mut timer = timer(TimerMode::Periodic);
         timer.set_initial_count(1_000_000, &at(0));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1_000_000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1_000_000));
         timer.set_lvt(TimerMode::Periodic, true);
-        assert_eq!(timer.update(false), TimerUpdate::Cancel);
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Cancel);
         assert!(!timer.poll(&at(2_400_000)));
         assert_eq!(timer.current_count(&at(2_400_000)), 600_000);
         timer.set_lvt(TimerMode::Periodic, false);
-        assert_eq!(timer.update(false), TimerUpdate::Arm(3_000_000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(3_000_000));
     }
 
     #[test]
@@ -392,7 +432,7 @@ mod tests {
         timer.set_initial_count(1000, &at(0));
         timer.set_divide(0x3, &at(400)); // by 16
         assert_eq!(timer.current_count(&at(400)), 600);
-        assert_eq!(timer.update(false), TimerUpdate::Arm(400 + 600 * 16));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(400 + 600 * 16));
     }
 
     #[test]
@@ -401,14 +441,14 @@ mod tests {
         let now = at(1_000_000);
         timer.set_deadline(now.tsc + 2600, &now);
         assert_eq!(timer.deadline(), now.tsc + 2600);
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1_001_000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1_001_000));
         timer.host_fired();
         // The host's clock says it is time, the TSC lags by 26 ticks: 10 ns more.
         assert!(!timer.poll(&Clock { now_ns: 1_001_000, tsc: now.tsc + 2574, tsc_khz: KHZ }));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1_001_010));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1_001_010));
         timer.host_fired();
         assert!(timer.poll(&at(1_001_010)));
-        assert_eq!((timer.deadline(), timer.update(false)), (0, TimerUpdate::Unchanged));
+        assert_eq!((timer.deadline(), timer.update(Watch::Nobody)), (0, TimerUpdate::Unchanged));
     }
 
     #[test]
@@ -416,49 +456,53 @@ mod tests {
         let mut timer = timer(TimerMode::TscDeadline);
         timer.set_deadline(1, &at(1_000_000));
         assert!(timer.poll(&at(1_000_000)));
-        assert_eq!((timer.deadline(), timer.update(false)), (0, TimerUpdate::Unchanged));
+        assert_eq!((timer.deadline(), timer.update(Watch::Nobody)), (0, TimerUpdate::Unchanged));
     }
 
     #[test]
     fn a_moved_tsc_moves_the_deadline() {
         let mut timer = timer(TimerMode::TscDeadline);
         timer.set_deadline(26_000, &at(0));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(10_000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(10_000));
         timer.tsc_changed(&Clock { now_ns: 100, tsc: 13_000, tsc_khz: KHZ });
-        assert_eq!(timer.update(false), TimerUpdate::Arm(5_100));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(5_100));
     }
 
     #[test]
     fn modes_keep_to_their_own_registers() {
         let mut timer = timer(TimerMode::TscDeadline);
         timer.set_initial_count(5, &at(0));
-        assert_eq!((timer.initial_count(), timer.update(false)), (0, TimerUpdate::Unchanged));
+        assert_eq!((timer.initial_count(), timer.update(Watch::Nobody)), (0, TimerUpdate::Unchanged));
         timer.set_deadline(u64::MAX, &at(0));
         timer.set_lvt(TimerMode::OneShot, false);
         assert_eq!(timer.deadline(), 0, "leaving the mode disarms");
         timer.set_deadline(7, &at(0));
-        assert_eq!((timer.deadline(), timer.update(false)), (0, TimerUpdate::Unchanged));
+        assert_eq!((timer.deadline(), timer.update(Watch::Nobody)), (0, TimerUpdate::Unchanged));
         timer.set_initial_count(1_000_000, &at(0));
         timer.set_lvt(TimerMode::Periodic, false);
         assert!(timer.poll(&at(1_000_000)), "one-shot to periodic goes on counting");
-        assert_eq!(timer.update(false), TimerUpdate::Arm(2_000_000));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(2_000_000));
         timer.set_lvt(TimerMode::TscDeadline, false);
-        assert_eq!(timer.update(false), TimerUpdate::Cancel);
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Cancel);
     }
 
     #[test]
     fn restore_continues() {
         let mut timer = timer(TimerMode::Periodic);
         timer.restore(1_000_000, 250_000, 0xb, &at(100));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(250_100));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(250_100));
         assert!(timer.poll(&at(250_100)));
-        assert_eq!(timer.update(false), TimerUpdate::Arm(1_250_100));
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(1_250_100));
         timer.set_lvt(TimerMode::OneShot, false);
         timer.restore(1_000_000, 0, 0xb, &at(100));
-        assert_eq!(timer.update(false), TimerUpdate::Cancel, "an expired one-shot stays expired");
+        assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Cancel, "an expired one-shot stays expired");
         timer.set_lvt(TimerMode::Periodic, false);
         timer.restore(1_000_000, 0, 0xb, &at(100));
-        assert_eq!(timer.update(false), TimerUpdate::Unchanged, "and so does one that was made periodic afterwards");
+        assert_eq!(
+            timer.update(Watch::Nobody),
+            TimerUpdate::Unchanged,
+            "and so does one that was made periodic afterwards"
+        );
     }
 
     proptest! {
@@ -481,7 +525,7 @@ mod tests {
             timer.set_initial_count(initial, &at(0));
             let span = timer.span();
             for late in jitter {
-                let TimerUpdate::Arm(target) = timer.update(false) else { panic!("not armed") };
+                let TimerUpdate::Arm(target) = timer.update(Watch::Nobody) else { panic!("not armed") };
                 prop_assert_eq!(target % span, 0, "off the grid");
                 timer.host_fired();
                 prop_assert!(timer.poll(&at(target + late)));

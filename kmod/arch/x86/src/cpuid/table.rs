@@ -95,6 +95,16 @@ features! {
     AMD_PSFD = 0x8000_0008, Ebx, 28, "SPEC_CTRL.PSFD, as AMD tells it.";
 }
 
+/// `value` with its bit number `bit` set or clear.
+#[inline]
+const fn flag(value: u32, bit: u32, set: bool) -> u32 {
+    if set {
+        value | (1 << bit)
+    } else {
+        value & !(1 << bit)
+    }
+}
+
 /// A vCPU's CPUID table, in a frame of its own.
 pub struct CpuidTable<H: AxVCpuHal> {
     /// The first `count` are in use, in the order of leaf and sub-leaf.
@@ -186,23 +196,28 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 
     /// The entry for a leaf and sub-leaf.
+    #[inline]
     fn find(&self, function: u32, index: u32) -> Option<&CpuidEntry> {
-        self.of_leaf(function)
-            .take_while(|entry| entry.function == function)
-            .find(|entry| entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index)
+        let mut position = self.first_of(function)?;
+        loop {
+            let entry =
+                self.entries.get(position).filter(|entry| position < self.count && entry.function == function)?;
+            if entry.flags & CPUID_INDEX_SIGNIFICANT == 0 || entry.index == index {
+                return Some(entry);
+            }
+            position = position.wrapping_add(1);
+        }
     }
 
-    /// The entries from the first of a leaf on, if it has any.
+    /// Where the entries of a leaf begin, if it has any.
     #[inline]
-    fn of_leaf(&self, function: u32) -> core::slice::Iter<'_, CpuidEntry> {
+    fn first_of(&self, function: u32) -> Option<usize> {
         let [basic, extended] = &self.first;
         let range = if function >> 31 != 0 { extended } else { basic };
-        let near = if function & 0x4000_0000 == 0 { range.get((function & 0x3fff_ffff) as usize) } else { None };
-        let start = match near {
-            Some(&position) => usize::from(position).wrapping_sub(1),
-            None => self.used().partition_point(|entry| entry.function < function),
-        };
-        self.used().get(start..).unwrap_or_default().iter()
+        match range.get((function & 0x7fff_ffff) as usize) {
+            Some(&position) => usize::from(position).checked_sub(1),
+            None => Some(self.used().partition_point(|entry| entry.function < function)),
+        }
     }
 
     /// Notes where the leaves begin.
@@ -222,6 +237,7 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 
     /// The entry for a leaf and sub-leaf as a result; zeros if there is none.
+    #[inline]
     fn raw(&self, function: u32, index: u32) -> CpuidResult {
         self.find(function, index).map_or(ZERO, result)
     }
@@ -287,17 +303,25 @@ impl<H: AxVCpuHal> CpuidTable<H> {
     }
 
     /// What the guest's CPUID instruction gives for `function` in EAX and `index` in ECX.
+    #[inline(always)] // Where it is inlined the answer needs no memory.
     pub fn lookup(&self, function: u32, index: u32, dynamic: &Dynamic) -> CpuidResult {
+        // The leaf that is asked for most often, and that every table has.
+        if function != 1 || self.basic.eax == 0 {
+            return self.lookup_rarer(function, index, dynamic);
+        }
+        let mut leaf = self.raw(1, index);
+        leaf.ebx = leaf.ebx & 0x00ff_ffff | (dynamic.apic_id << 24);
+        let osxsave = (leaf.ecx >> 26) & 1 != 0 && dynamic.cr4 & CR4_OSXSAVE != 0;
+        leaf.ecx = flag(leaf.ecx, 27, osxsave);
+        leaf.edx = flag(leaf.edx, 9, (leaf.edx >> 9) & 1 != 0 && dynamic.apic_enabled);
+        leaf
+    }
+
+    #[inline(never)]
+    fn lookup_rarer(&self, function: u32, index: u32, dynamic: &Dynamic) -> CpuidResult {
         let Some(function) = self.in_range(function) else { return ZERO };
         let mut leaf = self.raw(function, index);
-        let flag = |value: u32, bit: u32, set: bool| if set { value | (1 << bit) } else { value & !(1 << bit) };
         match (function, index) {
-            (1, _) => {
-                leaf.ebx = leaf.ebx & 0x00ff_ffff | (dynamic.apic_id << 24);
-                let osxsave = (leaf.ecx >> 26) & 1 != 0 && dynamic.cr4 & CR4_OSXSAVE != 0;
-                leaf.ecx = flag(leaf.ecx, 27, osxsave);
-                leaf.edx = flag(leaf.edx, 9, (leaf.edx >> 9) & 1 != 0 && dynamic.apic_enabled);
-            }
             (7, 0) => {
                 let ospke = (leaf.ecx >> 3) & 1 != 0 && dynamic.cr4 & CR4_PKE != 0;
                 leaf.ecx = flag(leaf.ecx, 4, ospke);

@@ -8,7 +8,7 @@ use vcpu_core::{AccessFlags, AccessWidth, AxError, AxResult, GuestPhysAddr};
 
 use super::vmcb::{int_control, SegmentRegister, Vmcb};
 use super::{Iret, Svm};
-use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Refusal};
+use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Refusal, Simple};
 use crate::cpu;
 use crate::events::{Injection, AC, DB};
 use crate::hal::X86Hal;
@@ -20,6 +20,11 @@ use crate::state::{is_long_code, Guest, Registers};
 
 /// EXITINFO1 of a control register access: the low half is the register's number (decode assists).
 const MOV_CR_VALID: u64 = 1 << 63;
+
+/// Exit code of CPUID.
+const CPUID: u64 = 0x72;
+/// Exit code of RDMSR, and with bit 0 of EXITINFO1 of WRMSR.
+const MSR: u64 = 0x7c;
 
 /// An exit code, understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,13 +103,13 @@ impl Code {
             0x64 => Self::InterruptWindow,
             0x65 => Self::WriteCr0,
             0x6f => Self::Rdpmc,
-            0x72 => Self::Cpuid,
+            CPUID => Self::Cpuid,
             0x74 => Self::Iret,
             0x76 => Self::Invd,
             0x77 => Self::Pause,
             0x78 => Self::Hlt,
             0x7b => Self::Io,
-            0x7c => Self::Msr,
+            MSR => Self::Msr,
             0x7d => Self::TaskSwitch,
             0x7e => Self::FerrFreeze,
             0x7f => Self::Shutdown,
@@ -196,6 +201,29 @@ fn task_switch(info1: u64, info2: u64) -> Exit {
 }
 
 impl<H: X86Hal> Svm<H> {
+    /// The exit, if it is one that [`Backend::simple`](crate::backend::Backend::simple) is about. No event was to be delivered, so none
+    /// can have been interrupted, and no IRET is followed.
+    #[inline]
+    pub(super) fn simple_exit(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+        let vmcb = &self.regs.vmcb;
+        let (opcode, instruction) = match vmcb.exit_code() {
+            CPUID => (Opcode::Cpuid, Simple::Cpuid),
+            MSR if vmcb.exit_info1() & 1 != 0 => (Opcode::Wrmsr, Simple::Wrmsr),
+            MSR => (Opcode::Rdmsr, Simple::Rdmsr),
+            _ => return None,
+        };
+        let (next, _) = self.find(guest, opcode)?;
+        self.taken(guest);
+        Some((instruction, next))
+    }
+
+    /// The CPU has entered the guest: the state is one that it takes, and the task priority is what the guest has made of it.
+    #[inline]
+    fn taken(&mut self, guest: &mut Guest<H>) {
+        self.regs.unchecked = false;
+        guest.set_cr8((self.regs.vmcb.int_control() & int_control::TPR) as u8);
+    }
+
     /// Puts into `guest.exited` what the exit was that the VMCB holds.
     ///
     /// # Errors
@@ -212,11 +240,9 @@ impl<H: X86Hal> Svm<H> {
             guest.exited = Exited { exit: Exit::NotEntered(self.refused(guest)?), interrupted: None };
             return Ok(());
         }
-        self.regs.unchecked = false;
         let interrupted = decode_event(vmcb.exit_int_info());
-        let cr8 = (vmcb.int_control() & int_control::TPR) as u8;
         vmcb.set_event_injection(0);
-        guest.set_cr8(cr8);
+        self.taken(guest);
         let own_step = self.local.iret != Iret::No && self.follow_iret(guest, code == Code::Debug);
         let exit = match code {
             Code::Interrupt => Exit::Interrupt,
@@ -226,12 +252,12 @@ impl<H: X86Hal> Svm<H> {
             },
             Code::HostEvent => Exit::Done(ExitKind::Other),
             Code::InterruptWindow => Exit::Window,
-            Code::Cpuid => self.instruction(guest, Opcode::Cpuid, Instruction::Cpuid),
+            Code::Cpuid => self.instruction(guest, Opcode::Cpuid, Instruction::Simple(Simple::Cpuid)),
             Code::Invd => self.instruction(guest, Opcode::Invd, Instruction::CacheFlush),
             Code::Wbinvd => self.instruction(guest, Opcode::Wbinvd, Instruction::CacheFlush),
             Code::Pause => self.instruction(guest, Opcode::Pause, Instruction::Pause),
-            Code::Msr if info1 & 1 != 0 => self.instruction(guest, Opcode::Wrmsr, Instruction::Wrmsr),
-            Code::Msr => self.instruction(guest, Opcode::Rdmsr, Instruction::Rdmsr),
+            Code::Msr if info1 & 1 != 0 => self.instruction(guest, Opcode::Wrmsr, Instruction::Simple(Simple::Wrmsr)),
+            Code::Msr => self.instruction(guest, Opcode::Rdmsr, Instruction::Simple(Simple::Rdmsr)),
             Code::Io => Exit::Instruction(Instruction::Io(decode_io(info1)), info2),
             Code::Hlt => self.instruction(guest, Opcode::Hlt, Instruction::Hlt),
             Code::Xsetbv => self.instruction(guest, Opcode::Xsetbv, Instruction::Xsetbv),
@@ -321,8 +347,8 @@ impl<H: X86Hal> Svm<H> {
 
     /// Where the instruction of the exit ends, and its register operand. `None` if it cannot be read (any more), or is another
     /// one by now: then the guest is to execute it again.
+    #[inline]
     fn find(&mut self, guest: &Guest<H>, opcode: Opcode) -> Option<(u64, u8)> {
-        let rip = self.regs.rip();
         let caps = &guest.caps;
         let next = self.regs.vmcb.next_rip();
         let needs_register = matches!(opcode, Opcode::MovToCr(_));
@@ -333,6 +359,13 @@ impl<H: X86Hal> Svm<H> {
         if caps.next_rip && next != 0 && caps.decode_assists && info1 & MOV_CR_VALID != 0 {
             return Some((next, (info1 & 0xf) as u8));
         }
+        self.find_in_memory(guest, opcode)
+    }
+
+    /// [`find`](Self::find), with nothing but the guest's memory to tell.
+    #[inline(never)]
+    fn find_in_memory(&mut self, guest: &Guest<H>, opcode: Opcode) -> Option<(u64, u8)> {
+        let rip = self.regs.rip();
         let long = is_long_code(&self.regs);
         let (linear, wrap) = if long {
             (rip, u64::MAX)
@@ -343,7 +376,7 @@ impl<H: X86Hal> Svm<H> {
             Paging { cr0: self.regs.cr0(), cr3: self.regs.cr3(), cr4: self.regs.cr4(), efer: self.regs.efer() };
         // SAFETY: The root is the module's nested page table of `npt_levels` levels (`set_ept_root`), interrupts are off until
         // `run` returns, and the object is gone by then.
-        let memory = unsafe { NestedMemory::<H, Npt>::new(guest.root, caps.npt_levels) };
+        let memory = unsafe { NestedMemory::<H, Npt>::new(guest.root, guest.caps.npt_levels) };
         let mut bytes = [0; MAX_LENGTH];
         let count = paging.read(&memory, linear, wrap, &mut bytes);
         match bytes.get(..count).and_then(|bytes| length::find(bytes, long, opcode)) {

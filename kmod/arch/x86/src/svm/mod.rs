@@ -17,7 +17,7 @@ mod window;
 
 use vcpu_core::{AxError, AxResult};
 
-use crate::backend::{Backend, Exit};
+use crate::backend::{Backend, Exit, Simple};
 use crate::caps::Capabilities;
 use crate::cpuid::Feature;
 use crate::events::Plan;
@@ -151,14 +151,33 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
         Ok(None)
     }
 
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
-        self.prepare_entry(guest, plan)?;
+    fn prepare(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<bool> {
+        self.prepare_entry(guest, plan)
+    }
+
+    #[inline]
+    fn enter(&mut self) -> AxResult {
         // SAFETY: The vCPU is bound, so `open_window` has set up this CPU and the frame, and by the trait's contract interrupts
         // are off and preemption has been since. The VMCB is complete since `setup`, without which nobody binds.
-        let lost = unsafe { switch::enter(self.regs.frame.as_ptr()) } != 0;
-        if lost {
+        if unsafe { switch::enter(self.regs.frame.as_ptr()) } != 0 {
             return Err(AxError::HardwareLost);
         }
+        Ok(())
+    }
+
+    #[inline]
+    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+        self.simple_exit(guest)
+    }
+
+    #[inline]
+    fn again(&mut self, _guest: &Guest<H>) -> AxResult {
+        // What `prepare` had flushed is.
+        self.regs.vmcb.set_tlb_control(asid::FLUSH_NOTHING);
+        Ok(())
+    }
+
+    fn decode(&mut self, guest: &mut Guest<H>, _plan: &Plan) -> AxResult {
         self.decode_exit(guest)
     }
 
@@ -218,8 +237,8 @@ impl<H: X86Hal> Svm<H> {
         vmcb.set_nested_cr3(guest.root.as_u64());
     }
 
-    /// Completes the control area: what is injected, which exits come, and the ASID.
-    fn prepare_entry(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
+    /// Completes the control area: what is injected, which exits come, and the ASID. Whether it is good for entries to come.
+    fn prepare_entry(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<bool> {
         let apic = guest.apic_view();
         if guest.events.nmi_pending() {
             self.arm_iret_step();
@@ -231,7 +250,8 @@ impl<H: X86Hal> Svm<H> {
         vmcb.set_next_rip(vmcb.rip());
         let mut control = int_control::MASKING | u32::from(apic.cr8);
         let mut intercepts = vmcb.intercept1() & !(intercept1::VINTR | intercept1::IRET) | intercept1::CR0_SELECTIVE;
-        if core::mem::take(&mut self.local.pass_cr0) {
+        let pass_cr0 = core::mem::take(&mut self.local.pass_cr0);
+        if pass_cr0 {
             intercepts &= !intercept1::CR0_SELECTIVE;
         }
         if plan.interrupt_window || (plan.nmi_window && !masked) {
@@ -256,7 +276,7 @@ impl<H: X86Hal> Svm<H> {
             self.local.before = self.regs.vmcb.hardware_state();
         }
         self.hide_long_mode_enable();
-        Ok(())
+        Ok(*plan == Plan::NOTHING && !masked && !pass_cr0 && self.local.hidden_efer == 0)
     }
 
     /// Keeps EFER.LME from the hardware while it means nothing: without paging, and without PAE, which paging would need. The

@@ -8,10 +8,11 @@ use vcpu_core::{AccessFlags, AccessWidth, GuestPhysAddr};
 use super::fields::Field;
 use super::instructions;
 use super::registers::BLOCKING_NMI;
+use super::switch;
 use super::vmcs::Vmcs;
 use super::Vmx;
 use crate::apic::Effect;
-use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io};
+use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Simple};
 use crate::cpu;
 use crate::events::{Injection, Plan, AC, DB};
 use crate::hal::X86Hal;
@@ -29,6 +30,12 @@ const DR6_REPORTED: u64 = 0x600f;
 /// Of those, B0 to B3, which each #DB sets anew.
 const DR6_BREAKPOINTS: u64 = 0xf;
 
+/// Basic exit reason of CPUID.
+const CPUID: u32 = 10;
+/// Basic exit reason of RDMSR.
+const RDMSR: u32 = 31;
+/// Basic exit reason of WRMSR.
+const WRMSR: u32 = 32;
 /// Exit reason: the entry has failed.
 pub(super) const ENTRY_FAILURE: u32 = 1 << 31;
 
@@ -101,7 +108,7 @@ impl Code {
             3..=6 => Self::HostEvent,
             7 | 8 => Self::Window,
             9 => Self::TaskSwitch,
-            10 => Self::Cpuid,
+            CPUID => Self::Cpuid,
             12 => Self::Hlt,
             13 | 54 => Self::CacheFlush,
             15 => Self::Rdpmc,
@@ -109,8 +116,8 @@ impl Code {
             28 => Self::ControlRegister,
             29 => Self::DebugRegister,
             30 => Self::Io,
-            31 => Self::Rdmsr,
-            32 => Self::Wrmsr,
+            RDMSR => Self::Rdmsr,
+            WRMSR => Self::Wrmsr,
             33 => Self::InvalidState,
             40 => Self::Pause,
             41 => Self::EntryMachineCheck,
@@ -263,6 +270,36 @@ const fn after_debug_exception(dr6: u64, qualification: u64) -> u64 {
 }
 
 impl<H: X86Hal> Vmx<H> {
+    /// The exit, if it is one that [`Backend::simple`](crate::backend::Backend::simple) is about. It is an instruction's own, so no
+    /// event was being delivered, and none was to be blocked.
+    #[inline]
+    pub(super) fn simple_exit(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+        if self.regs.frame.result != switch::EXITED {
+            return None;
+        }
+        // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
+        let vmcs = unsafe { Vmcs::current() };
+        // The whole field, whose upper bits tell of what is not simple.
+        let instruction = match vmcs.read(Field::ExitReason) as u32 {
+            CPUID => Simple::Cpuid,
+            RDMSR => Simple::Rdmsr,
+            WRMSR => Simple::Wrmsr,
+            _ => return None,
+        };
+        self.taken(guest);
+        self.regs.read_exit(&vmcs, false);
+        Some((instruction, self.next_rip(&vmcs)))
+    }
+
+    /// The CPU has entered the guest: the VMCS is launched, and the task priority is what the guest has made of it.
+    #[inline]
+    fn taken(&mut self, guest: &mut Guest<H>) {
+        self.regs.frame.flags |= LAUNCHED;
+        if self.local.virtual_apic.keeps_priority_only(guest.lapic()) {
+            guest.apic_changed();
+        }
+    }
+
     /// Puts into `guest.exited` what the exit was that the current VMCS tells of.
     #[inline(never)]
     pub(super) fn decode_exit(&mut self, guest: &mut Guest<H>, plan: &Plan) {
@@ -273,7 +310,7 @@ impl<H: X86Hal> Vmx<H> {
             guest.exited = self.invalid_state(guest, plan, reason, vmcs.read(Field::ExitQualification));
             return;
         }
-        self.regs.frame.flags |= LAUNCHED;
+        self.taken(guest);
         let debug = guest.debug.loaded();
         if debug {
             // SAFETY: Kernel context; the guest's DR6 is in the CPU.
@@ -285,9 +322,6 @@ impl<H: X86Hal> Vmx<H> {
             // SAFETY: The vCPU is bound: preemption is off, so the record is this CPU's and nobody else uses it meanwhile.
             let per_cpu = unsafe { H::per_cpu().as_mut() };
             per_cpu.host_interrupt = acknowledged(vmcs.read(Field::ExitInterruption) as u32);
-        }
-        if self.local.virtual_apic.keeps_priority_only(guest.lapic()) {
-            guest.apic_changed();
         }
         let interruptibility = self.regs.read_exit(&vmcs, debug);
         let interrupted = interrupted(&vmcs);
@@ -303,9 +337,9 @@ impl<H: X86Hal> Vmx<H> {
     fn exit(&mut self, guest: &mut Guest<H>, vmcs: &Vmcs, code: Code, reason: u32) -> Exit {
         let qualification = || vmcs.read(Field::ExitQualification);
         let instruction = match code {
-            Code::Cpuid => Instruction::Cpuid,
-            Code::Rdmsr => Instruction::Rdmsr,
-            Code::Wrmsr => Instruction::Wrmsr,
+            Code::Cpuid => Instruction::Simple(Simple::Cpuid),
+            Code::Rdmsr => Instruction::Simple(Simple::Rdmsr),
+            Code::Wrmsr => Instruction::Simple(Simple::Wrmsr),
             Code::Io => Instruction::Io(decode_io(qualification())),
             Code::Hlt => Instruction::Hlt,
             Code::Pause => Instruction::Pause,

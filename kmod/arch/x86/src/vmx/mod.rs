@@ -27,7 +27,7 @@ mod window;
 use vcpu_core::npt::Ept;
 use vcpu_core::{AccessFlags, AxError, AxResult, AxVCpuHal, GuestPhysAddr};
 
-use crate::backend::{Backend, Exit, Exited, Refusal};
+use crate::backend::{Backend, Exit, Exited, Refusal, Simple};
 use crate::caps;
 use crate::cpu;
 use crate::events::{Injection, Plan};
@@ -136,8 +136,13 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
         self.load_pdptes(guest)
     }
 
-    fn enter(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
+    fn prepare(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<bool> {
         self.prepare_entry(guest, plan)?;
+        Ok(*plan == Plan::NOTHING && !guest.events.nmi_masked() && !guest.debug.loaded())
+    }
+
+    #[inline]
+    fn enter(&mut self) -> AxResult {
         self.regs.frame.result = switch::EXITED;
         if self.local.flush_l1d {
             // SAFETY: Kernel context, in the inner window: the record is this CPU's, and nobody else uses it meanwhile; and
@@ -146,16 +151,32 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
         }
         // SAFETY: The inner window is open: interrupts are off, and our VMCS is current; `prepare_entry` has completed it.
         match unsafe { switch::enter(self.regs.frame.as_ptr()) } {
-            switch::EXITED => {
-                self.decode_exit(guest, plan);
-                Ok(())
-            }
-            switch::REFUSED => {
-                guest.exited = self.refused()?;
-                Ok(())
-            }
+            switch::EXITED | switch::REFUSED => Ok(()),
             _ => Err(AxError::HardwareLost),
         }
+    }
+
+    #[inline]
+    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+        self.simple_exit(guest)
+    }
+
+    #[inline]
+    fn again(&mut self, guest: &Guest<H>) -> AxResult {
+        // SAFETY: Interrupts are off in the inner window, in which our VMCS is current.
+        let mut vmcs = unsafe { Vmcs::current() };
+        self.regs.write_back(&mut vmcs, false);
+        self.set_timer(guest, &mut vmcs);
+        vmcs.finish()
+    }
+
+    fn decode(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult {
+        if self.regs.frame.result == switch::REFUSED {
+            guest.exited = self.refused()?;
+        } else {
+            self.decode_exit(guest, plan);
+        }
+        Ok(())
     }
 
     fn delivers_interrupts(&self, guest: &Guest<H>) -> bool {
@@ -293,6 +314,13 @@ impl<H: X86Hal> Vmx<H> {
             self.local.virtual_apic.before_entry(&mut vmcs, lapic, &mut self.bitmap);
         }
         self.choose_vpid(guest, &mut vmcs)?;
+        self.set_timer(guest, &mut vmcs);
+        vmcs.finish()
+    }
+
+    /// Has the entry end when the local APIC's timer is due.
+    #[inline]
+    fn set_timer(&mut self, guest: &Guest<H>, vmcs: &mut Vmcs) {
         if self.caps.has_timer() {
             let value = guest.deadline().map_or(timer::UNUSED, |deadline| {
                 let now = cpu::rdtsc();
@@ -301,7 +329,6 @@ impl<H: X86Hal> Vmx<H> {
             });
             vmcs.update(Field::GuestPreemptionTimer, &mut self.local.timer, value.into());
         }
-        vmcs.finish()
     }
 
     fn choose_vpid(&mut self, guest: &mut Guest<H>, vmcs: &mut Vmcs) -> AxResult {

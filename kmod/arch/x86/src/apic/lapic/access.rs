@@ -3,7 +3,7 @@
 
 use vcpu_core::AxVCpuHal;
 
-use super::super::{reg, Delivery, Message, Shorthand, FIRST_VECTOR, MSR_TSC_DEADLINE, X2APIC_FIRST};
+use super::super::{reg, Delivery, Message, Shorthand, FIRST_VECTOR, MSR_EOI, MSR_TSC_DEADLINE, X2APIC_FIRST};
 use super::{Clock, Effect, Lapic, Mode, Set, SVR_BITS};
 use crate::fault::{GeneralProtection, GuestResult};
 
@@ -187,11 +187,24 @@ impl<H: AxVCpuHal> Lapic<H> {
     ///
     /// # Errors
     /// [`GeneralProtection`] if there is no such register in this mode, if it is read-only, or if reserved bits are set.
+    #[inline]
     pub fn write_msr(&mut self, index: u32, value: u64, clock: &dyn Fn() -> Clock) -> GuestResult<Effect> {
+        // What an interrupt's handler writes.
+        if index == MSR_EOI && value == 0 && self.mode() == Mode::X2Apic {
+            return Ok(self.eoi());
+        }
         if index == MSR_TSC_DEADLINE && self.config.tsc_deadline {
-            self.with_timer(clock, |timer, clock| timer.set_deadline(value, clock));
+            let clock = clock();
+            self.poll_timer(&clock);
+            self.timer.set_deadline(value, &clock);
+            self.poll_timer(&clock);
             return Ok(Effect::None);
         }
+        self.write_other_msr(index, value, clock)
+    }
+
+    #[inline(never)]
+    fn write_other_msr(&mut self, index: u32, value: u64, clock: &dyn Fn() -> Clock) -> GuestResult<Effect> {
         let offset = self.x2apic_offset(index).ok_or(GeneralProtection)?;
         match offset {
             reg::ICR => {

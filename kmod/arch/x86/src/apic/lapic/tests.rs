@@ -405,7 +405,7 @@ fn init_resets_all_but_id_and_mode() {
     let mut lapic = x2apic(3);
     lapic.write_msr(msr(reg::LVT_TIMER), 0xec, &at(0)).unwrap();
     lapic.write_msr(msr(reg::INITIAL_COUNT), 1000, &at(0)).unwrap();
-    assert!(matches!(lapic.timer_update(false), TimerUpdate::Arm(_)));
+    assert!(matches!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(_)));
     let mailbox = Mailbox::new();
     mailbox.post_interrupt(0x41, false);
     mailbox.post_init();
@@ -415,7 +415,7 @@ fn init_resets_all_but_id_and_mode() {
     assert_eq!((lapic.mode(), lapic.highest_request()), (Mode::X2Apic, None));
     assert_eq!(lapic.read_msr(msr(reg::SVR), &no_clock), Ok(0xff));
     assert_eq!(lapic.read_msr(msr(reg::ID), &no_clock), Ok(3));
-    assert_eq!(lapic.timer_update(false), TimerUpdate::Cancel, "the host's timer is not forgotten");
+    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Cancel, "the host's timer is not forgotten");
     let mut boot = new(config(0));
     boot.init();
     assert_eq!(boot.base(), 0xfee0_0900);
@@ -428,13 +428,13 @@ fn the_timer_interrupts_through_its_entry() {
     lapic.write_page(reg::LVT_TIMER, 0x2_00ec, &at(0));
     lapic.write_page(reg::DIVIDE, 0xb, &at(0));
     lapic.write_page(reg::INITIAL_COUNT, 1_000_000, &at(0));
-    assert_eq!(lapic.timer_update(false), TimerUpdate::Arm(1_000_000));
+    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(1_000_000));
     assert_eq!(lapic.read_page(reg::CURRENT_COUNT, &at(400_000)), 600_000);
     let mailbox = Mailbox::new();
     mailbox.post_timer();
     assert!(lapic.collect(&mailbox, &at(1_000_100)).timer);
     assert_eq!(lapic.acknowledge(), Some(0xec));
-    assert_eq!(lapic.timer_update(false), TimerUpdate::Arm(2_000_000));
+    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(2_000_000));
     lapic.write_page(reg::LVT_TIMER, 0x3_00ec, &at(2_000_001));
     assert_eq!(lapic.highest_request(), Some(0xec), "it expired before it was masked");
 }
@@ -447,13 +447,13 @@ fn the_deadline_msr() {
     lapic.write_msr(msr(reg::LVT_TIMER), 0x4_00ec, &at(0)).unwrap();
     lapic.write_msr(MSR_TSC_DEADLINE, 5000, &at(0)).unwrap();
     assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(0)), Ok(5000));
-    assert_eq!(lapic.timer_update(false), TimerUpdate::Arm(2500));
+    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(2500));
     assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(2500)), Ok(0), "seen as soon as somebody looks");
     assert_eq!(lapic.acknowledge(), Some(0xec));
     lapic.eoi();
     lapic.write_msr(MSR_TSC_DEADLINE, 1, &at(3000)).unwrap();
     assert_eq!(lapic.acknowledge(), Some(0xec), "a deadline in the past");
-    assert_eq!(lapic.timer_update(false), TimerUpdate::Cancel, "what was armed for the first deadline");
+    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Cancel, "what was armed for the first deadline");
     lapic.eoi();
     lapic.write_msr(MSR_TSC_DEADLINE, 20_000, &at(3000)).unwrap();
     lapic.tsc_changed(&|| Clock { now_ns: 3100, tsc: 30_000, tsc_khz: 2_000_000 });
@@ -491,7 +491,7 @@ fn state_round_trips() {
         set(&mut saved, reg::APR, 0);
         set(&mut state, reg::APR, 0);
         assert_eq!(saved, state, "{base:#x}");
-        assert_eq!(copy.timer_update(false), TimerUpdate::Arm(400_100));
+        assert_eq!(copy.timer_update(Watch::Nobody), TimerUpdate::Arm(400_100));
         assert!(copy.accepts_pic_interrupt());
         assert_eq!(copy.eoi(), Effect::InterruptEnd(0xfe));
         assert_eq!(copy.acknowledge(), Some(0x93));
@@ -641,7 +641,7 @@ proptest! {
                 (false, false) => { lapic.read_page(register * 16, &clock); }
             }
             lapic.acknowledge();
-            lapic.timer_update(false);
+            lapic.timer_update(Watch::Nobody);
             let state = lapic.state(&clock);
             let mut copy = if x2 { x2apic(3) } else { xapic(3) };
             prop_assert_eq!(copy.set_state(&state, &clock), Ok(()));
