@@ -43,8 +43,8 @@ enum Stop {
     Again,
     /// The guest waits in a loop, it seems for another vCPU.
     Spin,
-    /// The guest did something that is not finished in the window.
-    Exit(Exit),
+    /// The guest did something that is not finished in the window: the vCPU's [`exit`](vcpu_core::AxVCpu::exit).
+    Exit,
 }
 
 impl Vcpu {
@@ -109,37 +109,50 @@ impl Vcpu {
             match stop {
                 Stop::Again => {}
                 Stop::Spin => self.vm.yield_for(&self.shared),
-                Stop::Exit(exit @ Exit::NestedPageFault { addr, access_flags }) => {
-                    let Inner { aspace: Some(aspace), spare, .. } = inner else {
-                        return Err(abi::errno(AxError::NotSetUp));
-                    };
-                    match aspace.fault(addr, access_flags, spare) {
-                        Ok(Fault::Resolved) => self.shared.stats.count_exit(ExitKind::PageFault),
-                        Ok(Fault::NotMemory) => {
-                            self.shared.stats.count_exit(ExitKind::Mmio);
-                            let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, exit);
-                            if exit != Exit::Nothing {
-                                self.report(inner, &exit);
-                                return Ok(());
-                            }
-                        }
-                        Err(error) => {
-                            self.report(inner, if error == EINTR { &Exit::Interrupted } else { &exit });
-                            return Err(error);
-                        }
+                Stop::Exit => {
+                    if !self.try_to_resolve(inner)? {
+                        return Ok(());
                     }
                 }
-                Stop::Exit(exit) => {
-                    self.report(inner, &exit);
-                    return Ok(());
+            }
+        }
+    }
+
+    /// Resolves the last exit if it is a nested page fault of memory. Otherwise the user is to see it, and the answer is false.
+    #[inline]
+    fn try_to_resolve(&self, inner: &mut Inner) -> Result<bool> {
+        let Exit::NestedPageFault { addr, access_flags } = *inner.vcpu.exit() else {
+            self.report(inner, inner.vcpu.exit());
+            return Ok(false);
+        };
+        let Inner { aspace: Some(aspace), spare, .. } = inner else {
+            return Err(abi::errno(AxError::NotSetUp));
+        };
+        match aspace.fault(addr, access_flags, spare) {
+            Ok(Fault::Resolved) => {
+                self.shared.stats.count_exit(ExitKind::PageFault);
+                Ok(true)
+            }
+            Ok(Fault::NotMemory) => {
+                self.shared.stats.count_exit(ExitKind::Mmio);
+                let fault = *inner.vcpu.exit();
+                let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, fault);
+                if exit == Exit::Nothing {
+                    return Ok(true);
                 }
+                self.report(inner, &exit);
+                Ok(false)
+            }
+            Err(error) => {
+                self.report(inner, if error == EINTR { &Exit::Interrupted } else { inner.vcpu.exit() });
+                Err(error)
             }
         }
     }
 
     /// The user is to see `exit`.
     #[inline]
-    fn report(&self, inner: &mut Inner, exit: &Exit) {
+    fn report(&self, inner: &Inner, exit: &Exit) {
         bump(&self.shared.stats.user_exits);
         self.show_exit(inner, exit);
     }
@@ -209,7 +222,7 @@ impl Vcpu {
             return Ok(Some(Stop::Again));
         }
         let shared = &*self.shared;
-        let exit = arch::enter(vcpu, |kind, update| {
+        arch::enter(vcpu, |kind, update| {
             follow(timer, update);
             let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
             if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
@@ -220,35 +233,33 @@ impl Vcpu {
             true
         })?;
         let kind = vcpu.arch()?.exit_kind();
-        if matches!(exit, Exit::Nothing) {
-            // First, as it is what most exits come to.
-            self.shared.stats.count_exit(kind);
-            self.set_timer(inner);
-            return Ok(match kind {
-                _ if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
-                ExitKind::Pause => Some(Stop::Spin),
-                _ => None,
-            });
-        }
-        if !matches!(exit, Exit::NestedPageFault { .. }) {
+        if !matches!(vcpu.exit(), Exit::NestedPageFault { .. }) {
             self.shared.stats.count_exit(kind);
         }
         self.set_timer(inner);
-        Ok(match exit {
+        Ok(match *inner.vcpu.exit() {
+            Exit::Nothing => match kind {
+                _ if inner.vcpu.arch()?.clock_due() => Some(Stop::Again),
+                ExitKind::Pause => Some(Stop::Spin),
+                _ => None,
+            },
             Exit::ExternalInterrupt { .. } | Exit::PreemptionTimer => Some(Stop::Again),
             Exit::SendIPI { target_cpu, vector, .. } => {
                 self.send_ipi(inner, target_cpu, vector);
                 None
             }
             Exit::IoWrite { port, width, data } if self.vm.ioeventfds.port_write(port, width, data, irq_off) => None,
-            Exit::NestedPageFault { addr, access_flags } if self.signals(inner, addr, access_flags, irq_off) => {
+            Exit::NestedPageFault { addr, access_flags } => {
+                if !self.signals(inner, addr, access_flags, irq_off) {
+                    return Ok(Some(Stop::Exit));
+                }
                 self.shared.stats.count_exit(ExitKind::Mmio);
                 None
             }
             Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off, || ()) => None,
             // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.
             Exit::Halt if inner.in_kernel_apic && inner.vcpu.arch()?.interrupts_enabled() => Some(Stop::Again),
-            exit => Some(Stop::Exit(exit)),
+            _ => Some(Stop::Exit),
         })
     }
 

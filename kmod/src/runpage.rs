@@ -11,18 +11,20 @@ use crate::ffi;
 /// The page.
 ///
 /// # Invariants
-/// `frame` is a page of `ffi::alloc_pages(0)` that this object owns.
+/// `frame` is a page of `ffi::alloc_pages(0)` that this object owns, and `at` where the kernel sees it.
 pub(crate) struct Page {
     frame: HostPhysAddr,
+    at: usize,
 }
 
 macro_rules! field {
-    ($(#[$meta:meta])* $set:ident, $name:ident: $ty:ty) => {
+    ($(#[$meta:meta])* $set:ident, $($name:ident).+: $ty:ty) => {
         $(#[$meta])*
+        #[inline]
         pub(crate) fn $set(&self, value: $ty) {
             // SAFETY: The field is inside the page, which we own. Volatile, as the process may access it at the same time;
             // whatever tearing it sees is its own affair.
-            unsafe { core::ptr::addr_of_mut!((*self.page()).$name).write_volatile(value) }
+            unsafe { core::ptr::addr_of_mut!((*self.page()).$($name).+).write_volatile(value) }
         }
     };
 }
@@ -33,12 +35,14 @@ impl Page {
     /// # Errors
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self> {
-        Ok(Self { frame: ffi::alloc_pages(0).ok_or(ENOMEM)? })
+        let frame = ffi::alloc_pages(0).ok_or(ENOMEM)?;
+        // INVARIANT: Allocated here.
+        Ok(Self { frame, at: ffi::phys_to_virt(frame) as usize })
     }
 
     #[inline]
     fn page(&self) -> *mut RunPage {
-        ffi::phys_to_virt(self.frame).cast()
+        self.at as *mut RunPage
     }
 
     field!(
@@ -64,23 +68,26 @@ impl Page {
         #[cfg(CONFIG_X86_64)]
         set_next_rip, next_rip: u64
     );
-    /// Sets the general registers.
+    /// Sets a general register; nothing for a number that is none.
     #[cfg(CONFIG_X86_64)]
     #[inline]
-    pub(crate) fn set_general(&self, value: &axvcpu_uapi::x86::General) {
-        // Word by word: a whole structure would be put together first, and then copied.
-        // SAFETY: As in `field`.
-        unsafe {
-            let general = core::ptr::addr_of_mut!((*self.page()).general);
-            let first = core::ptr::addr_of_mut!((*general).gpr).cast::<u64>();
-            for (index, register) in value.gpr.iter().enumerate() {
-                first.add(index).write_volatile(*register);
-            }
-            core::ptr::addr_of_mut!((*general).rip).write_volatile(value.rip);
-            core::ptr::addr_of_mut!((*general).rflags).write_volatile(value.rflags);
+    pub(crate) fn set_gpr(&self, register: usize, value: u64) {
+        if register < 16 {
+            // SAFETY: As in `field`, and inside the array of 16.
+            unsafe { core::ptr::addr_of_mut!((*self.page()).general.gpr).cast::<u64>().add(register).write_volatile(value) };
         }
     }
 
+    field!(
+        /// Sets RIP.
+        #[cfg(CONFIG_X86_64)]
+        set_rip, general.rip: u64
+    );
+    field!(
+        /// Sets RFLAGS.
+        #[cfg(CONFIG_X86_64)]
+        set_rflags, general.rflags: u64
+    );
     field!(
         /// Sets the control registers.
         #[cfg(CONFIG_X86_64)]

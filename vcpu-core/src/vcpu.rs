@@ -78,6 +78,8 @@ pub struct AxVCpu<A: AxArchVCpu, H: AxVCpuHal> {
     /// Start of the period that the present state began, see [`Self::lap`].
     since_ns: u64,
     record: SchedulingRecord,
+    /// Why the last run came back.
+    exit: AxVCpuExitReason,
     exit_request: AtomicBool,
     host: PhantomData<fn() -> H>,
 }
@@ -95,6 +97,7 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
             ept_root_set: false,
             since_ns: 0,
             record: SchedulingRecord::default(),
+            exit: AxVCpuExitReason::Nothing,
             exit_request: AtomicBool::new(false),
             host: PhantomData,
         })
@@ -213,32 +216,38 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
     /// - The backend's; the vCPU is then [`Failed`](VCpuState::Failed), and still bound.
     #[inline]
     pub fn run(&mut self) -> AxResult<AxVCpuExitReason> {
-        self.run_by(|arch, _| arch.run())
+        self.run_by(|arch, _, exit| arch.run().map(|reason| *exit = reason))?;
+        Ok(self.exit)
     }
 
     /// As [`run`](Self::run), but the backend is entered by `enter`: by its [`run`](AxArchVCpu::run), or by something that does
-    /// the same several times. It adds the entries beyond the first to the number that it is given.
+    /// the same several times. It adds the entries beyond the first to the number that it is given, and puts the reason into the
+    /// place that it is given, where it stays: see [`exit`](Self::exit). It is too large to be handed on at each exit.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     #[inline]
-    pub fn run_by(
-        &mut self,
-        enter: impl FnOnce(&mut A, &mut u64) -> AxResult<AxVCpuExitReason>,
-    ) -> AxResult<AxVCpuExitReason> {
+    pub fn run_by(&mut self, enter: impl FnOnce(&mut A, &mut u64, &mut AxVCpuExitReason) -> AxResult) -> AxResult {
         if self.state != VCpuState::Ready {
             return Err(self.why_not_ready());
         }
         self.require_this_cpu()?;
         if self.exit_request.load(Ordering::Relaxed) && self.take_exit_request() {
-            return Ok(AxVCpuExitReason::Interrupted);
+            self.exit = AxVCpuExitReason::Interrupted;
+            return Ok(());
         }
         self.record.entries = self.record.entries.wrapping_add(1);
         // A backend that never comes back (it panics in a test) leaves the vCPU in `Running`, where every call is refused.
         self.state = VCpuState::Running;
-        let result = enter(&mut self.arch, &mut self.record.entries);
+        let result = enter(&mut self.arch, &mut self.record.entries, &mut self.exit);
         self.state = if result.is_ok() { VCpuState::Ready } else { VCpuState::Failed };
         result
+    }
+
+    /// Why the last run came back; [`Nothing`](AxVCpuExitReason::Nothing) before the first.
+    #[inline]
+    pub fn exit(&self) -> &AxVCpuExitReason {
+        &self.exit
     }
 
     /// Puts the vCPU to sleep: [`Free`](VCpuState::Free) to [`Blocked`](VCpuState::Blocked). It is the owner who lets the

@@ -24,8 +24,8 @@ use crate::{
 pub(crate) fn enter(
     vcpu: &mut AxVCpu<VCpu, Host>,
     _go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
-) -> AxResult<Exit> {
-    vcpu.run()
+) -> AxResult {
+    vcpu.run().map(|_| ())
 }
 
 impl Vcpu {
@@ -58,7 +58,7 @@ impl Vcpu {
     pub(crate) fn update_clock(&self, _inner: &mut Inner) {}
 
     /// Fills the run page for the user.
-    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: &Exit) {
+    pub(crate) fn show_exit(&self, inner: &Inner, exit: &Exit) {
         let page = &self.page;
         page.set_exit(exit.encode());
         let Ok(arch) = inner.vcpu.arch() else { return };

@@ -22,9 +22,9 @@ use crate::{
 pub(crate) fn enter(
     vcpu: &mut AxVCpu<VCpu, Host>,
     mut go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
-) -> AxResult<Exit> {
-    vcpu.run_by(|arch, entries| {
-        arch.run_while(|mut step| {
+) -> AxResult {
+    vcpu.run_by(|arch, entries, exit| {
+        arch.run_while(exit, |mut step| {
             let again = go_on(step.kind(), step.timer_update());
             *entries = entries.wrapping_add(again.into());
             again
@@ -63,7 +63,7 @@ impl Vcpu {
     }
 
     /// Fills the run page for the user.
-    pub(crate) fn show_exit(&self, inner: &mut Inner, exit: &Exit) {
+    pub(crate) fn show_exit(&self, inner: &Inner, exit: &Exit) {
         let page = &self.page;
         page.set_exit(exit.encode());
         let Ok(arch) = inner.vcpu.arch() else { return };
@@ -74,7 +74,9 @@ impl Vcpu {
         if arch.user_mode() {
             state |= abi_run::STATE_USER_MODE;
         }
-        page.set_general(&arch.general());
+        let (rip, rflags) = arch.each_gpr(|register, value| page.set_gpr(register, value));
+        page.set_rip(rip);
+        page.set_rflags(rflags);
         if matches!(exit, Exit::NestedPageFault { .. } | Exit::IoString { .. }) {
             page.set_control(arch.control());
             page.set_segments(arch.segments());

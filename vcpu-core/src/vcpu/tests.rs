@@ -409,16 +409,20 @@ fn run_and_unbind_are_refused_on_another_cpu() {
 fn several_entries_in_one_call_are_counted() {
     let Bench { script, mut vcpu } = Bench::in_state(VCpuState::Ready);
     let calls = script.calls.borrow().len();
-    let exit = vcpu.run_by(|arch, entries| {
+    assert_eq!(*vcpu.exit(), AxVCpuExitReason::Nothing);
+    let result = vcpu.run_by(|arch, entries, exit| {
         *entries += 2;
         arch.run()?;
         arch.run()?;
-        arch.run()
+        *exit = arch.run()?;
+        Ok(())
     });
-    assert_eq!((exit, vcpu.state(), vcpu.record().entries), (Ok(AxVCpuExitReason::Halt), VCpuState::Ready, 3));
+    assert_eq!((result, vcpu.state(), vcpu.record().entries), (Ok(()), VCpuState::Ready, 3));
+    assert_eq!(*vcpu.exit(), AxVCpuExitReason::Halt);
     assert_eq!(script.calls.borrow().len(), calls + 3);
     vcpu.request_exit();
-    assert_eq!(vcpu.run_by(|_, _| panic!("entered")), Ok(AxVCpuExitReason::Interrupted));
+    assert_eq!(vcpu.run_by(|_, _, _| panic!("entered")), Ok(()));
+    assert_eq!(*vcpu.exit(), AxVCpuExitReason::Interrupted);
 }
 
 #[test]

@@ -74,8 +74,7 @@ pub(crate) trait Backend<H: X86Hal> {
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
     fn enter(&mut self) -> AxResult;
 
-    /// The last exit, if it is one of the frequent instructions that concern nobody but the vCPU, found with the least effort; and
-    /// where the next instruction is. To be asked only if [`prepare`](Self::prepare) said so; `None` if
+    /// The last exit, if it is one of the frequent instructions, found with the least effort; and where the next one is. To be asked only if [`prepare`](Self::prepare) said so; `None` if
     /// [`decode`](Self::decode) is to find out.
     fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)>;
 
@@ -185,7 +184,7 @@ impl Exit {
     }
 }
 
-/// An instruction that exits often and that nobody but the vCPU has to do with, as a rule.
+/// An instruction that exits often, and whose exit is easily dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Simple {
     /// CPUID.
@@ -194,6 +193,8 @@ pub(crate) enum Simple {
     Rdmsr,
     /// WRMSR.
     Wrmsr,
+    /// IN, OUT.
+    Io(Io),
 }
 
 impl Simple {
@@ -204,6 +205,7 @@ impl Simple {
             Self::Cpuid => ExitKind::Cpuid,
             Self::Rdmsr => ExitKind::MsrRead,
             Self::Wrmsr => ExitKind::MsrWrite,
+            Self::Io(_) => ExitKind::PortIo,
         }
     }
 }
@@ -211,14 +213,14 @@ impl Simple {
 /// An instruction that exits, with its operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Instruction {
-    /// CPUID, RDMSR, WRMSR.
+    /// One of the frequent ones.
     Simple(Simple),
     /// INVD, WBINVD: guests' caches are the host's.
     CacheFlush,
     /// PAUSE, in a loop.
     Pause,
-    /// IN, OUT, INS, OUTS.
-    Io(Io),
+    /// INS, OUTS.
+    IoString(Io),
     /// HLT.
     Hlt,
     /// An access to a control register.
@@ -237,11 +239,21 @@ impl Instruction {
             Self::Simple(simple) => simple.kind(),
             Self::CacheFlush => ExitKind::Other,
             Self::Pause => ExitKind::Pause,
-            Self::Io(_) => ExitKind::PortIo,
+            Self::IoString(_) => ExitKind::PortIo,
             Self::Hlt => ExitKind::Halt,
             Self::Control(_) => ExitKind::Register,
             Self::Xsetbv => ExitKind::Xsetbv,
             Self::Hypercall => ExitKind::Hypercall,
+        }
+    }
+}
+
+impl From<Io> for Instruction {
+    fn from(io: Io) -> Self {
+        if io.string {
+            Self::IoString(io)
+        } else {
+            Self::Simple(Simple::Io(io))
         }
     }
 }

@@ -143,6 +143,7 @@ impl<H: X86Hal> Guest<H> {
             }
             Simple::Rdmsr => self.rdmsr(regs, next),
             Simple::Wrmsr => self.wrmsr(regs, next),
+            Simple::Io(io) => self.io(regs, io, next),
         }
     }
 
@@ -152,7 +153,7 @@ impl<H: X86Hal> Guest<H> {
         match instruction {
             Instruction::Simple(simple) => self.execute_simple(regs, simple, next),
             Instruction::CacheFlush | Instruction::Pause => self.go_on(regs, next),
-            Instruction::Io(io) => self.io(regs, io, next),
+            Instruction::IoString(Io { port, width, input, rep, .. }) => Reason::IoString { port, width, input, rep },
             Instruction::Hlt => self.hlt(regs, next),
             Instruction::Control(access) => self.control(regs, access, next),
             Instruction::Xsetbv => self.set_xcr0(regs, next),
@@ -349,11 +350,9 @@ impl<H: X86Hal> Guest<H> {
         }
     }
 
+    #[inline]
     fn io(&mut self, regs: &mut impl Registers, io: Io, next: u64) -> Reason {
-        let Io { port, width, input, string, rep } = io;
-        if string {
-            return Reason::IoString { port, width, input, rep };
-        }
+        let Io { port, width, input, .. } = io;
         self.advance(regs, next);
         if input {
             self.pending = Pending::Input { bytes: width.size() };

@@ -43,8 +43,8 @@ pub(crate) trait Registers {
     /// A general register, by number; 0 for a number that is none.
     fn gpr(&self, register: usize) -> u64;
     fn set_gpr(&mut self, register: usize, value: u64);
-    /// All of them.
-    fn gprs(&self) -> [u64; 16];
+    /// Shows all of them, some twice: the second time counts.
+    fn each_gpr(&self, show: impl FnMut(usize, u64));
     fn rip(&self) -> u64;
     fn set_rip(&mut self, value: u64);
     fn rflags(&self) -> u64;

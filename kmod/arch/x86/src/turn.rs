@@ -3,7 +3,7 @@
 //!
 //! An exit goes one of three ways, from the shortest on:
 //!
-//! 1. CPUID, RDMSR and WRMSR ([`Backend::simple`]) that end here and leave nothing to inject: the control block stays as it is but
+//! 1. Frequent instructions ([`Backend::simple`]) that end here and leave nothing to inject: the control block stays as it is but
 //!    for RIP, and the next entry follows at once.
 //! 2. Others that end here, or leave something to inject: the next entry is prepared anew.
 //! 3. The rest is the caller's.
@@ -46,6 +46,14 @@ impl<H: X86Hal> Step<'_, H> {
     }
 }
 
+/// How to go on.
+enum Go {
+    /// With another preparation.
+    On,
+    /// Back to the caller.
+    Back,
+}
+
 impl<H: X86Hal> Guest<H> {
     /// Enters the guest, if it executes instructions, and deals with its exits: see
     /// [`X86VCpu::run_while`](crate::X86VCpu::run_while). The vCPU is bound, and interrupts are off.
@@ -56,18 +64,20 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn run_while(
         &mut self,
         hw: &mut impl Backend<H>,
+        exit: &mut Reason,
         mut go_on: impl FnMut(Step<'_, H>) -> bool,
-    ) -> AxResult<Reason> {
+    ) -> AxResult {
         if !self.bound {
             return Err(AxError::NotBound);
         }
         loop {
             if let Some(reason) = self.without_entry(hw.regs()) {
-                return Ok(reason);
+                *exit = reason;
+                return Ok(());
             }
-            match self.turns(hw, &mut go_on) {
-                Ok(None) => {}
-                Ok(Some(reason)) => return Ok(reason),
+            match self.turns(hw, exit, &mut go_on) {
+                Ok(Go::On) => {}
+                Ok(Go::Back) => return Ok(()),
                 Err(error) => {
                     // The caller cannot reach the vCPU any more, so nobody else does it.
                     let _ = hw.leave(self);
@@ -95,16 +105,18 @@ impl<H: X86Hal> Guest<H> {
         None
     }
 
-    /// Entries that need one preparation. `None` if the guest may go on with another.
+    /// Entries that need one preparation.
     #[inline(never)] // So that registers are enough for the loop.
     fn turns(
         &mut self,
         hw: &mut impl Backend<H>,
+        exit: &mut Reason,
         go_on: &mut impl FnMut(Step<'_, H>) -> bool,
-    ) -> AxResult<Option<Reason>> {
-        if let Some(exit) = hw.ready(self)? {
-            self.exited = Exited { exit, interrupted: None };
-            return Ok(Some(self.handle(hw.regs_mut(), &Plan::NOTHING)));
+    ) -> AxResult<Go> {
+        if let Some(before) = hw.ready(self)? {
+            self.exited = Exited { exit: before, interrupted: None };
+            *exit = self.handle(hw.regs_mut(), &Plan::NOTHING);
+            return Ok(Go::Back);
         }
         let plan = self.plan(hw);
         let prepared_for_more = hw.prepare(self, &plan)?;
@@ -112,20 +124,20 @@ impl<H: X86Hal> Guest<H> {
             hw.enter()?;
             self.private = false;
             let simple = if prepared_for_more { hw.simple(self) } else { None };
-            let reason = match simple {
-                Some((instruction, next)) => self.execute_simple(hw.regs_mut(), instruction, next),
+            match simple {
+                Some((instruction, next)) => *exit = self.execute_simple(hw.regs_mut(), instruction, next),
                 None => {
                     hw.decode(self, &plan)?;
-                    self.handle(hw.regs_mut(), &plan)
+                    *exit = self.handle(hw.regs_mut(), &plan);
                 }
-            };
+            }
             if !self.private || !go_on(Step { watched: hw.watches_deadline(), guest: self }) {
-                return Ok(Some(reason));
+                return Ok(Go::Back);
             }
             match simple {
                 Some((Simple::Cpuid | Simple::Rdmsr, _)) if !self.events.event_waits() => {}
                 Some((Simple::Wrmsr, _)) if !self.events.event_waits() && self.apic_rests(hw) => {}
-                _ => return Ok(None),
+                _ => return Ok(Go::On),
             }
             hw.again(self)?;
         }

@@ -114,7 +114,9 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
 
     #[inline]
     fn run(&mut self) -> AxResult<AxVCpuExitReason> {
-        on!(&mut self.hardware, hw => self.guest.run_while(hw, |_| false))
+        let mut exit = AxVCpuExitReason::Nothing;
+        self.run_while(&mut exit, |_| false)?;
+        Ok(exit)
     }
 
     fn bind(&mut self) -> AxResult {
@@ -169,9 +171,22 @@ impl<H: X86Hal> X86VCpu<H> {
     /// General registers.
     #[inline]
     pub fn general(&self) -> General {
+        let mut gpr = [0; 16];
+        let (rip, rflags) = self.each_gpr(|register, value| {
+            if let Some(slot) = gpr.get_mut(register) {
+                *slot = value;
+            }
+        });
+        General { gpr, rip, rflags }
+    }
+
+    /// Shows all general registers to `show`, some of them twice, of which the second time counts. Gives RIP and RFLAGS.
+    #[inline]
+    pub fn each_gpr(&self, show: impl FnMut(usize, u64)) -> (u64, u64) {
         on!(&self.hardware, hw => {
             let regs = hw.regs();
-            General { gpr: regs.gprs(), rip: regs.rip(), rflags: regs.rflags() }
+            regs.each_gpr(show);
+            (regs.rip(), regs.rflags())
         })
     }
 
@@ -388,13 +403,13 @@ impl<H: X86Hal> X86VCpu<H> {
 
     /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, has changed nothing that anybody
     /// else looks at (who the local APIC is, the guest's clock), and `go_on` agrees. The last exit is not put to `go_on` if it is not
-    /// one of those.
+    /// one of those. Why it came back is put into `exit`.
     ///
     /// # Errors
     /// As [`run`](AxArchVCpu::run).
     #[inline]
-    pub fn run_while(&mut self, go_on: impl FnMut(Step<'_, H>) -> bool) -> AxResult<AxVCpuExitReason> {
-        on!(&mut self.hardware, hw => self.guest.run_while(hw, go_on))
+    pub fn run_while(&mut self, exit: &mut AxVCpuExitReason, go_on: impl FnMut(Step<'_, H>) -> bool) -> AxResult {
+        on!(&mut self.hardware, hw => self.guest.run_while(hw, exit, go_on))
     }
 
     /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on

@@ -23,6 +23,8 @@ const MOV_CR_VALID: u64 = 1 << 63;
 
 /// Exit code of CPUID.
 const CPUID: u64 = 0x72;
+/// Exit code of IN, OUT, INS and OUTS.
+const IO: u64 = 0x7b;
 /// Exit code of RDMSR, and with bit 0 of EXITINFO1 of WRMSR.
 const MSR: u64 = 0x7c;
 
@@ -108,7 +110,7 @@ impl Code {
             0x76 => Self::Invd,
             0x77 => Self::Pause,
             0x78 => Self::Hlt,
-            0x7b => Self::Io,
+            IO => Self::Io,
             MSR => Self::Msr,
             0x7d => Self::TaskSwitch,
             0x7e => Self::FerrFreeze,
@@ -207,6 +209,14 @@ impl<H: X86Hal> Svm<H> {
     pub(super) fn simple_exit(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
         let vmcb = &self.regs.vmcb;
         let (opcode, instruction) = match vmcb.exit_code() {
+            IO => {
+                let (io, next) = (decode_io(vmcb.exit_info1()), vmcb.exit_info2());
+                if io.string {
+                    return None;
+                }
+                self.taken(guest);
+                return Some((Simple::Io(io), next));
+            }
             CPUID => (Opcode::Cpuid, Simple::Cpuid),
             MSR if vmcb.exit_info1() & 1 != 0 => (Opcode::Wrmsr, Simple::Wrmsr),
             MSR => (Opcode::Rdmsr, Simple::Rdmsr),
@@ -258,7 +268,7 @@ impl<H: X86Hal> Svm<H> {
             Code::Pause => self.instruction(guest, Opcode::Pause, Instruction::Pause),
             Code::Msr if info1 & 1 != 0 => self.instruction(guest, Opcode::Wrmsr, Instruction::Simple(Simple::Wrmsr)),
             Code::Msr => self.instruction(guest, Opcode::Rdmsr, Instruction::Simple(Simple::Rdmsr)),
-            Code::Io => Exit::Instruction(Instruction::Io(decode_io(info1)), info2),
+            Code::Io => Exit::Instruction(decode_io(info1).into(), info2),
             Code::Hlt => self.instruction(guest, Opcode::Hlt, Instruction::Hlt),
             Code::Xsetbv => self.instruction(guest, Opcode::Xsetbv, Instruction::Xsetbv),
             Code::Vmmcall => self.instruction(guest, Opcode::Vmmcall, Instruction::Hypercall),

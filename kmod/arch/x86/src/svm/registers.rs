@@ -47,10 +47,12 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
     }
 
     #[inline]
-    fn gprs(&self) -> [u64; 16] {
-        let mut gprs = self.frame.common.gpr;
-        (gprs[RAX], gprs[RSP]) = (self.vmcb.rax(), self.vmcb.rsp());
-        gprs
+    fn each_gpr(&self, mut show: impl FnMut(usize, u64)) {
+        for (register, &value) in self.frame.common.gpr.iter().enumerate() {
+            show(register, value);
+        }
+        show(RAX, self.vmcb.rax());
+        show(RSP, self.vmcb.rsp());
     }
 
     fn set_gpr(&mut self, register: usize, value: u64) {

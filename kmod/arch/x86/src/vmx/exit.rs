@@ -32,6 +32,8 @@ const DR6_BREAKPOINTS: u64 = 0xf;
 
 /// Basic exit reason of CPUID.
 const CPUID: u32 = 10;
+/// Basic exit reason of IN, OUT, INS and OUTS.
+const IO: u32 = 30;
 /// Basic exit reason of RDMSR.
 const RDMSR: u32 = 31;
 /// Basic exit reason of WRMSR.
@@ -115,7 +117,7 @@ impl Code {
             18 => Self::Vmcall,
             28 => Self::ControlRegister,
             29 => Self::DebugRegister,
-            30 => Self::Io,
+            IO => Self::Io,
             RDMSR => Self::Rdmsr,
             WRMSR => Self::Wrmsr,
             33 => Self::InvalidState,
@@ -281,6 +283,10 @@ impl<H: X86Hal> Vmx<H> {
         let vmcs = unsafe { Vmcs::current() };
         // The whole field, whose upper bits tell of what is not simple.
         let instruction = match vmcs.read(Field::ExitReason) as u32 {
+            IO => match decode_io(vmcs.read(Field::ExitQualification)) {
+                Io { string: true, .. } => return None,
+                io => Simple::Io(io),
+            },
             CPUID => Simple::Cpuid,
             RDMSR => Simple::Rdmsr,
             WRMSR => Simple::Wrmsr,
@@ -340,7 +346,7 @@ impl<H: X86Hal> Vmx<H> {
             Code::Cpuid => Instruction::Simple(Simple::Cpuid),
             Code::Rdmsr => Instruction::Simple(Simple::Rdmsr),
             Code::Wrmsr => Instruction::Simple(Simple::Wrmsr),
-            Code::Io => Instruction::Io(decode_io(qualification())),
+            Code::Io => decode_io(qualification()).into(),
             Code::Hlt => Instruction::Hlt,
             Code::Pause => Instruction::Pause,
             Code::Vmcall => Instruction::Hypercall,
@@ -388,7 +394,7 @@ impl<H: X86Hal> Vmx<H> {
             }
         };
         let next = self.next_rip(vmcs);
-        if let Instruction::Io(Io { string: true, .. }) = instruction {
+        if let Instruction::IoString(_) = instruction {
             self.local.shown = true;
             self.local.string_next = next;
         }

@@ -213,8 +213,10 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
     }
 
     #[inline]
-    fn gprs(&self) -> [u64; 16] {
-        self.frame.gpr
+    fn each_gpr(&self, mut show: impl FnMut(usize, u64)) {
+        for (register, &value) in self.frame.gpr.iter().enumerate() {
+            show(register, value);
+        }
     }
 
     fn set_gpr(&mut self, register: usize, value: u64) {
