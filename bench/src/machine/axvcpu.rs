@@ -123,12 +123,13 @@ struct AxCpu {
 impl AxCpu {
     /// Carries out an access to a device.
     fn emulate(&mut self, exit: &Exit, fault: &Fault) -> Result<()> {
-        let snapshot = self.vcpu.snapshot().ok_or("an exit without snapshot")?;
+        let brief = self.vcpu.brief().ok_or("an exit without snapshot")?;
         let mut general = self.vcpu.general();
-        if self.shortcuts.take(&mut general, &snapshot, fault, &mut self.bus)? {
+        if self.shortcuts.take(&mut general, &brief, fault, &mut self.bus)? {
             self.vcpu.set_general(&general);
             return Ok(());
         }
+        let snapshot = self.vcpu.snapshot().ok_or("an exit without snapshot")?;
         let mut cpu = CpuState::from_registers(&general, &snapshot.segments, &snapshot.control);
         self.shortcuts.learn(&self.emulator, &cpu, fault, &mut self.bus)?;
         match emulate::step(&self.emulator, &mut cpu, &mut self.bus, exit.insn()) {
@@ -174,7 +175,12 @@ impl GuestMemory for Ram {
     type Error = Infallible;
 
     fn read(&mut self, at: GuestPhysAddr, data: &mut [u8]) -> std::result::Result<(), Infallible> {
-        if self.0.read(at.as_u64() as usize, data).is_err() {
+        let at = at.as_u64() as usize;
+        let read = match <&mut [u8; 8]>::try_from(&mut *data) {
+            Ok(word) => self.0.read_u64(at).map(|value| *word = value.to_le_bytes()),
+            Err(_) => self.0.read(at, data),
+        };
+        if read.is_err() {
             data.fill(0xff);
         }
         Ok(())

@@ -50,7 +50,7 @@ pub use error::{Error, Result};
 pub use eventfd::{IoAddress, IoPattern};
 pub use memory::{Backing, Memory};
 pub use nix::errno::Errno;
-pub use run_page::{Exit, Snapshot};
+pub use run_page::{Brief, Exit, Snapshot};
 pub use system::System;
 pub use vcpu::{Apic, Kicker, RegisterSet, Vcpu};
 pub use vm::Vm;

@@ -65,6 +65,34 @@ pub struct Snapshot {
     pub segments: Segments,
 }
 
+/// Of a [`Snapshot`], what is enough to know an instruction again that was decoded before, and to find its operand in 64-bit
+/// mode. Far less to read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Brief {
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// EFER.
+    pub efer: u64,
+    /// Attributes of CS.
+    pub code_attributes: u16,
+    /// Base of FS.
+    pub fs_base: u64,
+    /// Base of GS.
+    pub gs_base: u64,
+}
+
+impl From<&Snapshot> for Brief {
+    fn from(snapshot: &Snapshot) -> Self {
+        let Snapshot { control: Control { cr0, cr3, cr4, efer, .. }, segments: Segments { cs, fs, gs, .. } } =
+            *snapshot;
+        Self { cr0, cr3, cr4, efer, code_attributes: cs.attributes, fs_base: fs.base, gs_base: gs.base }
+    }
+}
+
 /// A mapping of a vCPU's run page.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -76,10 +104,10 @@ unsafe impl Send for Mapping {}
 
 /// Reads one field of the page.
 macro_rules! get {
-    ($mapping:expr, $field:ident) => {
+    ($mapping:expr, $($field:ident).+) => {
         // SAFETY: the page stays mapped, and aligned, as long as the mapping; every bit pattern is valid for an ABI
         // structure.
-        unsafe { std::ptr::read_volatile(&raw const (*$mapping.page.as_ptr()).$field) }
+        unsafe { std::ptr::read_volatile(&raw const (*$mapping.page.as_ptr()).$($field).+) }
     };
 }
 /// Writes one field of the page.
@@ -129,7 +157,22 @@ impl Mapping {
             .then(|| Snapshot { control: get!(self, control), segments: get!(self, segments) })
     }
 
+    /// Some of that.
+    #[inline]
+    pub(super) fn brief(&self) -> Option<Brief> {
+        (get!(self, state) & STATE_SNAPSHOT_VALID != 0).then(|| Brief {
+            cr0: get!(self, control.cr0),
+            cr3: get!(self, control.cr3),
+            cr4: get!(self, control.cr4),
+            efer: get!(self, control.efer),
+            code_attributes: get!(self, segments.cs.attributes),
+            fs_base: get!(self, segments.fs.base),
+            gs_base: get!(self, segments.gs.base),
+        })
+    }
+
     /// The general registers.
+    #[inline]
     #[cfg(not(target_arch = "aarch64"))]
     pub(super) fn general(&self) -> General {
         get!(self, general)
@@ -142,6 +185,7 @@ impl Mapping {
     }
 
     /// Stores the general registers; without `REQUEST_LOAD_GENERAL` the kernel does not look at them.
+    #[inline]
     #[cfg(not(target_arch = "aarch64"))]
     pub(super) fn set_general(&mut self, general: &General) {
         set!(self, general, *general);

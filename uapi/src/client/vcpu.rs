@@ -4,7 +4,7 @@
 
 use super::aspace::AddressSpace;
 use super::error::{Error, Result};
-use super::run_page::{Exit, Mapping, Snapshot};
+use super::run_page::{Brief, Exit, Mapping, Snapshot};
 use super::sys;
 use super::General;
 use crate::addr::GuestPhysAddr;
@@ -154,11 +154,13 @@ impl Vcpu {
 
     /// The general registers as the last exit left them and [`set_general`](Self::set_general) changed them since. All
     /// zero before the first [`run`](Self::run): use [`get`](Self::get) there.
+    #[inline]
     pub fn general(&self) -> General {
         self.page.general()
     }
 
     /// Changes the general registers with the next [`run`](Self::run).
+    #[inline]
     pub fn set_general(&mut self, general: &General) {
         self.page.set_general(general);
         self.page.request(REQUEST_LOAD_GENERAL, true);
@@ -180,6 +182,12 @@ impl Vcpu {
     /// Control registers and segments at the last exit, if it came with them: nested page faults and string I/O do.
     pub fn snapshot(&self) -> Option<Snapshot> {
         self.page.snapshot()
+    }
+
+    /// Some of [`snapshot`](Self::snapshot).
+    #[inline]
+    pub fn brief(&self) -> Option<Brief> {
+        self.page.brief()
     }
 
     /// Answers the last exit, a port or system register read or a hypercall, with `value`. A system register write

@@ -10,9 +10,9 @@
 //! Only 64-bit code has it easy enough: no segment limits, and of five levels of tables all entries are in memory.
 
 use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
-use axvcpu_uapi::client::Snapshot;
+use axvcpu_uapi::client::Brief;
 use axvcpu_uapi::exit::AccessFlags;
-use axvcpu_uapi::x86::{Control, General, Segments};
+use axvcpu_uapi::x86::General;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use super::memory::PAGE;
@@ -91,9 +91,9 @@ enum Action {
 }
 
 impl Mode {
-    fn new(general: &General, control: &Control, segments: &Segments, user_mode: bool) -> Self {
-        let Control { cr0, cr3, cr4, efer, .. } = *control;
-        Self { rip: general.rip, cr0, cr3, cr4, efer, code_attributes: segments.cs.attributes, user_mode }
+    fn new(rip: u64, brief: &Brief, user_mode: bool) -> Self {
+        let Brief { cr0, cr3, cr4, efer, code_attributes, .. } = *brief;
+        Self { rip, cr0, cr3, cr4, efer, code_attributes, user_mode }
     }
 
     /// Where a move at this RIP is remembered.
@@ -124,13 +124,13 @@ impl Operand {
     }
 
     /// The linear address.
-    fn address(&self, general: &General, segments: &Segments) -> u64 {
+    fn address(&self, general: &General, brief: &Brief) -> u64 {
         let value = |register| read_register(&general.gpr, register).unwrap_or(0);
         let offset = value(self.base).wrapping_add(value(self.index).wrapping_mul(self.scale));
         let offset = offset.wrapping_add(self.displacement) & self.mask;
         match self.segment {
-            Register::FS => segments.fs.base.wrapping_add(offset),
-            Register::GS => segments.gs.base.wrapping_add(offset),
+            Register::FS => brief.fs_base.wrapping_add(offset),
+            Register::GS => brief.gs_base.wrapping_add(offset),
             _ => offset,
         }
     }
@@ -171,12 +171,11 @@ impl Shortcuts {
     pub fn take<B: Bus>(
         &self,
         general: &mut General,
-        snapshot: &Snapshot,
+        brief: &Brief,
         fault: &Fault,
         bus: &mut B,
     ) -> Result<bool, B::Error> {
-        let Snapshot { control, segments } = snapshot;
-        let mode = Mode::new(general, control, segments, fault.user_mode);
+        let mode = Mode::new(general.rip, brief, fault.user_mode);
         let Some(known) = self.0.get(mode.place()).and_then(Option::as_deref).filter(|known| known.mode == mode) else {
             return Ok(false);
         };
@@ -189,7 +188,7 @@ impl Shortcuts {
         let in_page = fault.addr.as_u64() % PAGE;
         if !of_operand
             || general.rflags & rflags::TF != 0
-            || known.operand.address(general, segments) % PAGE != in_page
+            || known.operand.address(general, brief) % PAGE != in_page
             || in_page + known.width as u64 > PAGE
             || bus.is_ram(fault.addr, write)
             || !known.is_still_there(bus)?

@@ -2,7 +2,7 @@
 //! The module axvcpu on x86: CPUID, interrupt messages, events and extended state, through the client of its ABI.
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{self, Apic, Errno, Snapshot, System};
+use axvcpu_uapi::client::{self, Apic, Brief, Errno, Snapshot, System};
 use axvcpu_uapi::ioctl;
 use axvcpu_uapi::system::{self, SystemInfo};
 use axvcpu_uapi::vcpu::{Event, EVENT_EXTERNAL_INTERRUPT};
@@ -104,6 +104,10 @@ impl X86Vcpu for client::Vcpu {
 
     fn snapshot(&self) -> Option<Snapshot> {
         client::Vcpu::snapshot(self)
+    }
+
+    fn brief(&self) -> Option<Brief> {
+        client::Vcpu::brief(self)
     }
 
     fn xsave(&self) -> Result<Vec<u8>> {

@@ -8,7 +8,7 @@
 //! | `kvm/` | KVM |
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::Snapshot;
+use axvcpu_uapi::client::{Brief, Snapshot};
 use axvcpu_uapi::vcpu::Event;
 use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, Segments};
 
@@ -71,6 +71,11 @@ pub trait X86Vcpu:
 
     /// Control registers and segments at the last exit, if that wants an instruction decoded.
     fn snapshot(&self) -> Option<Snapshot>;
+
+    /// Some of that.
+    fn brief(&self) -> Option<Brief> {
+        self.snapshot().as_ref().map(Brief::from)
+    }
 
     /// The extended state (FPU, SSE, AVX, ...) in the standard format of XSAVE.
     ///

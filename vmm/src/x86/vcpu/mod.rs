@@ -219,24 +219,24 @@ impl<V: X86Vcpu> Runner<V> {
 
     /// Carries out the instruction at RIP: string I/O, or an access to device memory.
     fn emulate(&mut self, exit: &Exit, string: Option<StringIo>) -> Result<(), Stop> {
-        let Some(snapshot) = self.vcpu.snapshot() else {
-            return Err(
-                self.give_up(ExitCode::AbiMismatch, "the module gave no snapshot with an exit that needs decoding")
-            );
-        };
-        let mut general = self.vcpu.general()?;
         let fault = match exit.reason {
             AxVCpuExitReason::NestedPageFault { addr, access_flags } => {
                 Some(Fault { addr, access: access_flags, user_mode: exit.user_mode() })
             }
             _ => None,
         };
-        if let Some(fault) = &fault {
+        let mut general = self.vcpu.general()?;
+        if let (Some(fault), Some(brief)) = (&fault, self.vcpu.brief()) {
             let mut access = Access::new(&mut self.vcpu, &self.machine);
-            if self.local.shortcuts.take(&mut general, &snapshot, fault, &mut access)? {
+            if self.local.shortcuts.take(&mut general, &brief, fault, &mut access)? {
                 return Ok(self.vcpu.set_general(&general)?);
             }
         }
+        let Some(snapshot) = self.vcpu.snapshot() else {
+            return Err(
+                self.give_up(ExitCode::AbiMismatch, "the module gave no snapshot with an exit that needs decoding")
+            );
+        };
         let before = state::to_emulator(&general, &snapshot, exit.user_mode());
         let mut cpu = before.clone();
         let mut access = Access::new(&mut self.vcpu, &self.machine);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The short way does what the long one does, and is not taken where anything is different.
 
-use axvcpu_uapi::client::Snapshot;
+use axvcpu_uapi::client::{Brief, Snapshot};
 use axvcpu_uapi::exit::AccessFlags;
 use axvcpu_uapi::x86::{Control, Segments};
 
@@ -10,12 +10,12 @@ use super::faults::{paged, set_leaf};
 use super::*;
 
 /// What the exit of an access to `at` shows of `cpu`.
-fn shown(cpu: &CpuState, at: u64, access: AccessFlags) -> (Snapshot, Fault) {
+fn shown(cpu: &CpuState, at: u64, access: AccessFlags) -> (Brief, Fault) {
     let [es, cs, ss, ds, fs, gs] = cpu.segments;
     let segments = Segments { es, cs, ss, ds, fs, gs, ..Segments::default() };
     let control = Control { cr0: cpu.cr0, cr3: cpu.cr3, cr4: cpu.cr4, efer: cpu.efer, ..Control::default() };
     let fault = Fault { addr: GuestPhysAddr::new(at), access, user_mode: cpu.cpl == 3 };
-    (Snapshot { control, segments }, fault)
+    (Brief::from(&Snapshot { control, segments }), fault)
 }
 
 /// A CPU before `mov [rdi], eax`, which is remembered, and its access.
@@ -33,9 +33,9 @@ fn known_store() -> (CpuState, Machine, Shortcuts, Fault) {
 
 /// Whether the short way is taken; if not, nothing may have happened.
 fn taken(shortcuts: &Shortcuts, cpu: &CpuState, machine: &mut Machine, fault: &Fault) -> bool {
-    let (snapshot, _) = shown(cpu, 0, AccessFlags::READ);
+    let (brief, _) = shown(cpu, 0, AccessFlags::READ);
     let (mut general, events) = (cpu.general(), machine.events.len());
-    let taken = shortcuts.take(&mut general, &snapshot, fault, machine).unwrap();
+    let taken = shortcuts.take(&mut general, &brief, fault, machine).unwrap();
     assert!(taken || general == cpu.general() && machine.events.len() == events, "not taken, but something happened");
     taken
 }
@@ -78,11 +78,11 @@ fn moves_have_the_results_of_the_long_way() {
 
         let (mut expected, mut reference) = (cpu.clone(), machine.clone());
         assert_eq!(run(&mut expected, &mut reference).unwrap(), RETIRED, "{code:02x?}");
-        let (snapshot, fault) = shown(&cpu, AT, access);
+        let (brief, fault) = shown(&cpu, AT, access);
         let mut shortcuts = Shortcuts::new();
         shortcuts.learn(&Config::default(), &cpu, &fault, &mut machine).unwrap();
         let mut general = cpu.general();
-        assert!(shortcuts.take(&mut general, &snapshot, &fault, &mut machine).unwrap(), "{code:02x?}");
+        assert!(shortcuts.take(&mut general, &brief, &fault, &mut machine).unwrap(), "{code:02x?}");
         assert_eq!(general, expected.general(), "{code:02x?}");
         assert_eq!(machine.events, reference.events, "{code:02x?}");
     }
