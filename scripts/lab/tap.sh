@@ -46,7 +46,7 @@ worked() {
 
 # Whether the guest's output in a file is that of a whole run.
 reported() {
-	grep -q '^Linux guest ' "$1" && grep -q 'model name' "$1" && grep -q '^Mem:' "$1"
+	grep -q '^Linux guest ' "$1" && grep -qE 'model name|CPU part' "$1" && grep -q '^Mem:' "$1"
 }
 
 # wait_limited PID SECONDS: its status, or 124 after killing it. (On a slow host the

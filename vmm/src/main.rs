@@ -169,7 +169,8 @@ fn check(path: &Path, hypervisor: Option<Hypervisor>) -> Status {
 
 fn examine(hypervisor: Hypervisor, device: Option<&Path>) -> Status {
     let findings = doctor::examine(hypervisor, device);
-    let text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
+    let lines: Vec<String> = findings.iter().map(ToString::to_string).collect();
+    let text = lines.join("\n") + "\n";
     let _ = std::io::stdout().write_all(text.as_bytes());
     doctor::exit_code(&findings).into_status()
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axvcpu_uapi::arm64::{General, Gic, GIC_CLEAR_SPI, GIC_SET_SPI};
+use axvcpu_uapi::arm64::{General, Gic, GIC_SET_SPI};
 use axvcpu_uapi::client::{self, Apic, System};
 use axvcpu_uapi::ioctl;
 use axvcpu_uapi::system::{self, SystemInfo};
@@ -82,9 +82,13 @@ pub struct Spis(client::Vm);
 
 impl Lines for Spis {
     fn set(&self, number: u32, level: bool) {
-        let register = if level { GIC_SET_SPI } else { GIC_CLEAR_SPI };
-        if let Err(error) = self.0.signal_msi(DISTRIBUTOR + register, number) {
-            tracing::warn!(number, level, %error, "interrupt lost");
+        // The device tree calls all of them edge-triggered: a message makes one pending, and the message that lowers a
+        // line would take that back before the guest has seen it (Arm IHI 0069, GICD_CLRSPI_NSR).
+        if !level {
+            return;
+        }
+        if let Err(error) = self.0.signal_msi(DISTRIBUTOR + GIC_SET_SPI, number) {
+            tracing::warn!(number, %error, "interrupt lost");
         }
     }
 }
