@@ -28,6 +28,7 @@ macro_rules! address {
                 self.0 & align.wrapping_sub(1) == 0
             }
             /// The address `offset` bytes further, or `None` past the end of the 64-bit space.
+            #[inline]
             pub const fn checked_add(self, offset: u64) -> Option<Self> {
                 match self.0.checked_add(offset) {
                     Some(value) => Some(Self(value)),

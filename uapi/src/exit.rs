@@ -341,10 +341,12 @@ impl AxVCpuExitReason {
     ///
     /// # Errors
     /// [`UnknownExit`] with the record itself, if its number or a field is none that this crate writes.
+    #[inline]
     pub fn decode(record: &ExitRecord) -> Result<Self, UnknownExit> {
         Self::decode_fields(record).ok_or(UnknownExit(*record))
     }
 
+    #[inline]
     fn decode_fields(record: &ExitRecord) -> Option<Self> {
         let [a, b, c, d, e, f, g] = record.data;
         let flag = |value: u64| match value {

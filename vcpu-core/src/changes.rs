@@ -61,6 +61,7 @@ impl Changes {
     }
 
     /// Whether memory in `range` is changing, or may have changed since `snapshot`.
+    #[inline]
     pub fn disturbed(&self, snapshot: Snapshot, range: &Range<u64>) -> bool {
         let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         if self.under_way != 0 && overlaps(&self.span) {

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 ///
 /// # Errors
 /// The errno of the call.
+#[inline]
 pub(super) fn none(fd: BorrowedFd<'_>, request: u32) -> Result<i32, Errno> {
     debug_assert_eq!(request >> 16, 0, "the request has an argument");
     // SAFETY: the request number says that there is no argument, so the kernel follows no pointer; `fd` is open.

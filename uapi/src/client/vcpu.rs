@@ -139,6 +139,7 @@ impl Vcpu {
     /// # Errors
     /// [`Error::Run`]: `EBADFD` before [`setup`](Self::setup), `EBUSY` if another hypervisor owns the CPU, and others
     /// that axvcpu(4) lists; the vCPU is unharmed. [`Error::UnknownExit`] from a module that is newer than this crate.
+    #[inline]
     pub fn run(&mut self) -> Result<Exit> {
         match sys::none(self.as_fd(), ioctl::RUN) {
             // A signal waits: EINTR, and the exit in the page is Interrupted.

@@ -103,6 +103,7 @@ impl IpaBits {
 
 impl Levels {
     /// 2 to 5.
+    #[inline]
     pub const fn count(self) -> u8 {
         match self {
             Self::Four => 4,
@@ -114,6 +115,7 @@ impl Levels {
     }
 
     /// First guest physical address that cannot be mapped.
+    #[inline]
     pub const fn limit(self) -> u64 {
         match self {
             Self::Four => 1 << 48,
@@ -210,6 +212,7 @@ impl PageSize {
     pub const ALL: [Self; 3] = [Self::Size4K, Self::Size2M, Self::Size1G];
 
     /// The size in bytes.
+    #[inline]
     pub const fn bytes(self) -> u64 {
         self.level().span()
     }
@@ -352,6 +355,7 @@ impl LeafCount {
     }
 
     /// The bytes that they map together.
+    #[inline]
     pub const fn bytes(self) -> u64 {
         // Below 2^52: leaves do not overlap, and that is where addresses end.
         (self.size_4k << 12).wrapping_add(self.size_2m << 21).wrapping_add(self.size_1g << 30)

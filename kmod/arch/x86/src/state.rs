@@ -305,6 +305,7 @@ impl<H: X86Hal> Guest<H> {
             || mailbox.pending()
     }
 
+    #[inline(never)]
     fn take_mail(&mut self, hw: &mut impl Backend<H>, mailbox: &Mailbox<H>) {
         let (init, sipi) = self.collect(mailbox);
         if init {

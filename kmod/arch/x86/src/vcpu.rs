@@ -396,7 +396,7 @@ impl<H: X86Hal> X86VCpu<H> {
     /// Takes what was posted to the vCPU, and publishes who it is. Tells whether there is something to run for: false for a vCPU that
     /// is halted or waits for a start-up IPI, with nothing to change that. To be called right before [`run`](AxArchVCpu::run),
     /// with interrupts off, so that nothing posted earlier is missed.
-    #[inline]
+    #[inline(always)] // Mostly it finds nothing to do.
     pub fn prepare(&mut self, mailbox: &Mailbox<H>) -> bool {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
     }
