@@ -125,14 +125,6 @@ for mib in $sizes; do
 	fi
 done
 
-if [ "$hypervisor" = kvm ]; then
-	# With several CPUs; test-smp.sh does more, which KVM fails where the host's
-	# own time-stamp counters are as far apart as in QEMU's emulation.
-	guest_config /tmp/cpus.toml 256M
-	sed -i 's/^cpu_num = .*/cpu_num = 2/' /tmp/cpus.toml
-	guest_run "boots with 2 CPUs" /tmp/cpus.toml $((limit * 2))
-fi
-
 # Free memory and kernel objects, in KiB, with the module out and caches empty.
 settle() {
 	module_out || return 1

@@ -22,7 +22,7 @@ host_epoch=$(($(date +%s) - $(now) / 1000))
 
 # smp_config FILE CPUS
 smp_config() {
-	sed -e "s/^cmdline = \"/&lab=smp smp.cpus=$2 smp.mib=$mib /" -e "s/^cpu_num = .*/cpu_num = $2/" \
+	sed -e "s/^cmdline = \"/&lab=smp smp.cpus=$2 smp.mib=$mib smp.on=$hypervisor /" -e "s/^cpu_num = .*/cpu_num = $2/" \
 		-e 's|^ramdisk_path = .*|ramdisk_path = "/tmp/smp.img"|' \
 		-e "s/^\[base\]/&\nhypervisor = \"$hypervisor\"/" \
 		-e "s/^memory = .*/memory = \"$((192 + mib * 16 + $2 * 8))M\"/" /lab/vm.toml >"$1"
