@@ -123,8 +123,8 @@ pub struct Mailbox<H: AxVCpuHal> {
     levels: [AtomicU64; 4],
     /// [`Identity`], in one word so that routing never sees half of a change.
     identity: AtomicU64,
-    /// What goes to the hardware, if [`posting`](Self::posting). In a frame of its own: the SDM wants it aligned to 64 bytes, and
-    /// Bochs (3.0) to a page.
+    /// What goes to the hardware, if [`posting`](Self::posting). In a frame of its own, whose physical address
+    /// the hardware is given.
     descriptor: Option<Framed<Descriptor, H>>,
     posting: AtomicBool,
 }
