@@ -37,10 +37,10 @@ void axvcpu_notify_posted(int cpu)
 	put_cpu();
 }
 
-static unsigned int apic_steps = 1;
+static unsigned int apic_steps = 3;
 module_param(apic_steps, uint, 0444);
 MODULE_PARM_DESC(apic_steps,
-		 "What the CPU may do for guests' local APICs, if it can: 0 nothing, 1 the task priority, 2 also interrupt delivery, 3 also posted interrupts (default 1)");
+		 "What the CPU may do for guests' local APICs, if it can: 0 nothing, 1 the task priority, 2 also interrupt delivery, 3 also posted interrupts (default)");
 
 unsigned int axvcpu_apic_steps(void)
 {

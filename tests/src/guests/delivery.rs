@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         "delivery/registers-are-shut-when-x2apic-mode-ends" => mode_ends;
         "delivery/messages-to-a-guest-that-does-not-leave" => running [abi], in 60;
         "delivery/messages-interrupt-a-guest-at-once" => at_once [abi], in 60;
+        "delivery/messages-from-another-cpu-without-an-exit" => without_exits [abi], in 60;
         "delivery/messages-at-the-edge-of-an-entry" => edge [abi], in 60;
         "delivery/messages-wake-and-none-is-lost" => sleeping [abi], in 60;
         "delivery/registers-in-flight" => in_flight [abi];
@@ -316,11 +317,12 @@ fn send(vm: &Vm, ram: &Memory, numbers: std::ops::RangeInclusive<u64>, vectors: 
     Ok(())
 }
 
-/// Runs `m` while another thread sends `count` pairs of messages.
-fn receive(m: &mut Machine, count: u64) -> CaseResult {
+/// Runs `m` while another thread sends `count` pairs of messages, from the CPU `from` if that is given.
+fn receive(m: &mut Machine, count: u64, from: Option<usize>) -> CaseResult {
     let (vm, ram, kicker) = (m.vm.clone(), Arc::clone(&m.ram), m.vcpu.kicker());
     let sender = thread::spawn(move || {
-        let result = send(&vm, &ram, 1..=count, &[(0x40, DATA), (0x60, DATA + 8)]);
+        let pinned = from.map_or(Ok(()), |cpu| pin(SELF, cpu));
+        let result = pinned.and_then(|()| send(&vm, &ram, 1..=count, &[(0x40, DATA), (0x60, DATA + 8)]));
         kicker.kick()?;
         result
     });
@@ -340,7 +342,28 @@ fn receive(m: &mut Machine, count: u64) -> CaseResult {
 
 fn running() -> CaseResult {
     let mut m = machine(counting!(running, "sti", "2: pause", "jmp 2b"))?;
-    receive(&mut m, 100)
+    receive(&mut m, 100, None)
+}
+
+/// Where the CPU takes posted interrupts, a guest that runs on one CPU need not leave for what another CPU sends.
+fn without_exits() -> CaseResult {
+    const PAIRS: u64 = 100;
+    let allowed = Allowed::several()?;
+    let mut m = machine(counting!(without_exits, "sti", "2: jmp 2b"))?;
+    pin(SELF, allowed.cpus[0])?;
+    let before = m.vcpu.stats()?;
+    receive(&mut m, PAIRS, Some(allowed.cpus[1]))?;
+    let after = m.vcpu.stats()?;
+    let entries = after.entries - before.entries;
+    println!("# {} messages, {entries} entries, {} injections", 2 * PAIRS, after.injections - before.injections);
+    if after.injections != before.injections {
+        return Err(Stop::Skip("the CPU delivers no interrupts by itself".into()));
+    }
+    if std::fs::read_to_string("/sys/module/axvcpu/parameters/apic_steps")?.trim() != "3" {
+        return Err(Stop::Skip("the module posts no interrupts to the CPU: apic_steps".into()));
+    }
+    ensure!(entries < PAIRS, "{entries} entries for {} messages", 2 * PAIRS);
+    Ok(())
 }
 
 /// A guest that leaves only when the host's timer interrupts it takes messages, too, but one a tick at the most, which is 1 ms
@@ -380,12 +403,12 @@ fn at_once() -> CaseResult {
 
 fn edge() -> CaseResult {
     let mut m = machine(counting!(edge, "sti", "2: out 0x80, al", "jmp 2b"))?;
-    receive(&mut m, 100)
+    receive(&mut m, 100, None)
 }
 
 fn sleeping() -> CaseResult {
     let mut m = machine(counting!(sleeping, "2: sti", "hlt", "cli", "jmp 2b"))?;
-    receive(&mut m, 100)
+    receive(&mut m, 100, None)
 }
 
 /// What is requested and in service can be read, and set: the guest finds what was set.
