@@ -332,7 +332,7 @@ mod tests {
             (with_status(system::STATUS_IN_USE), ExitCode::InUse, "modprobe -r"),
             (with_status(system::STATUS_DISABLED_BY_FIRMWARE), ExitCode::FirmwareDisabled, "firmware's setup"),
             (with_status(system::STATUS_UNSUPPORTED), ExitCode::NoVirtualization, "nested virtualization"),
-            (with_status(system::STATUS_TOO_OLD), ExitCode::NoVirtualization, "nested paging"),
+            (with_status(system::STATUS_TOO_OLD), ExitCode::NoVirtualization, arch::axvcpu::TOO_OLD_CURE),
             (with_status(system::STATUS_HOST_NOT_AT_EL2), ExitCode::NoVirtualization, "lacks VHE"),
             (
                 Facts { created: Some(Err(client::Error::CreateVm(Errno::ENOSPC))), ..facts() },

@@ -11,7 +11,8 @@ fn parse(text: &str) -> Result<VmConfig, ConfigError> {
 
 #[test]
 fn a_full_configuration() {
-    let config = parse(
+    let base = layout::RAM_START;
+    let text = format!(
         r#"
         [base]
         id = 7
@@ -23,30 +24,35 @@ fn a_full_configuration() {
         kernel_path = "vmlinuz"
         ramdisk_path = "/boot/initrd"
         cmdline = "console=ttyS0 quiet"
-        memory_regions = [ { base = 0x1_0000_0000, size = "1G" }, { base = 0, size = 0x800_0000 } ]
-        modules = [ { path = "../m", cmdline = "x y" } ]
+        memory_regions = [ {{ base = 0x1_0000_0000, size = "1G" }}, {{ base = {base}, size = 0x800_0000 }} ]
+        modules = [ {{ path = "../m", cmdline = "x y" }} ]
         [devices]
-        serial = { file = "log" }
-        [devices.debug_exit]
-        port = 0x501
-        [devices.debug_console]
+        serial = {{ file = "log" }}
         "#,
-    )
-    .unwrap();
+    );
+    let config = parse(&text).unwrap();
     assert_eq!((config.id, config.name.as_str()), (7, "demo"));
     assert_eq!(config.hypervisor, Hypervisor::Kvm);
     assert_eq!(config.vcpus, [Some(3), Some(1), Some(1 << 31)]);
-    assert_eq!(
-        config.memory,
-        [MemoryRegion { base: 0, size: 128 << 20 }, MemoryRegion { base: 4 << 30, size: 1 << 30 }]
-    );
+    assert_eq!(config.memory, [MemoryRegion { base, size: 128 << 20 }, MemoryRegion { base: 4 << 30, size: 1 << 30 }]);
     assert_eq!(config.memory_size(), (128 << 20) + (1 << 30));
     assert_eq!(config.kernel.path, Path::new("/vms/demo/vmlinuz"));
     assert_eq!(config.kernel.ramdisk.as_deref(), Some(Path::new("/boot/initrd")));
     assert_eq!(config.kernel.modules[0].path, Path::new("/vms/demo/../m"));
     assert_eq!(config.devices.serial, SerialConfig::File("/vms/demo/log".into()));
-    assert_eq!(config.devices.debug_exit, Some(0x501));
-    assert_eq!(config.devices.debug_console, Some(0xe9));
+}
+
+#[test]
+fn debug_devices_are_for_machines_with_ports() {
+    let kernel = "[kernel]\nkernel_path = \"k\"\nmemory = \"64M\"\n";
+    let text = format!("{kernel}[devices.debug_exit]\nport = 0x501\n[devices.debug_console]");
+    if arch::HAS_PORTS {
+        let devices = parse(&text).unwrap().devices;
+        assert_eq!((devices.debug_exit, devices.debug_console), (Some(0x501), Some(0xe9)));
+    } else {
+        let error = parse(&text).unwrap_err();
+        assert_eq!((error.problem, error.position()), (Problem::Unsupported, Some((4, 1))), "{error}");
+    }
 }
 
 #[test]
@@ -61,15 +67,29 @@ fn what_is_left_out_has_a_default() {
 
 #[test]
 fn raw_binaries() {
-    let config = parse("[kernel]\nkernel_path = \"k\"\nmemory = 2097152\nentry_point = 0x8000\nentry_mode = \"long\"");
-    let kernel = config.unwrap().kernel;
-    assert_eq!((kernel.entry_point, kernel.load_addr, kernel.entry_mode), (Some(0x8000), None, EntryMode::Long));
+    let raw = "[kernel]\nkernel_path = \"k\"\nmemory = 2097152\nentry_point = 0x8000\n";
+    let kernel = parse(raw).unwrap().kernel;
+    assert_eq!((kernel.entry_point, kernel.load_addr), (Some(0x8000), None));
+    let long = parse(&format!("{raw}entry_mode = \"long\""));
+    if arch::HAS_MODES {
+        assert_eq!(long.unwrap().kernel.entry_mode, EntryMode::Long);
+    } else {
+        assert_eq!(long.unwrap_err().problem, Problem::Unsupported);
+    }
 }
+
+/// The `[kernel]` table with more in it.
+fn kernel(rest: &str) -> String {
+    format!("[kernel]\nkernel_path = \"k\"\n{rest}")
+}
+
+/// A configuration, its problem, where that is, and words of the message.
+type Case<'a> = (String, Problem, Option<(usize, usize)>, &'a str);
 
 #[test]
 fn bad_configurations() {
-    let kernel = |rest: &str| format!("[kernel]\nkernel_path = \"k\"\n{rest}");
-    type Case<'a> = (String, Problem, Option<(usize, usize)>, &'a str);
+    // As long on every architecture, so that the places are the same.
+    let start = format!("{:#010x}", layout::RAM_START);
     let cases: &[Case<'_>] = &[
         ("[kernel\n".into(), Problem::Syntax, Some((1, 8)), "not valid TOML"),
         (kernel("memory = \"1G\"\nmemory = \"2G\""), Problem::Syntax, Some((4, 1)), "duplicate"),
@@ -93,27 +113,25 @@ fn bad_configurations() {
         (kernel("memory = \"64T\""), Problem::Value, Some((3, 10)), "more than a guest can have"),
         (kernel("memory_regions = []"), Problem::MemoryTooSmall, Some((3, 18)), "too small"),
         (
-            kernel("memory_regions = [{ base = 0, size = \"2M\" }, { base = 0x100000, size = \"2M\" }]"),
+            kernel(&format!(
+                "memory_regions = [{{ base = {start}, size = \"2M\" }}, {{ base = {start}, size = \"4M\" }}]"
+            )),
             Problem::MemoryOverlap,
-            Some((3, 46)),
-            "overlaps another region, 0x0 to 0x200000",
+            Some((3, 55)),
+            "overlaps another region, 0x",
         ),
         (
-            kernel("memory_regions = [{ base = 0, size = \"4G\" }]"),
-            Problem::MemoryOverlap,
-            Some((3, 19)),
-            "overlaps the devices",
-        ),
-        (
-            kernel("memory_regions = [{ base = 0x100000, size = \"4M\" }]"),
+            kernel("memory_regions = [{ base = 0x48000000, size = \"4M\" }]"),
             Problem::MemoryTooSmall,
             Some((3, 18)),
-            "at address 0",
+            "has to be at address 0x",
         ),
         (
-            kernel("memory_regions = [{ base = 0, size = \"2M\" }, { base = 0x7ffffffffffff000, size = \"1T\" }]"),
+            kernel(&format!(
+                "memory_regions = [{{ base = {start}, size = \"2M\" }}, {{ base = 0x7ffffffffffff000, size = \"1T\" }}]"
+            )),
             Problem::Value,
-            Some((3, 46)),
+            Some((3, 55)),
             "has to end below",
         ),
         (
@@ -127,8 +145,6 @@ fn bad_configurations() {
         (kernel("memory = \"1G\"\n[base]\nphys_cpu_sets = [1, 2]"), Problem::Value, Some((5, 17)), "1 expected, 2"),
         (kernel("memory = \"1G\"\n[base]\nphys_cpu_sets = [0]"), Problem::Value, Some((5, 17)), "without any"),
         (kernel("memory = \"1G\"\n[base]\nname = \"\""), Problem::Value, Some((5, 8)), "1 to 64"),
-        (kernel("memory = \"1G\"\nentry_mode = \"real\""), Problem::Value, Some((4, 14)), "need an entry_point"),
-        (kernel("memory = \"1G\"\nentry_point = 0x1_0000_0000"), Problem::Value, Some((4, 15)), "0xffffffff at most"),
         (kernel("memory = \"1G\"\ncmdline = \"a\\u0000b\""), Problem::Value, Some((4, 11)), "NUL"),
         (
             kernel(&format!("memory = \"1G\"\ncmdline = \"{}\"", "x".repeat(4096))),
@@ -137,6 +153,22 @@ fn bad_configurations() {
             "4096 bytes; 4095",
         ),
         ("[kernel]\nkernel_path = \"\"\nmemory = \"1G\"".into(), Problem::Value, Some((2, 15)), "empty path"),
+    ];
+    refuse(cases);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn bad_configurations_of_a_pc() {
+    refuse(&[
+        (
+            kernel("memory_regions = [{ base = 0, size = \"4G\" }]"),
+            Problem::MemoryOverlap,
+            Some((3, 19)),
+            "overlaps the devices",
+        ),
+        (kernel("memory = \"1G\"\nentry_mode = \"real\""), Problem::Value, Some((4, 14)), "need an entry_point"),
+        (kernel("memory = \"1G\"\nentry_point = 0x1_0000_0000"), Problem::Value, Some((4, 15)), "0xffffffff at most"),
         (
             kernel("memory = \"1G\"\n[devices.debug_exit]\nport = 0x3f9"),
             Problem::Value,
@@ -149,7 +181,35 @@ fn bad_configurations() {
             Some((6, 8)),
             "overlaps debug_exit",
         ),
-    ];
+    ]);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn bad_configurations_of_a_board() {
+    refuse(&[
+        (
+            kernel("memory_regions = [{ base = 0, size = \"2G\" }]"),
+            Problem::MemoryOverlap,
+            Some((3, 19)),
+            "overlaps the devices",
+        ),
+        (
+            kernel("memory = \"1G\"\nentry_point = 0x4000_0000\nentry_mode = \"real\""),
+            Problem::Unsupported,
+            Some((5, 14)),
+            "one mode",
+        ),
+        (
+            kernel("memory = \"1G\"\n[devices.debug_console]\nport = 0xe9"),
+            Problem::Unsupported,
+            Some((4, 1)),
+            "which arm64 has not",
+        ),
+    ]);
+}
+
+fn refuse(cases: &[Case<'_>]) {
     for (text, problem, position, words) in cases {
         let error = parse(text).expect_err(text);
         let shown = error.to_string();

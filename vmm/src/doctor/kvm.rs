@@ -88,7 +88,7 @@ mod tests {
         let open = |errno| Error::Open { path: "/dev/kvm".into(), errno };
         let closed = |error| Facts { opened: Err(error), created: None, ..healthy() };
         let cases = [
-            (closed(open(Errno::ENOENT)), ExitCode::NoDevice, "modprobe kvm_amd"),
+            (closed(open(Errno::ENOENT)), ExitCode::NoDevice, arch::kvm::MISSING_CURE),
             (closed(open(Errno::EACCES)), ExitCode::NoPermission, "usermod -aG kvm"),
             (closed(Error::Lacks { what: "it", since: "4.4" }), ExitCode::AbiMismatch, "newer kernel"),
             (Facts { created: Some(Err(Error::CreateVm(Errno::EBUSY))), ..healthy() }, ExitCode::InUse, "rmmod axvcpu"),
