@@ -2,6 +2,7 @@
 //! The table of assembled guests: each case is a few instructions, an initial state, and the exits and registers that
 //! must come of them. The cases are the same for every backend.
 
+mod allocation;
 mod apic;
 mod control;
 mod cpuid;
@@ -55,6 +56,7 @@ pub fn cases() -> Vec<Case> {
         spaces::cases(),
         threads::cases(),
         smp::cases(),
+        allocation::cases(),
     ]
     .into_iter()
     .flatten()
