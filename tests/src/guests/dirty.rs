@@ -220,7 +220,9 @@ fn small_pages() -> CaseResult {
 }
 
 fn large_pages() -> CaseResult {
-    // One run in several ends with a nested page fault that should have been resolved in the kernel.
+    // About one run in fifty on QEMU's emulated CPU (10.0), on a busy machine, ends with an exit that finds the host's own
+    // state in the guest's: RIP behind VMRUN, the host's CR3, RSP and RAX, and a nested page fault in the walk of the
+    // host's page tables. Neither the log nor its leaves are at fault, but what is has not been found.
     if std::env::var_os("AXVCPU_KNOWN_DEFECTS").is_none() {
         return Err(Stop::Skip("a known defect: AXVCPU_KNOWN_DEFECTS=1 runs it".into()));
     }
@@ -257,7 +259,11 @@ fn scribble(huge: bool) -> CaseResult {
                     }
                     AxVCpuExitReason::IoWrite { port: 0x80, .. } => rounds.fetch_add(1, Ordering::Relaxed),
                     AxVCpuExitReason::Interrupted => continue,
-                    other => return Err(Stop::Fail(format!("exit {other:x?}"))),
+                    other => {
+                        let general: axvcpu_uapi::x86::General = vcpu.get()?;
+                        let control: axvcpu_uapi::x86::Control = vcpu.get()?;
+                        return Err(Stop::Fail(format!("exit {other:x?} {general:x?} {control:x?}")));
+                    }
                 };
             }
         };
@@ -271,7 +277,8 @@ fn scribble(huge: bool) -> CaseResult {
         };
         let (mut reads, mut told) = (0, 0);
         let reading: CaseResult = (|| {
-            while reads < 40 || rounds.load(Ordering::Relaxed) < 60 {
+            // A busy host may let the reader have all of the time at first.
+            while reads < 40 || rounds.load(Ordering::Relaxed) < 60 || told <= PAGES {
                 harness::check_time()?;
                 told += take()?;
                 reads += 1;
@@ -284,8 +291,7 @@ fn scribble(huge: bool) -> CaseResult {
             written += harness::joined(runner.join())??;
         }
         reading?;
-        told += take()?;
-        ensure!(told > PAGES, "only {told} pages were told in {reads} rounds");
+        take()?;
         let mut sum = 0;
         for (page, copy) in copy.iter().enumerate() {
             let now = words(page)?;

@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         "memory/slot-removed-while-running" => removed [abi];
         "memory/slot-added-while-running" => added [abi];
         "memory/discarded-while-running" => discarded;
-        "memory/discarded-many-times-while-running" => discard_storm [abi];
+        "memory/discarded-many-times-while-running" => discard_storm [abi], in 60;
         "memory/read-only-slot" => read_only [abi];
         "memory/no-execute-slot" => no_execute [abi];
         "memory/protected-while-running" => protected [abi];
