@@ -165,7 +165,11 @@ fn level() -> CaseResult {
     let edge = m.vm.attach_interrupt(&event, MSI, 0x40, Some(resample.as_fd()));
     ensure_eq!(edge, Err(Error::AttachInterrupt(Errno::EINVAL)), "resampling of an edge");
     m.vm.attach_interrupt(&event, MSI, LEVEL | 0x40, Some(resample.as_fd()))?;
-    // No APIC is enabled yet: nobody takes it, and it does not count as being handled.
+    // An APIC that is not enabled takes nothing, so the signal does not count as being handled. (The boot processor's is enabled
+    // at the start. A run, even one that is kicked at once, tells others that it no longer is.)
+    m.vcpu.apic_access(0xf0, Some(0xff))?;
+    m.vcpu.kicker().kick()?;
+    m.expect(AxVCpuExitReason::Interrupted)?;
     event.write(1)?;
     m.expect_mark(0x80)?;
     for round in 0..3 {
