@@ -32,7 +32,7 @@ impl Effort {
         if quick {
             Self { samples: 3, divisor: 3 }
         } else {
-            Self { samples: 7, divisor: 1 }
+            Self { samples: 5, divisor: 1 }
         }
     }
 
