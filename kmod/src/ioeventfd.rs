@@ -172,6 +172,7 @@ impl IoEventfds {
 
     /// The guest is about to write to `address`, which is not memory. If an eventfd is attached to that, `complete` is to do
     /// the instruction but for the write, and if it can, the eventfd is signalled. Whether it was.
+    #[cfg(CONFIG_X86_64)] // Elsewhere writes are the program's to match: `KNOWS_WRITES`.
     #[inline]
     pub(crate) fn memory_write(&self, address: u64, irq_off: &IrqOff, complete: impl FnOnce() -> bool) -> bool {
         match self.at((false, address), irq_off).next() {

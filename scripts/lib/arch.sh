@@ -34,10 +34,10 @@ arch_select() {
 		axv_choice=kernel-main-aarch64
 		axv_kernel_make=(ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu- CROSS_COMPILE_COMPAT=)
 		axv_rustflags='-C target-feature=+crt-static -C linker=aarch64-linux-gnu-gcc-14'
-		# Abuse, peer and bench are x86's so far.
+		# Peer and bench are x86's so far.
 		axv_packages=(--package axvcpu-tests --package axvmm)
-		axv_packages+=(--bin axvmm --bin axvcpu-guests --bin axvcpu-load)
-		axv_programs=(axvmm axvcpu-guests axvcpu-load)
+		axv_packages+=(--bin axvmm --bin axvcpu-guests --bin axvcpu-abuse --bin axvcpu-load)
+		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-load)
 		axv_host_modules=(vfat loop) # KVM is built in
 		;;
 	esac

@@ -7,7 +7,6 @@
 //! Linux guest and keeps its CPUs busy with each other ([`load`]). All print one line for each case ([`harness`]) and
 //! need nothing but themselves, so they can be linked statically and dropped into an initramfs.
 
-#[cfg(target_arch = "x86_64")]
 pub mod abuse;
 pub mod code;
 #[cfg(target_arch = "x86_64")]

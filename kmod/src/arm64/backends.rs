@@ -23,8 +23,8 @@ impl Backends {
     /// # Errors
     /// `ENOMEM`, `ENOSPC`.
     pub(crate) fn new() -> Result<Option<Self>> {
-        if arm_vcpu::detect().is_err() {
-            if let Some(missing) = arm_vcpu::missing_feature() {
+        if super::detect().is_err() {
+            if let Some(missing) = super::missing_feature() {
                 pr_warn!("no vCPUs on this host: it lacks {}\n", missing);
             }
             return Ok(None);

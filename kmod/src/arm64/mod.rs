@@ -11,7 +11,7 @@ mod vm;
 
 use arm_vcpu::{ArmPerCpu, ArmVCpu, Capabilities};
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
-use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
+use vcpu_core::{npt::TableMemory, AxError, AxResult, HostPhysAddr};
 
 pub(crate) use exits::enter;
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
@@ -29,6 +29,25 @@ use crate::{
 
 /// A VM's interrupt controller.
 pub(crate) type Gic = arm_vcpu::gic::Gic<Host>;
+
+/// Whether vCPUs can run: on a kernel with pages of 4 KiB, as guests' memory is mapped page by page.
+///
+/// # Errors
+/// As [`arm_vcpu::detect`].
+pub(crate) fn detect() -> AxResult {
+    if kernel::page::PAGE_SIZE != 4096 {
+        return Err(AxError::Unsupported);
+    }
+    arm_vcpu::detect()
+}
+
+/// What [`detect`] has found wanting, for people.
+pub(crate) fn missing_feature() -> Option<&'static str> {
+    if kernel::page::PAGE_SIZE != 4096 {
+        return Some("a kernel with pages of 4 KiB (it has been built for larger ones)");
+    }
+    arm_vcpu::missing_feature()
+}
 
 /// The backend of a vCPU.
 pub(crate) type VCpu = ArmVCpu<Host, Arc<Gic>>;

@@ -22,13 +22,13 @@ pub(crate) fn system_ioctl(_cmd: u32, _arg: usize) -> Result<isize> {
 /// # Errors
 /// Why not.
 pub(crate) fn usable() -> AxResult {
-    arm_vcpu::detect()
+    super::detect()
 }
 
 /// Adds what there is to say of the host and its backend.
 pub(crate) fn describe(info: SystemInfo) -> SystemInfo {
     let info = SystemInfo { arch: ARCH_AARCH64, tsc_khz: arm_vcpu::counter_khz(), ..info };
-    match Capabilities::host() {
+    match super::detect().and_then(|()| Capabilities::host()) {
         Ok(caps) => SystemInfo {
             backend: BACKEND_VHE,
             status: STATUS_READY,

@@ -69,6 +69,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// `ENOMEM`.
+    #[cfg(CONFIG_X86_64)] // It writes the paravirtual clock.
     pub(crate) fn wrote(&self, addr: GuestPhysAddr, spare: &mut Spare) -> Result {
         spare.fill()?;
         let mut state = self.state.lock();

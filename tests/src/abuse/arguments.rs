@@ -1,31 +1,40 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Arguments that are wrong in themselves: numbers, sizes, pointers, reserved fields, flags, values.
 
-use super::{Kind, Objects, CALLS};
+use super::{arch, Kind, Objects, CALLS};
 use crate::harness::{Case, CaseResult};
 use crate::{ensure_eq, raw, table};
 use axvcpu_uapi::aspace::{MapRegion, ProtectRange, MEM_READ};
 use axvcpu_uapi::client::{Errno, Memory};
-use axvcpu_uapi::system::{CpuidTable, CreateVm};
-use axvcpu_uapi::vcpu::{ApicAccess, Entry, EptRoot, Event, Gpr, RegisterSet, Setup, MAX_MSRS};
+use axvcpu_uapi::system::CreateVm;
+use axvcpu_uapi::vcpu::{Entry, EptRoot, Gpr, RegisterSet, Setup};
 use axvcpu_uapi::vm::{CreateAddressSpace, CreateVcpu, Msi};
-use axvcpu_uapi::x86::{CpuidEntry, Msr};
 use axvcpu_uapi::{ioctl, AbiStruct};
+#[cfg(target_arch = "x86_64")]
+use axvcpu_uapi::{
+    system::CpuidTable,
+    vcpu::{ApicAccess, Event, MAX_MSRS},
+    x86::{CpuidEntry, Msr},
+};
 use std::os::fd::{AsFd, AsRawFd};
 
 pub(super) fn cases() -> Vec<Case> {
-    table! {
+    let mut cases = table! {
         "arguments/unknown-numbers" => unknown;
         "arguments/wrong-sizes-and-directions" => sizes;
         "arguments/bad-pointers" => pointers;
         "arguments/read-only-results" => read_only;
         "arguments/reserved-fields-and-flags" => reserved;
-        "arguments/cpuid-table-buffers" => cpuid_buffers;
-        "arguments/setup-cpuid-arrays" => setup_arrays;
         "arguments/register-set-buffers" => register_buffers;
         "arguments/values" => values;
         "arguments/run-page-requests" => requests;
-    }
+    };
+    #[cfg(target_arch = "x86_64")]
+    cases.extend(table! {
+        "arguments/cpuid-table-buffers" => cpuid_buffers;
+        "arguments/setup-cpuid-arrays" => setup_arrays;
+    });
+    cases
 }
 
 const KINDS: [Kind; 4] = [Kind::System, Kind::Vm, Kind::AddressSpace, Kind::Vcpu];
@@ -53,7 +62,7 @@ fn unknown() -> CaseResult {
 fn sizes() -> CaseResult {
     let mut objects = Objects::new()?;
     let mut buffer = [0u8; 1 << 14];
-    for call in &CALLS {
+    for call in CALLS {
         let size = (call.request >> 16) & 0x3fff;
         let mut others: Vec<u32> = [0, 1, size.wrapping_sub(1), size + 1, size + 8, size.wrapping_sub(8), 0x3fff]
             .into_iter()
@@ -109,7 +118,8 @@ fn read_only() -> CaseResult {
         ensure_eq!(result, Err(Errno::EFAULT), "{} with a result in read-only memory", call.name);
     }
     let addr = start.as_ptr() as u64;
-    let result = raw::plain(objects.vcpu.as_fd(), ioctl::GET_REGS, RegisterSet { set: 1, len: 144, addr });
+    let (set, len) = arch::GENERAL;
+    let result = raw::plain(objects.vcpu.as_fd(), ioctl::GET_REGS, RegisterSet { set, len, addr });
     ensure_eq!(result, Err(Errno::EFAULT), "GET_REGS into read-only memory");
     Ok(())
 }
@@ -131,7 +141,7 @@ fn reserved() -> CaseResult {
         let argument = CreateAddressSpace { flags: 0, reserved: flags };
         ensure_eq!(raw::plain(vm, ioctl::CREATE_ADDRESS_SPACE, argument), bad, "CREATE_ADDRESS_SPACE reserved");
         ensure_eq!(raw::plain(vm, ioctl::CREATE_VCPU, CreateVcpu { id: 5, flags }), bad, "CREATE_VCPU flags");
-        let argument = Msi { address: 0xfee0_0000, data: 0x40, flags };
+        let argument = Msi { address: arch::MSI, data: arch::MSI_DATA, flags };
         ensure_eq!(raw::plain(vm, ioctl::SIGNAL_MSI, argument), bad, "SIGNAL_MSI flags");
         let region = MapRegion { guest_addr: 0, size: 0x1000, user_addr: 0x10000, flags: MEM_READ, reserved: flags };
         ensure_eq!(raw::plain(space, ioctl::MAP, region), bad, "MAP reserved");
@@ -158,9 +168,10 @@ fn reserved() -> CaseResult {
     ] {
         ensure_eq!(raw::plain(objects.vcpu.as_fd(), ioctl::SETUP, setup), bad, "SETUP {setup:?}");
     }
-    objects.vcpu.setup(axvcpu_uapi::client::Apic::InKernel, &objects.system.supported_cpuid()?)?;
+    objects.vcpu.setup(axvcpu_uapi::client::Apic::InKernel, &arch::cpuid(&objects.system)?)?;
     let vcpu = objects.vcpu.as_fd();
     ensure_eq!(raw::plain(vcpu, ioctl::SET_GPR, Gpr { reg: 0, reserved: 1, value: 0 }), bad, "SET_GPR reserved");
+    #[cfg(target_arch = "x86_64")]
     for access in [
         ApicAccess { offset: 0x30, reserved: 1, ..ApicAccess::ZERO },
         ApicAccess { offset: 0x30, flags: 2, ..ApicAccess::ZERO },
@@ -168,11 +179,14 @@ fn reserved() -> CaseResult {
     ] {
         ensure_eq!(raw::plain(vcpu, ioctl::APIC_ACCESS, access), bad, "APIC_ACCESS {access:?}");
     }
+    #[cfg(target_arch = "x86_64")]
     let event = Event { kind: 3, vector: 6, flags: 4, ..Event::ZERO };
+    #[cfg(target_arch = "x86_64")]
     ensure_eq!(raw::plain(vcpu, ioctl::INJECT, event), bad, "INJECT flags");
     Ok(())
 }
 
+#[cfg(target_arch = "x86_64")]
 fn cpuid_buffers() -> CaseResult {
     let objects = Objects::new()?;
     let system = objects.system.as_fd();
@@ -201,6 +215,7 @@ fn cpuid_buffers() -> CaseResult {
     Ok(())
 }
 
+#[cfg(target_arch = "x86_64")]
 fn setup_arrays() -> CaseResult {
     let objects = Objects::new()?;
     let vcpu = objects.vcpu.as_fd();
@@ -235,10 +250,13 @@ fn setup_arrays() -> CaseResult {
 fn register_buffers() -> CaseResult {
     let (objects, _slot) = Objects::ready()?;
     let vcpu = objects.vcpu.as_fd();
-    let xsave = objects.system.info()?.xsave_size;
     let mut buffer = vec![0u8; 1 << 20];
     let addr = buffer.as_mut_ptr() as u64;
-    for (set, size) in [(1, 144), (2, 160), (3, 64), (4, 48), (6, xsave), (7, 56)] {
+    #[cfg(target_arch = "x86_64")]
+    let sets = [(1, 144), (2, 160), (3, 64), (4, 48), (6, objects.system.info()?.xsave_size), (7, 56)];
+    #[cfg(target_arch = "aarch64")]
+    let sets = [(16, 272), (17, 216), (18, 528)];
+    for (set, size) in sets {
         for request in [ioctl::GET_REGS, ioctl::SET_REGS] {
             for len in [0, 1, size - 1, size + 1, 2 * size, 1 << 20, u32::MAX] {
                 let result = raw::plain(vcpu, request, RegisterSet { set, len, addr });
@@ -250,21 +268,23 @@ fn register_buffers() -> CaseResult {
             }
         }
     }
-    for set in [0, 9, 10, 1 << 31, u32::MAX] {
+    for set in [0, 9, 10, 19, 1 << 31, u32::MAX] {
         for request in [ioctl::GET_REGS, ioctl::SET_REGS] {
             let result = raw::plain(vcpu, request, RegisterSet { set, len: 144, addr });
             ensure_eq!(result, Err(Errno::EINVAL), "set {set}, ioctl {request:#x}");
         }
     }
+    #[cfg(target_arch = "x86_64")]
     for len in [0, 1, 15, 17, 16 * (MAX_MSRS + 1), 1 << 20, u32::MAX] {
         for request in [ioctl::GET_REGS, ioctl::SET_REGS] {
             let result = raw::plain(vcpu, request, RegisterSet { set: 5, len, addr });
             ensure_eq!(result, Err(Errno::EINVAL), "MSRs of {len} bytes, ioctl {request:#x}");
         }
     }
-    let mut msr = Msr { index: 0xc000_0102, reserved: 7, value: 0 };
-    let bad = RegisterSet { set: 5, len: 16, addr: &raw mut msr as u64 };
+    #[cfg(target_arch = "x86_64")]
     for request in [ioctl::GET_REGS, ioctl::SET_REGS] {
+        let mut msr = Msr { index: 0xc000_0102, reserved: 7, value: 0 };
+        let bad = RegisterSet { set: 5, len: 16, addr: &raw mut msr as u64 };
         ensure_eq!(raw::plain(vcpu, request, bad), Err(Errno::EINVAL), "reserved field of an MSR, ioctl {request:#x}");
     }
     Ok(())
@@ -279,12 +299,12 @@ fn values() -> CaseResult {
         ensure_eq!(result, Err(Errno::EINVAL), "vCPU {id}");
     }
     ensure_eq!(raw::plain(vm, ioctl::CREATE_VCPU, CreateVcpu { id: 0, flags: 0 }), Err(Errno::EEXIST), "vCPU 0 again");
-    for guest_addr in [1 << 32, 1 << 52, 1 << 63, u64::MAX] {
+    for guest_addr in arch::BAD_ENTRIES {
         let result = raw::plain(vcpu, ioctl::SET_ENTRY, Entry { guest_addr });
         ensure_eq!(result, Err(Errno::EINVAL), "entry point {guest_addr:#x}");
     }
-    for address in [0, 0x1000, 0xfed0_0000, 0xfef0_0000, 0xfee0_0000 | (1 << 32)] {
-        let result = raw::plain(vm, ioctl::SIGNAL_MSI, Msi { address, data: 0x40, flags: 0 });
+    for address in arch::NOT_MSI {
+        let result = raw::plain(vm, ioctl::SIGNAL_MSI, Msi { address, data: arch::MSI_DATA, flags: 0 });
         ensure_eq!(result, Err(Errno::EINVAL), "message to {address:#x}");
     }
     Ok(())
@@ -324,7 +344,7 @@ fn requests() -> CaseResult {
     objects.vcpu.kicker().kick()?;
     let exit = objects.vcpu.run()?;
     ensure_eq!(exit.reason, axvcpu_uapi::exit::AxVCpuExitReason::Interrupted, "exit after a kick");
-    objects.vcpu.set_general(&axvcpu_uapi::x86::General { rflags: 1 << 63, ..Default::default() });
+    objects.vcpu.set_general(&arch::forbidden());
     ensure_eq!(
         raw::none(objects.vcpu.as_fd(), ioctl::RUN),
         Err(Errno::EINVAL),

@@ -1,33 +1,38 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! IRQFD and IOEVENTFD: every wrong argument and file, and descriptors closed in every order, a vCPU running or not.
 
+use super::arch::{MSI, MSI_DATA, MSI_LEVEL, NOT_MSI};
 use super::files::{bare, orders};
 use super::Objects;
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::{open, spin};
+use crate::machine::{open_axvcpu, spin};
 use crate::{ensure_eq, raw, table};
 use axvcpu_uapi::client::{Errno, Memory};
 use axvcpu_uapi::ioctl::{self, IOEVENTFD, IRQFD};
 use axvcpu_uapi::vcpu::VcpuStats;
-use axvcpu_uapi::vm::{
-    IoEventfd, Irqfd, IOEVENTFD_DATAMATCH, IOEVENTFD_DETACH, IOEVENTFD_PORT, IRQFD_DETACH, IRQFD_RESAMPLE,
-};
+use axvcpu_uapi::vm::{IoEventfd, Irqfd, IOEVENTFD_PORT, IRQFD_DETACH, IRQFD_RESAMPLE};
+#[cfg(target_arch = "x86_64")]
+use axvcpu_uapi::vm::{IOEVENTFD_DATAMATCH, IOEVENTFD_DETACH};
 use axvcpu_uapi::AbiStruct;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
 pub(super) fn cases() -> Vec<Case> {
-    table! {
+    let mut cases = table! {
         "eventfds/irqfd-arguments" => irqfd;
-        "eventfds/ioeventfd-arguments" => ioeventfd;
         "eventfds/wrong-files" => wrong_files;
-        "eventfds/limits" => limits;
         "eventfds/closed-in-every-order" => closed;
-    }
+    };
+    #[cfg(target_arch = "x86_64")]
+    cases.extend(table! {
+        "eventfds/ioeventfd-arguments" => ioeventfd;
+        "eventfds/limits" => limits;
+    });
+    #[cfg(target_arch = "aarch64")]
+    cases.extend(table! { "eventfds/no-ioeventfds" => no_ioeventfds; });
+    cases
 }
-
-const MSI: u64 = 0xfee0_0000;
 
 fn eventfd() -> Result<EventFd, Stop> {
     Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?)
@@ -38,8 +43,8 @@ fn irqfd() -> CaseResult {
     let event = eventfd()?;
     let fd = event.as_fd().as_raw_fd();
     let call = |argument| raw::plain(objects.vm.as_fd(), IRQFD, argument);
-    let good = Irqfd { fd, resample_fd: 0, address: MSI, data: 0x40, flags: 0 };
-    let level = Irqfd { resample_fd: fd, data: 0xc040, flags: IRQFD_RESAMPLE, ..good };
+    let good = Irqfd { fd, resample_fd: 0, address: MSI, data: MSI_DATA, flags: 0 };
+    let level = Irqfd { resample_fd: fd, data: MSI_LEVEL, flags: IRQFD_RESAMPLE, ..good };
     let detach = Irqfd { fd, flags: IRQFD_DETACH, ..Irqfd::default() };
     for (what, argument) in [
         ("an unknown flag", Irqfd { flags: 4, ..good }),
@@ -47,9 +52,15 @@ fn irqfd() -> CaseResult {
         ("both flags", Irqfd { flags: IRQFD_DETACH | IRQFD_RESAMPLE, ..detach }),
         ("a second eventfd without its flag", Irqfd { resample_fd: fd, ..good }),
         ("no second eventfd, but -1", Irqfd { resample_fd: -1, ..good }),
-        ("no message's address", Irqfd { address: 0x1000, ..good }),
+        ("no message's address", Irqfd { address: NOT_MSI[1], ..good }),
+        #[cfg(target_arch = "x86_64")]
         ("a start-up message", Irqfd { data: 0x640, ..good }),
+        #[cfg(target_arch = "aarch64")]
+        ("no SPI", Irqfd { data: 31, ..good }),
+        #[cfg(target_arch = "x86_64")]
         ("resampling of an edge", Irqfd { data: 0x40, ..level }),
+        #[cfg(target_arch = "aarch64")]
+        ("resampling of what clears", Irqfd { address: MSI + 8, ..level }),
         ("detaching with an address", Irqfd { address: MSI, ..detach }),
         ("detaching with data", Irqfd { data: 1, ..detach }),
         ("detaching with a second eventfd", Irqfd { resample_fd: fd, ..detach }),
@@ -67,6 +78,7 @@ fn irqfd() -> CaseResult {
     Ok(())
 }
 
+#[cfg(target_arch = "x86_64")]
 fn ioeventfd() -> CaseResult {
     let objects = Objects::new()?;
     let event = eventfd()?;
@@ -114,6 +126,18 @@ fn ioeventfd() -> CaseResult {
     Ok(())
 }
 
+/// Writes are for the program to match.
+#[cfg(target_arch = "aarch64")]
+fn no_ioeventfds() -> CaseResult {
+    let objects = Objects::new()?;
+    let event = eventfd()?;
+    let memory = IoEventfd { address: 0xa_0000, fd: event.as_fd().as_raw_fd(), ..IoEventfd::default() };
+    for argument in [memory, IoEventfd { width: 4, ..memory }] {
+        ensure_eq!(raw::plain(objects.vm.as_fd(), IOEVENTFD, argument), Err(Errno::EOPNOTSUPP), "attaching");
+    }
+    Ok(())
+}
+
 fn wrong_files() -> CaseResult {
     let objects = Objects::new()?;
     let event = eventfd()?;
@@ -131,12 +155,15 @@ fn wrong_files() -> CaseResult {
         ("a vCPU", objects.vcpu.as_fd().as_raw_fd(), Errno::EINVAL),
     ] {
         let vm = objects.vm.as_fd();
-        let interrupt = Irqfd { fd: wrong, resample_fd: 0, address: MSI, data: 0x40, flags: 0 };
+        let interrupt = Irqfd { fd: wrong, resample_fd: 0, address: MSI, data: MSI_DATA, flags: 0 };
         ensure_eq!(raw::plain(vm, IRQFD, interrupt), Err(errno), "{what} to interrupt");
         let detach = Irqfd { fd: wrong, flags: IRQFD_DETACH, ..Irqfd::default() };
         ensure_eq!(raw::plain(vm, IRQFD, detach), Err(errno), "{what} to detach");
-        let level = Irqfd { fd, resample_fd: wrong, address: MSI, data: 0xc040, flags: IRQFD_RESAMPLE };
+        let level = Irqfd { fd, resample_fd: wrong, address: MSI, data: MSI_LEVEL, flags: IRQFD_RESAMPLE };
         ensure_eq!(raw::plain(vm, IRQFD, level), Err(errno), "{what} for the end");
+        if !cfg!(target_arch = "x86_64") {
+            continue;
+        }
         let write = IoEventfd { address: 0x510, fd: wrong, flags: IOEVENTFD_PORT, ..IoEventfd::default() };
         ensure_eq!(raw::plain(vm, IOEVENTFD, write), Err(errno), "{what} for the guest to signal");
     }
@@ -144,6 +171,7 @@ fn wrong_files() -> CaseResult {
 }
 
 /// As many as INFO says, given back by detaching.
+#[cfg(target_arch = "x86_64")]
 fn limits() -> CaseResult {
     let objects = Objects::new()?;
     let vm = objects.vm.as_fd();
@@ -165,7 +193,7 @@ fn limits() -> CaseResult {
 
 /// Eventfds, VM and vCPU closed in every order, the vCPU running or not, signalled before each.
 fn closed() -> CaseResult {
-    let before = open()?.info()?.vms;
+    let before = open_axvcpu()?.info()?.vms;
     let memory = Memory::anonymous(0x1000)?;
     memory.write(0, spin())?;
     for order in orders() {
@@ -175,10 +203,12 @@ fn closed() -> CaseResult {
             let (event, resample) = (eventfd()?, eventfd()?);
             let numbers = [event.as_fd().as_raw_fd(), resample.as_fd().as_raw_fd()];
             let level =
-                Irqfd { fd: numbers[0], resample_fd: numbers[1], address: MSI, data: 0xc040, flags: IRQFD_RESAMPLE };
+                Irqfd { fd: numbers[0], resample_fd: numbers[1], address: MSI, data: MSI_LEVEL, flags: IRQFD_RESAMPLE };
             raw::plain(vm.as_fd(), IRQFD, level)?;
-            let output = IoEventfd { address: 0x80, fd: numbers[0], flags: IOEVENTFD_PORT, ..IoEventfd::default() };
-            raw::plain(vm.as_fd(), IOEVENTFD, output)?;
+            if cfg!(target_arch = "x86_64") {
+                let output = IoEventfd { address: 0x80, fd: numbers[0], flags: IOEVENTFD_PORT, ..IoEventfd::default() };
+                raw::plain(vm.as_fd(), IOEVENTFD, output)?;
+            }
             let signal = event.as_fd().try_clone_to_owned()?;
             // The thread's descriptor of the vCPU is the last.
             let own = vcpu.try_clone()?;
@@ -203,7 +233,7 @@ fn closed() -> CaseResult {
                 runner.join().map_err(|_| Stop::Fail("the thread panicked".into()))??;
             }
             drop(kick);
-            harness::wait_until("the VM to go", || Ok(open()?.info()?.vms == before))?;
+            harness::wait_until("the VM to go", || Ok(open_axvcpu()?.info()?.vms == before))?;
         }
     }
     Ok(())

@@ -145,7 +145,7 @@ pub(super) fn bare(memory: &Memory) -> Result<[Option<OwnedFd>; 4], Stop> {
     raw::plain(objects.space.as_fd(), ioctl::MAP, region)?;
     objects.vcpu.set_entry(GuestPhysAddr::new(0x1000))?;
     objects.vcpu.set_ept_root(&objects.space)?;
-    objects.vcpu.setup(Apic::InKernel, &objects.system.supported_cpuid()?)?;
+    objects.vcpu.setup(Apic::InKernel, &super::arch::cpuid(&objects.system)?)?;
     let fds = [objects.system.as_fd(), objects.vm.as_fd(), objects.space.as_fd(), objects.vcpu.as_fd()];
     let [system, vm, space, vcpu] = fds.map(|fd| fd.try_clone_to_owned());
     Ok([Some(system?), Some(vm?), Some(space?), Some(vcpu?)])

@@ -2,6 +2,9 @@
 //! Every ioctl in every wrong way: the errno must be the one that axvcpu(4) documents, the objects must be as usable as
 //! before, and the host must not mind (its kernel log is looked at by whoever runs this).
 
+#[cfg_attr(target_arch = "aarch64", path = "arch_arm64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "arch_x86.rs")]
+mod arch;
 mod arguments;
 mod dirty;
 mod eventfds;
@@ -59,13 +62,16 @@ struct Call {
 }
 
 /// The ABI's ioctls.
-const CALLS: [Call; 26] = [
+const CALLS: &[Call] = &[
     Call { name: "INFO", request: ioctl::INFO, kind: Kind::System },
+    #[cfg(target_arch = "x86_64")]
     Call { name: "SUPPORTED_CPUID", request: ioctl::SUPPORTED_CPUID, kind: Kind::System },
     Call { name: "CREATE_VM", request: ioctl::CREATE_VM, kind: Kind::System },
     Call { name: "CREATE_ADDRESS_SPACE", request: ioctl::CREATE_ADDRESS_SPACE, kind: Kind::Vm },
     Call { name: "CREATE_VCPU", request: ioctl::CREATE_VCPU, kind: Kind::Vm },
     Call { name: "SIGNAL_MSI", request: ioctl::SIGNAL_MSI, kind: Kind::Vm },
+    #[cfg(target_arch = "aarch64")]
+    Call { name: "CREATE_GIC", request: ioctl::CREATE_GIC, kind: Kind::Vm },
     Call { name: "IRQFD", request: ioctl::IRQFD, kind: Kind::Vm },
     Call { name: "IOEVENTFD", request: ioctl::IOEVENTFD, kind: Kind::Vm },
     Call { name: "VM_STATS", request: ioctl::VM_STATS, kind: Kind::Vm },
@@ -82,8 +88,10 @@ const CALLS: [Call; 26] = [
     Call { name: "SET_GPR", request: ioctl::SET_GPR, kind: Kind::Vcpu },
     Call { name: "GET_REGS", request: ioctl::GET_REGS, kind: Kind::Vcpu },
     Call { name: "SET_REGS", request: ioctl::SET_REGS, kind: Kind::Vcpu },
+    #[cfg(target_arch = "x86_64")]
     Call { name: "INJECT", request: ioctl::INJECT, kind: Kind::Vcpu },
     Call { name: "KICK", request: ioctl::KICK, kind: Kind::Vcpu },
+    #[cfg(target_arch = "x86_64")]
     Call { name: "APIC_ACCESS", request: ioctl::APIC_ACCESS, kind: Kind::Vcpu },
     Call { name: "VCPU_STATS", request: ioctl::VCPU_STATS, kind: Kind::Vcpu },
 ];
@@ -100,12 +108,13 @@ impl Objects {
     fn new() -> Result<Self, Stop> {
         let system = open_axvcpu()?;
         let vm = system.create_vm()?;
+        arch::interrupt_controller(&vm)?;
         let space = vm.create_address_space()?;
         let vcpu = vm.create_vcpu(0)?;
         Ok(Self { system, vm, space, vcpu })
     }
 
-    /// With the vCPU set up, and a page at guest physical 0x1000 that holds `jmp $`.
+    /// With the vCPU set up, and a page at guest physical 0x1000 that holds a jump to itself.
     fn ready() -> Result<(Self, Slot<Memory>), Stop> {
         let mut this = Self::new()?;
         let memory = Arc::new(Memory::anonymous(0x1000)?);
@@ -113,7 +122,7 @@ impl Objects {
         let slot = this.space.map_all(GuestPhysAddr::new(0x1000), memory, Permissions::RWX)?;
         this.vcpu.set_entry(GuestPhysAddr::new(0x1000))?;
         this.vcpu.set_ept_root(&this.space)?;
-        this.vcpu.setup(Apic::None, &this.system.supported_cpuid()?)?;
+        this.vcpu.setup(Apic::None, &arch::cpuid(&this.system)?)?;
         crate::harness::watch(this.vcpu.kicker());
         Ok((this, slot))
     }
@@ -132,8 +141,9 @@ impl Objects {
         raw::plain(self.vcpu.as_fd(), ioctl::SET_ENTRY, Entry { guest_addr: 0x1000 })?;
         let root = EptRoot { aspace_fd: self.space.as_fd().as_raw_fd(), reserved: 0 };
         raw::plain(self.vcpu.as_fd(), ioctl::SET_EPT_ROOT, root)?;
-        let cpuid = self.system.supported_cpuid()?;
-        let setup = Setup { cpuid_count: cpuid.len() as u32, cpuid_addr: cpuid.as_ptr() as u64, ..Setup::ZERO };
+        let cpuid = arch::cpuid(&self.system)?;
+        let cpuid_addr = if cpuid.is_empty() { 0 } else { cpuid.as_ptr() as u64 };
+        let setup = Setup { cpuid_count: cpuid.len() as u32, cpuid_addr, ..Setup::ZERO };
         raw::plain(self.vcpu.as_fd(), ioctl::SETUP, setup)?;
         Ok(())
     }

@@ -1,30 +1,34 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Calls in the wrong state, in every order: each has its errno, and none of them harms the vCPU.
 
-use super::{Objects, CALLS};
+use super::{arch, Objects, CALLS};
 use crate::harness::{Case, CaseResult};
 use crate::{ensure_eq, raw, table};
 use axvcpu_uapi::client::Errno;
-use axvcpu_uapi::vcpu::{Entry, EptRoot, Event, Gpr, RegisterSet, Setup};
-use axvcpu_uapi::x86::General;
+#[cfg(target_arch = "x86_64")]
+use axvcpu_uapi::vcpu::Event;
+use axvcpu_uapi::vcpu::{Entry, EptRoot, Gpr, RegisterSet, Setup};
 use axvcpu_uapi::{ioctl, AbiStruct};
 use std::os::fd::{AsFd, AsRawFd};
 
 pub(super) fn cases() -> Vec<Case> {
-    table! {
+    let mut cases = table! {
         "order/before-setup" => before_setup;
         "order/setup-steps" => steps;
         "order/once-only" => once;
         "order/wrong-objects-for-set-ept-root" => wrong_objects;
         "order/every-call-on-every-wrong-file" => wrong_files;
-        "order/event-slots" => event_slots;
-    }
+    };
+    #[cfg(target_arch = "x86_64")]
+    cases.extend(table! { "order/event-slots" => event_slots; });
+    cases
 }
 
 fn before_setup() -> CaseResult {
     let mut objects = Objects::new()?;
-    let mut general = General::ZERO;
-    let set = RegisterSet { set: 1, len: 144, addr: &raw mut general as u64 };
+    let mut general = [0u64; 64];
+    let (set, len) = arch::GENERAL;
+    let set = RegisterSet { set, len, addr: general.as_mut_ptr() as u64 };
     for stage in 0..3 {
         let vcpu = objects.vcpu.as_fd();
         let bad = Err(Errno::EBADFD);
@@ -32,7 +36,9 @@ fn before_setup() -> CaseResult {
         ensure_eq!(raw::plain(vcpu, ioctl::GET_REGS, set), bad, "GET_REGS at stage {stage}");
         ensure_eq!(raw::plain(vcpu, ioctl::SET_REGS, set), bad, "SET_REGS at stage {stage}");
         ensure_eq!(raw::plain(vcpu, ioctl::SET_GPR, Gpr::ZERO), bad, "SET_GPR at stage {stage}");
+        #[cfg(target_arch = "x86_64")]
         ensure_eq!(raw::plain(vcpu, ioctl::INJECT, Event { kind: 2, ..Event::ZERO }), bad, "INJECT at stage {stage}");
+        #[cfg(target_arch = "x86_64")]
         ensure_eq!(
             raw::plain(vcpu, ioctl::APIC_ACCESS, axvcpu_uapi::vcpu::ApicAccess::ZERO),
             bad,
@@ -44,7 +50,7 @@ fn before_setup() -> CaseResult {
         match stage {
             0 => objects.vcpu.set_entry(axvcpu_uapi::addr::GuestPhysAddr::new(0x1000))?,
             1 => objects.vcpu.set_ept_root(&objects.space)?,
-            _ => objects.vcpu.setup(axvcpu_uapi::client::Apic::None, &objects.system.supported_cpuid()?)?,
+            _ => objects.vcpu.setup(axvcpu_uapi::client::Apic::None, &arch::cpuid(&objects.system)?)?,
         }
     }
     ensure_eq!(objects.vcpu.stats()?.state, 1, "state after SETUP");
@@ -82,9 +88,7 @@ fn once() -> CaseResult {
         ensure_eq!(raw::plain(vcpu, ioctl::SETUP, Setup::ZERO), bad, "SETUP again");
     }
     // It still starts where it was told first.
-    let segments: axvcpu_uapi::x86::Segments = objects.vcpu.get()?;
-    let general: General = objects.vcpu.get()?;
-    ensure_eq!(segments.cs.base + general.rip, 0x1000, "entry point");
+    ensure_eq!(arch::position(&objects.vcpu)?, 0x1000, "entry point");
     Ok(())
 }
 
@@ -117,7 +121,7 @@ fn wrong_files() -> CaseResult {
     let mut objects = Objects::new()?;
     let null = std::fs::File::open("/dev/null")?;
     let mut buffer = [0u8; 4096];
-    for call in &CALLS {
+    for call in CALLS {
         for kind in [super::Kind::System, super::Kind::Vm, super::Kind::AddressSpace, super::Kind::Vcpu] {
             if kind != call.kind {
                 // SAFETY: the buffer is longer than any structure of the ABI.
@@ -133,6 +137,7 @@ fn wrong_files() -> CaseResult {
 }
 
 /// One event of a kind waits at a time; SET_REGS can take it away again.
+#[cfg(target_arch = "x86_64")]
 fn event_slots() -> CaseResult {
     let (mut objects, _slot) = Objects::ready()?;
     for kind in [0, 3, 4] {

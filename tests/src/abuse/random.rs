@@ -4,11 +4,11 @@
 //!
 //! Addresses that the kernel may store to, or hand to the guest, are those of one buffer, or are none.
 
-use super::{Kind, CALLS};
+use super::{arch, Kind, CALLS};
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::{open, Machine, Mode};
+use crate::machine::open_axvcpu;
 use crate::random::{seed, Random};
-use crate::{code, ensure, raw, table};
+use crate::{ensure, raw, table};
 use axvcpu_uapi::client::{Backing, Errno, Memory};
 use axvcpu_uapi::ioctl;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -123,8 +123,9 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
                 words[3] = random.pick(&[1, 3, 5, 7, 7, 7, 0, 8]);
             }
             ioctl::GET_REGS | ioctl::SET_REGS => {
-                let length = random.pick(&[144, 160, 64, 48, 16, 2048, 56, 256, 0, 1, 832, 576]);
-                (words[0], words[1]) = ((random.word() % 10) | (length << 32), address);
+                let length = random.pick(&arch::SET_LENGTHS);
+                let set = arch::SETS.0 + random.word() % arch::SETS.1;
+                (words[0], words[1]) = (set | (length << 32), address);
             }
             ioctl::SETUP => {
                 (words[0], words[1]) = ((random.word() % 2) | (random.pick(&[0, 0, 1, 30, 1000]) << 32), address);
@@ -144,14 +145,22 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
             }
             ioctl::IRQFD => {
                 words[0] = random.pick(&events) | random.pick(&[0, 0, events[0], events[1]]) << 32;
-                words[1] = random.pick(&[0, 0, 0xfee0_0000, 0xfee0_0000, 0xfeef_f000, noise]);
-                words[2] = random.pick(&[0, 0x40, 0xc040, noise & 0xffff]) | (random.word() % 4) << 32;
+                words[1] = random.pick(&[0, 0, arch::MSI, arch::MSI, arch::MSI + 8, noise]);
+                words[2] = random.pick(&[0, arch::MSI_DATA.into(), arch::MSI_LEVEL.into(), noise & 0xffff])
+                    | (random.word() % 4) << 32;
             }
             ioctl::IOEVENTFD => {
                 words[0] = random.pick(&[0x80, 0x80, 0x1000, 0xa_0000, noise]);
                 words[1] = random.pick(&[0, 0, 1, noise]);
                 words[2] = random.pick(&[events[0], events[1], 0xffff_ffff]) | random.pick(&[0, 0, 1, 2, 8, 5]) << 32;
                 words[3] = random.word() % 9;
+            }
+            ioctl::CREATE_GIC if noise & 3 != 0 => {
+                (words[0], words[1]) = (random.pick(&[0x800_0000, 0x80a_0000, 0x1000, noise]), 0x80a_0000);
+                words[2] = random.pick(&[0, 1, 4, 64, 65]);
+            }
+            ioctl::SIGNAL_MSI if noise & 1 != 0 => {
+                (words[0], words[1]) = (random.pick(&[arch::MSI, arch::MSI + 8]), random.word() % 260);
             }
             ioctl::CREATE_VM | ioctl::CREATE_ADDRESS_SPACE if random.below(4) != 0 => words[0] = 0,
             ioctl::CREATE_VCPU if random.below(4) != 0 => words[0] = random.word() % 8,
@@ -197,7 +206,7 @@ fn eventfd() -> Result<EventFd, Stop> {
 /// Random calls from several threads, and one more that kicks every vCPU all the time.
 fn run(threads: usize, count: usize) -> CaseResult {
     let seed = seed()?;
-    let system = open()?;
+    let system = open_axvcpu()?;
     let before = system.info()?.vms;
     let arena = Memory::anonymous(1 << 18)?;
     let files = Files(Mutex::new(vec![Arc::new(system.as_fd().try_clone_to_owned()?)]));
@@ -240,9 +249,7 @@ fn run(threads: usize, count: usize) -> CaseResult {
     result?;
     drop(files);
     harness::wait_until("the VMs to go", || Ok(system.info()?.vms == before))?;
-    let mut m = Machine::new(Mode::Long, code!(afterwards, 64, "mov al, 0x5a", "out 0x80, al", "hlt"))?;
-    m.expect_out(0x80, axvcpu_uapi::exit::AccessWidth::Byte, 0x5a)?;
-    m.expect_halt()
+    arch::guest_runs()
 }
 
 fn one_thread() -> CaseResult {

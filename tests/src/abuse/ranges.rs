@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Ranges of guest memory that overlap, are not aligned, wrap, are huge, or are backed by nothing.
 
-use super::Objects;
-use crate::flaws;
+use super::{arch, Objects};
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::FLAGS_IF;
 use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::{MapRegion, ProtectRange, Range, MEM_EXECUTE, MEM_READ, MEM_WRITE};
@@ -214,18 +212,11 @@ fn run_page() -> CaseResult {
     // SAFETY: a new mapping at an address of the kernel's choice disturbs no existing memory.
     let page = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, objects.vcpu.as_fd(), 0) }?;
     ensure_eq!(map(objects.space.as_fd(), 0x5000, 0x1000, page.as_ptr() as u64), Ok(0), "MAP of the run page");
-    // mov [0x5000], ax; jmp $: over the exit record of the page, while it runs.
+    // Stores to 0x5000: over the exit record of the page, while it runs.
     let memory = Memory::anonymous(0x1000)?;
-    memory.write(0, &[0xa3, 0x00, 0x50, 0xeb, 0xfe])?;
+    memory.write(0, arch::STORES)?;
     ensure_eq!(map(objects.space.as_fd(), 0x2000, 0x1000, memory.start().as_ptr() as u64), Ok(0), "MAP of code");
-    let mut general: axvcpu_uapi::x86::General = objects.vcpu.get()?;
-    let segments: axvcpu_uapi::x86::Segments = objects.vcpu.get()?;
-    general.rip = 0x2000 - segments.cs.base;
-    if flaws::LOOPS_UNINTERRUPTED.here() {
-        // See `Machine::will_spin`.
-        general.rflags |= FLAGS_IF;
-    }
-    objects.vcpu.set(&general)?;
+    arch::go_to(&mut objects.vcpu, GuestPhysAddr::new(0x2000))?;
     let kicker = objects.vcpu.kicker();
     let kick = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(30));

@@ -104,6 +104,19 @@ pub fn open() -> Result<System, Stop> {
     Ok(system)
 }
 
+/// The same, under the name that it has where there is another hypervisor to choose.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_axvcpu() -> Result<System, Stop> {
+    open()
+}
+
+/// Code that does nothing for ever: a branch to itself.
+pub const fn spin() -> &'static [u8] {
+    &[0x00, 0x00, 0x00, 0x14]
+}
+
 impl Machine {
     /// A machine that is about to run `code`.
     ///
