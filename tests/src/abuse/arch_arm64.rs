@@ -29,6 +29,8 @@ pub(super) const MSI_LEVEL: u32 = 0x40;
 pub(super) const NOT_MSI: [u64; 5] = [0, GICD, GICD + 0x41, GICR + GIC_SET_SPI, MSI | (1 << 32)];
 /// Where no vCPU can start.
 pub(super) const BAD_ENTRIES: [u64; 4] = [1, 2, 0x1003, u64::MAX];
+/// The last page that a process can have anything at, with the widest addresses that there are.
+pub(super) const LAST_USER_PAGE: u64 = (1 << 52) - 0x1000;
 /// The register set of general registers, and its size.
 pub(super) const GENERAL: (u32, u32) = (16, 272);
 /// Sizes of register sets, and others.

@@ -28,6 +28,8 @@ pub(super) const MSI_LEVEL: u32 = 0xc040;
 pub(super) const NOT_MSI: [u64; 5] = [0, 0x1000, 0xfed0_0000, 0xfef0_0000, 0xfee0_0000 | (1 << 32)];
 /// Where no vCPU can start.
 pub(super) const BAD_ENTRIES: [u64; 4] = [1 << 32, 1 << 52, 1 << 63, u64::MAX];
+/// The last page that a process can have anything at.
+pub(super) const LAST_USER_PAGE: u64 = 0x7fff_ffff_f000;
 /// The register set of general registers, and its size.
 pub(super) const GENERAL: (u32, u32) = (1, 144);
 /// Sizes of register sets, and others.

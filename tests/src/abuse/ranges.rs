@@ -99,7 +99,7 @@ fn host_addresses() -> CaseResult {
     for (user, size) in [
         (0xffff_8000_0000_0000, 0x1000),
         (0xffff_ffff_ffff_f000, 0x1000),
-        (0x0000_7fff_ffff_f000, 0x10_0000),
+        (arch::LAST_USER_PAGE, 0x10_0000),
         (1 << 62, 0x1000),
     ] {
         ensure_eq!(map(space, 0, size, user), bad, "MAP of {size:#x} bytes at host address {user:#x}");
