@@ -202,13 +202,14 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         unsafe { hardware::load(interface, self.shape) };
     }
 
-    /// Fills the list registers anew if something was posted.
+    /// Fills the list registers anew if something was posted. `due` is whether the timer asks for its interrupt.
     ///
     /// # Safety
     /// Between [`load`](Self::load) and [`leave`](Self::leave).
-    pub(crate) unsafe fn refresh(&mut self, interface: &mut Interface) {
+    pub(crate) unsafe fn refresh(&mut self, interface: &mut Interface, due: impl FnOnce() -> bool) {
         if self.stale {
             self.stale = false;
+            self.set_timer_line(due());
             // SAFETY: The caller's promise.
             unsafe { hardware::save_lists(interface) };
             interface.fold(&self.gic, self.cpu, &mut self.notices);

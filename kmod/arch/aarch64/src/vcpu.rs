@@ -638,9 +638,14 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
         if let Some(exception) = self.exception.take() {
             self.inject(exception);
         }
+        let origin = self.setting.counter_origin;
         if let Some(interrupts) = &mut self.interrupts {
             // SAFETY: The type invariant, and the guest is loaded.
-            unsafe { interrupts.refresh(&mut self.state.as_mut().interface) };
+            unsafe {
+                let State { interface, host, .. } = self.state.as_mut();
+                let now = || window::counter().wrapping_sub(origin);
+                interrupts.refresh(interface, || window::timer_loaded(host).is_due(now()));
+            }
         }
         let caps = self.caps;
         let State { frame, host, .. } = self.state_mut();
