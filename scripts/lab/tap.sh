@@ -65,6 +65,17 @@ wait_limited() {
 	wait "$1"
 }
 
+# vcpu_runs PID: waits, for ten seconds at most, until an axvmm has loaded everything and
+# its first vCPU has begun to run on a thread of its own.
+vcpu_runs() {
+	waited=0
+	until grep -qs vcpu0 /proc/"$1"/task/*/comm || [ $waited -ge 100 ]; do
+		usleep 100000
+		waited=$((waited + 1))
+	done
+	usleep 300000
+}
+
 # guest_run NAME CONFIG SECONDS: one guest from start to power-off, a result.
 guest_run() {
 	axvmm --config "$2" >/tmp/guest.out 2>&1 </dev/null &
