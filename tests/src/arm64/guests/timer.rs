@@ -201,11 +201,11 @@ fn far() -> CaseResult {
 }
 
 fn ticks() -> CaseResult {
-    // 100 ticks of about 1 ms, each 1/1000 of a second after the last, counted by the handler alone.
+    // 100 ticks, each 1/1000 of a second after the handler of the last, which alone counts them.
     let ticking = code!(
         ticking,
         "mrs x10, icc_iar1_el1",
-        "mrs x9, cntv_cval_el0",
+        "mrs x9, cntvct_el0",
         "add x9, x9, x6",
         "msr cntv_cval_el0, x9",
         "isb",
