@@ -375,16 +375,23 @@ fn at_once() -> CaseResult {
     let allowed = Allowed::several()?;
     let (here, there) = (allowed.cpus[0], allowed.cpus[1]);
     pin(SELF, here)?;
-    let mut m = machine(counting!(at_once, "sti", "2: pause", "jmp 2b"))?;
+    let mut m = machine(counting!(at_once, "sti", "2: inc qword ptr [0x20010]", "jmp 2b"))?;
     let (vm, ram, kicker) = (m.vm.clone(), Arc::clone(&m.ram), m.vcpu.kicker());
     let sender = thread::spawn(move || -> Result<Duration, Stop> {
         let result = (|| {
             pin(SELF, there)?;
             let mut best = Duration::MAX;
             for batch in 0..50 {
-                let begin = Instant::now();
-                send(&vm, &ram, batch * BATCH + 1..=(batch + 1) * BATCH, &[(0x40, DATA)])?;
-                best = best.min(begin.elapsed());
+                let mut sum = Duration::ZERO;
+                for number in batch * BATCH + 1..=(batch + 1) * BATCH {
+                    // Behind the exit at the end of the last interrupt, in the loop, which has none.
+                    let loops = ram.read_u64(DATA as usize + 16)?;
+                    harness::wait_until("the guest's loop", || Ok(ram.read_u64(DATA as usize + 16)? > loops + 1000))?;
+                    let begin = Instant::now();
+                    send(&vm, &ram, number..=number, &[(0x40, DATA)])?;
+                    sum += begin.elapsed();
+                }
+                best = best.min(sum);
                 if best <= ENOUGH {
                     break;
                 }
