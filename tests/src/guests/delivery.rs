@@ -26,7 +26,6 @@ pub(super) fn cases() -> Vec<Case> {
         "delivery/end-in-the-xapic-page" => xapic_end [abi];
         "delivery/registers-are-shut-when-x2apic-mode-ends" => mode_ends;
         "delivery/messages-to-a-guest-that-does-not-leave" => running [abi], in 60;
-        "delivery/messages-interrupt-a-guest-at-once" => at_once [abi], in 60;
         "delivery/messages-from-another-cpu-without-an-exit" => without_exits [abi], in 60;
         "delivery/messages-at-the-edge-of-an-entry" => edge [abi], in 60;
         "delivery/messages-wake-and-none-is-lost" => sleeping [abi], in 60;
@@ -363,48 +362,6 @@ fn without_exits() -> CaseResult {
         return Err(Stop::Skip("the module posts no interrupts to the CPU: apic_steps".into()));
     }
     ensure!(entries < PAIRS, "{entries} entries for {} messages", 2 * PAIRS);
-    Ok(())
-}
-
-/// A guest that leaves only when the host's timer interrupts it takes messages, too, but one a tick at the most, which is 1 ms
-/// or more; unless the sender takes its CPU, so each has one. On a busy host some batches of messages are slow all the same;
-/// one must not be.
-fn at_once() -> CaseResult {
-    const BATCH: u64 = 20;
-    const ENOUGH: Duration = Duration::from_micros(500 * BATCH);
-    let allowed = Allowed::several()?;
-    let (here, there) = (allowed.cpus[0], allowed.cpus[1]);
-    pin(SELF, here)?;
-    let mut m = machine(counting!(at_once, "sti", "2: inc qword ptr [0x20010]", "jmp 2b"))?;
-    let (vm, ram, kicker) = (m.vm.clone(), Arc::clone(&m.ram), m.vcpu.kicker());
-    let sender = thread::spawn(move || -> Result<Duration, Stop> {
-        let result = (|| {
-            pin(SELF, there)?;
-            let mut best = Duration::MAX;
-            for batch in 0..50 {
-                let mut sum = Duration::ZERO;
-                for number in batch * BATCH + 1..=(batch + 1) * BATCH {
-                    // Behind the exit at the end of the last interrupt, in the loop, which has none.
-                    let loops = ram.read_u64(DATA as usize + 16)?;
-                    harness::wait_until("the guest's loop", || Ok(ram.read_u64(DATA as usize + 16)? > loops + 1000))?;
-                    let begin = Instant::now();
-                    send(&vm, &ram, number..=number, &[(0x40, DATA)])?;
-                    sum += begin.elapsed();
-                }
-                best = best.min(sum);
-                if best <= ENOUGH {
-                    break;
-                }
-            }
-            Ok(best)
-        })();
-        kicker.kick()?;
-        result
-    });
-    let ended = m.expect(Interrupted);
-    let best = harness::joined(sender.join())??;
-    ended?;
-    ensure!(best <= ENOUGH, "the fastest {BATCH} messages took {best:?}, as if they waited for the host's timer");
     Ok(())
 }
 
