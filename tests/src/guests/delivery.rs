@@ -354,8 +354,10 @@ fn without_exits() -> CaseResult {
     receive(&mut m, PAIRS, Some(allowed.cpus[1]))?;
     let after = m.vcpu.stats()?;
     let entries = after.entries - before.entries;
-    println!("# {} messages, {entries} entries, {} injections", 2 * PAIRS, after.injections - before.injections);
-    if after.injections != before.injections {
+    let injections = after.injections - before.injections;
+    println!("# {} messages, {entries} entries, {injections} injections", 2 * PAIRS);
+    // A few have met memory that was not mapped yet.
+    if injections >= PAIRS {
         return Err(Stop::Skip("the CPU delivers no interrupts by itself".into()));
     }
     if std::fs::read_to_string("/sys/module/axvcpu/parameters/apic_steps")?.trim() != "3" {
