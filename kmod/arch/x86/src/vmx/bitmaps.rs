@@ -31,8 +31,9 @@ fn x2apic_reads() -> impl Iterator<Item = u16> {
         .chain((reg::LVT_TIMER..=reg::LVT_ERROR).step_by(16))
 }
 
-/// Registers of the x2APIC whose writes the CPU carries out for the guest (SDM vol. 3 section 30.5).
-const X2APIC_WRITES: [u16; 3] = [reg::TPR, reg::EOI, reg::SELF_IPI];
+/// Registers of the x2APIC whose writes the CPU always carries out for the guest (SDM vol. 3 section 30.5), besides
+/// [`virtualize_self_ipi`](MsrBitmap::virtualize_self_ipi).
+const X2APIC_WRITES: [u16; 2] = [reg::TPR, reg::EOI];
 
 /// The bitmap: 1 KiB each for reads of low and high MSRs, then for writes of both.
 pub(crate) struct MsrBitmap<H: AxVCpuHal> {
@@ -70,6 +71,11 @@ impl<H: AxVCpuHal> MsrBitmap<H> {
         for offset in X2APIC_WRITES {
             self.set(X2APIC_FIRST + u32::from(offset / 16), true, !virtualized);
         }
+    }
+
+    /// Leaves the x2APIC's interrupts to the CPU itself to it, or has them exit.
+    pub(crate) fn virtualize_self_ipi(&mut self, virtualized: bool) {
+        self.set(X2APIC_FIRST + u32::from(reg::SELF_IPI / 16), true, !virtualized);
     }
 
     /// Its address, for the VMCS.
@@ -140,8 +146,13 @@ mod tests {
             .into_iter()
             .chain(0x810..=0x828)
             .chain(0x832..=0x837);
-        let expected = reads.map(|index| (index, false)).chain([(0x808, true), (0x80b, true), (0x83f, true)]);
+        let expected = reads.map(|index| (index, false)).chain([(0x808, true), (0x80b, true)]);
         assert_eq!(opened, expected.collect());
+        let without = direct(&bitmap);
+        bitmap.virtualize_self_ipi(true);
+        let opened: BTreeSet<_> = direct(&bitmap).difference(&without).copied().collect();
+        assert_eq!(opened, BTreeSet::from([(0x83f, true)]));
+        bitmap.virtualize_self_ipi(false);
         bitmap.virtualize_x2apic(false);
         assert_eq!(direct(&bitmap), closed);
     }

@@ -99,7 +99,7 @@ impl VirtualApic {
         }
         if self.delivers(mode) {
             if lapic.take_changed() {
-                self.show_vectors(vmcs, lapic);
+                self.show_vectors(vmcs, lapic, bitmap);
             }
         } else if self.support >= ApicSupport::TaskPriority {
             let threshold = lapic.held_class();
@@ -120,6 +120,14 @@ impl VirtualApic {
         self.threshold = 0;
         vmcs.write(Field::ControlTprThreshold, 0);
         bitmap.virtualize_x2apic(mode == Mode::X2Apic);
+        bitmap.virtualize_self_ipi(self.takes_self_ipis());
+    }
+
+    /// Whether the CPU sends the guest's interrupts to itself. They are edge-triggered, but the CPU leaves the trigger mode of
+    /// their vector as it was, and the vector's end would exit still (SDM vol. 3 section 30.1.5). So it does while none is
+    /// level-triggered.
+    fn takes_self_ipis(&self) -> bool {
+        self.mode == Some(Mode::X2Apic) && self.delivers(Mode::X2Apic) && self.eoi_exits == [0; 4]
     }
 
     /// Pin-based and secondary controls for `mode`.
@@ -138,7 +146,7 @@ impl VirtualApic {
     }
 
     /// What follows from the sets of vectors.
-    fn show_vectors<H: X86Hal>(&mut self, vmcs: &mut Vmcs, lapic: &Lapic<H>) {
+    fn show_vectors<H: X86Hal>(&mut self, vmcs: &mut Vmcs, lapic: &Lapic<H>, bitmap: &mut MsrBitmap<H>) {
         let (requested, in_service) = lapic.interrupt_status();
         vmcs.write(Field::GuestInterruptStatus, u64::from(in_service) << 8 | u64::from(requested));
         let levels = lapic.level_vectors();
@@ -147,6 +155,7 @@ impl VirtualApic {
             for (field, vectors) in EOI_EXITS.into_iter().zip(levels) {
                 vmcs.write(field, vectors);
             }
+            bitmap.virtualize_self_ipi(self.takes_self_ipis());
         }
     }
 }
@@ -174,6 +183,18 @@ mod tests {
             assert_eq!(virtual_apic.mode_controls(mode), (0x16 | pin, 0x82 | secondary), "{support:?} {mode:?}");
             assert_eq!(virtual_apic.delivers(mode), secondary != 0);
         }
+    }
+
+    #[test]
+    fn self_ipis_exit_while_a_vector_is_level_triggered() {
+        let mut apic = VirtualApic { mode: Some(Mode::X2Apic), ..virtual_apic(ApicSupport::Delivery) };
+        assert!(apic.takes_self_ipis());
+        apic.eoi_exits[3] = 1;
+        assert!(!apic.takes_self_ipis());
+        apic = VirtualApic { mode: Some(Mode::XApic), ..virtual_apic(ApicSupport::Delivery) };
+        assert!(!apic.takes_self_ipis(), "the register is the x2APIC's");
+        apic = VirtualApic { mode: Some(Mode::X2Apic), ..virtual_apic(ApicSupport::TaskPriority) };
+        assert!(!apic.takes_self_ipis());
     }
 
     #[test]
