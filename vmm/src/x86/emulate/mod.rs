@@ -278,8 +278,8 @@ impl<B: Bus> Exec<'_, B> {
 /// A guest without paging stores to a device, and its bus sees the access:
 /// ```
 /// use axvcpu_uapi::addr::GuestPhysAddr;
-/// use axvmm::emulate::{seg, step, Bus, Config, CpuState, Outcome};
-/// use axvmm::paging::GuestMemory;
+/// use axvmm::x86::emulate::{seg, step, Bus, Config, CpuState, Outcome};
+/// use axvmm::x86::paging::GuestMemory;
 ///
 /// /// A register at any address, and no RAM.
 /// struct Register(Vec<u8>);
@@ -326,7 +326,7 @@ impl<B: Bus> Exec<'_, B> {
 /// let outcome = step(&Config::default(), &mut cpu, &mut bus, &code)?;
 /// assert_eq!(outcome, Outcome::Retired { debug_trap: false, interrupt_shadow: false });
 /// assert_eq!((bus.0, cpu.rip), (vec![0x34, 0x12], 3));
-/// # Ok::<(), axvmm::emulate::Error<std::convert::Infallible>>(())
+/// # Ok::<(), axvmm::x86::emulate::Error<std::convert::Infallible>>(())
 /// ```
 pub fn step<B: Bus>(
     config: &Config,
