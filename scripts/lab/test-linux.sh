@@ -50,11 +50,11 @@ confined() {
 	vcpu_runs $vmm
 	found=$(sed -n 's/^Seccomp:[^0-9]*//p' /proc/$vmm/task/*/status 2>/dev/null | tr -d '\n')
 	guest_judge "boots $([ "$want" = 2 ] && echo in || echo without) the sandbox" $vmm $limit /tmp/confined.out
-	if [ "$found" = "$want$want" ]; then
-		ok "$name"
-	else
-		not_ok "$name" "filters of its two threads: '$found' instead of $want$want"
-	fi
+	# KVM adds a thread of its own.
+	case $found in
+	*[!$want]* | '' | ?) not_ok "$name" "filters of its threads: '$found' instead of $want for each of at least two" ;;
+	*) ok "$name" ;;
+	esac
 }
 confined 2
 confined 0 --no-sandbox
@@ -65,7 +65,7 @@ if [ "$(nproc)" -gt 1 ]; then
 	axvmm --config /tmp/placed.toml >/tmp/placed.out 2>&1 </dev/null &
 	vmm=$!
 	vcpu_runs $vmm
-	for thread in /proc/$vmm/task/*; do
+	for thread in "/proc/$vmm/task"/*; do
 		grep -q vcpu0 "$thread/comm" && placed=$(sed -n 's/^Cpus_allowed_list:[^0-9]*//p' "$thread/status")
 	done
 	guest_judge "boots on the host's second CPU" $vmm $limit /tmp/placed.out

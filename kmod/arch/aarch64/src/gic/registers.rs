@@ -470,12 +470,12 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "hours, of code that has nothing unsafe")]
     fn every_access_to_every_address_is_harmless() {
         let gic = new();
-        let step = if cfg!(miri) { 997 } else { 1 };
         for width in [AccessWidth::Byte, AccessWidth::Word, AccessWidth::Dword, AccessWidth::Qword] {
             for base in [GICD, GICR, GICR + 19 * GIC_REDISTRIBUTOR_SIZE, GICR + SGI_FRAME] {
-                for offset in (0..0x1_0000).step_by(step) {
+                for offset in 0..0x1_0000 {
                     for access in [Access::Write(u64::MAX), Access::Read, Access::Write(0)] {
                         assert!(gic.access(base + offset, width, access, |cpu| assert!(cpu < 20)).is_some());
                     }
