@@ -15,6 +15,8 @@ use crate::error::describe_io;
 use crate::exit::ExitCode;
 use crate::memory::Ram;
 
+#[cfg(test)]
+pub(crate) mod bench;
 pub(crate) mod content;
 pub(crate) mod elf;
 mod placement;

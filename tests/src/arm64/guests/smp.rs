@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Several vCPUs of one machine: SGIs between them, SPIs for one or the other, and starting and stopping them by PSCI.
 
+use super::timer;
 use crate::gic_code;
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, CODE, GICD, STACK, VECTORS};
@@ -70,89 +71,68 @@ fn counting() -> &'static [u8] {
 
 const ROUNDS: u64 = 500;
 
-fn ping_pong() -> CaseResult {
-    // vCPU 0 sends SGI 3 to vCPU 1 and waits for the answer, X6 times.
-    let code = gic_code!(
-        ping_pong,
-        // Both are ready.
-        "movz x4, #0x4010, lsl #16",
-        "mov x9, #1",
-        "str x9, [x4, x19, lsl #3]",
-        "6: ldr x9, [x4]",
-        "cbz x9, 6b",
-        "7: ldr x9, [x4, #8]",
-        "cbz x9, 7b",
-        "mov x7, #0",
-        "mov x8, #0",
-        "eor x5, x19, #1",
-        "mov x9, #1",
-        "lsl x5, x9, x5",
-        "movk x5, #0x300, lsl #16",
-        "msr daifset, #2",
-        "cbnz x19, 3f",
-        "2: msr icc_sgi1r_el1, x5",
-        "isb",
-        "3: add x8, x8, #1",
-        // Wait until the counter of interrupts is X8: WFI with exceptions masked, then let them in.
-        "4: wfi",
-        "msr daifclr, #2",
-        "isb",
-        "msr daifset, #2",
-        "cmp x7, x8",
-        "b.lt 4b",
-        "cmp x8, #500",
-        "b.lt 2b",
-        "cbz x19, 5f",
-        "msr icc_sgi1r_el1, x5",
-        "isb",
-        "5: mov x0, x7",
-        "mov x1, x8",
-        "hvc #0"
-    );
+/// A guest of two vCPUs that take turns, [`ROUNDS`] times: vCPU 0 sends SGI 3 to vCPU 1 and waits for the answer. X7 counts
+/// interrupts, X8 rounds; `$begin` is executed once, `$wait` until X7 has reached X8, whose comparison it ends with.
+macro_rules! taking_turns {
+    ($name:ident, $begin:literal, $($wait:literal),+ $(,)?) => {
+        gic_code!(
+            $name,
+            // Both are ready.
+            "movz x4, #0x4010, lsl #16",
+            "mov x9, #1",
+            "str x9, [x4, x19, lsl #3]",
+            "6: ldr x9, [x4]",
+            "cbz x9, 6b",
+            "7: ldr x9, [x4, #8]",
+            "cbz x9, 7b",
+            "mov x7, #0",
+            "mov x8, #0",
+            "eor x5, x19, #1",
+            "mov x9, #1",
+            "lsl x5, x9, x5",
+            "movk x5, #0x300, lsl #16",
+            $begin,
+            "cbnz x19, 3f",
+            "2: msr icc_sgi1r_el1, x5",
+            "isb",
+            "3: add x8, x8, #1",
+            $($wait,)+
+            "b.lt 4b",
+            "cmp x8, #500",
+            "b.lt 2b",
+            "cbz x19, 5f",
+            "msr icc_sgi1r_el1, x5",
+            "isb",
+            "5: mov x0, x7",
+            "mov x1, x8",
+            "hvc #0"
+        )
+    };
+}
+
+/// Runs one of [`taking_turns!`].
+fn take_turns(code: &'static [u8]) -> CaseResult {
     let (mut m, mut others) = machine(code, counting(), 2)?;
     let counts = all(&mut m, &mut others)?;
     ensure_eq!(counts, [(ROUNDS, ROUNDS), (ROUNDS, ROUNDS)], "interrupts and rounds");
     Ok(())
 }
 
-fn spinning() -> CaseResult {
-    let code = gic_code!(
-        spinning,
-        // Both are ready.
-        "movz x4, #0x4010, lsl #16",
-        "mov x9, #1",
-        "str x9, [x4, x19, lsl #3]",
-        "6: ldr x9, [x4]",
-        "cbz x9, 6b",
-        "7: ldr x9, [x4, #8]",
-        "cbz x9, 7b",
-        "mov x7, #0",
-        "mov x8, #0",
-        "eor x5, x19, #1",
-        "mov x9, #1",
-        "lsl x5, x9, x5",
-        "movk x5, #0x300, lsl #16",
+fn ping_pong() -> CaseResult {
+    // WFI with exceptions masked, then let them in.
+    take_turns(taking_turns!(
+        ping_pong,
+        "msr daifset, #2",
+        "4: wfi",
         "msr daifclr, #2",
-        "cbnz x19, 3f",
-        "2: msr icc_sgi1r_el1, x5",
         "isb",
-        "3: add x8, x8, #1",
-        "4: yield",
+        "msr daifset, #2",
         "cmp x7, x8",
-        "b.lt 4b",
-        "cmp x8, #500",
-        "b.lt 2b",
-        "cbz x19, 5f",
-        "msr icc_sgi1r_el1, x5",
-        "isb",
-        "5: mov x0, x7",
-        "mov x1, x8",
-        "hvc #0"
-    );
-    let (mut m, mut others) = machine(code, counting(), 2)?;
-    let counts = all(&mut m, &mut others)?;
-    ensure_eq!(counts, [(ROUNDS, ROUNDS), (ROUNDS, ROUNDS)], "interrupts and rounds");
-    Ok(())
+    ))
+}
+
+fn spinning() -> CaseResult {
+    take_turns(taking_turns!(spinning, "msr daifclr, #2", "4: yield", "cmp x7, x8"))
 }
 
 fn broadcast() -> CaseResult {
@@ -237,17 +217,6 @@ fn routed() -> CaseResult {
 fn timers() -> CaseResult {
     // Each vCPU counts 50 ticks of its own, of different length. The next one is due a period after the handler has run, not after the
     // last: on a slow host there would be no time left between two of them.
-    let ticking = code!(
-        ticking,
-        "mrs x10, icc_iar1_el1",
-        "mrs x9, cntvct_el0",
-        "add x9, x9, x6",
-        "msr cntv_cval_el0, x9",
-        "isb",
-        "add x7, x7, #1",
-        "msr icc_eoir1_el1, x10",
-        "eret"
-    );
     let code = gic_code!(
         timers,
         "mov x7, #0",
@@ -272,7 +241,7 @@ fn timers() -> CaseResult {
         "mul x1, x9, x6",
         "hvc #0"
     );
-    let (mut m, mut others) = machine(code, ticking, 4)?;
+    let (mut m, mut others) = machine(code, timer::ticking(), 4)?;
     for (id, (took, least)) in all(&mut m, &mut others)?.into_iter().enumerate() {
         ensure!(took >= least, "vCPU {id}: 50 ticks in {took} counts, which is less than {least}");
     }

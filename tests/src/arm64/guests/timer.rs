@@ -25,6 +25,21 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
+/// Counts the timer's interrupts in X7, and has the next one come X6 counts later.
+pub(super) fn ticking() -> &'static [u8] {
+    code!(
+        ticking,
+        "mrs x10, icc_iar1_el1",
+        "mrs x9, cntvct_el0",
+        "add x9, x9, x6",
+        "msr cntv_cval_el0, x9",
+        "isb",
+        "add x7, x7, #1",
+        "msr icc_eoir1_el1, x10",
+        "eret"
+    )
+}
+
 /// X1 is how late the timer's interrupt comes, in counts; the timer is stopped.
 fn stopping() -> &'static [u8] {
     code!(
@@ -202,17 +217,6 @@ fn far() -> CaseResult {
 
 fn ticks() -> CaseResult {
     // 100 ticks, each 1/1000 of a second after the handler of the last, which alone counts them.
-    let ticking = code!(
-        ticking,
-        "mrs x10, icc_iar1_el1",
-        "mrs x9, cntvct_el0",
-        "add x9, x9, x6",
-        "msr cntv_cval_el0, x9",
-        "isb",
-        "add x7, x7, #1",
-        "msr icc_eoir1_el1, x10",
-        "eret"
-    );
     let code = gic_code!(
         ticks,
         "mov x7, #0",
@@ -235,7 +239,7 @@ fn ticks() -> CaseResult {
         "mov x0, x7",
         "hvc #0"
     );
-    let mut m = machine(code, ticking)?;
+    let mut m = machine(code, ticking())?;
     let started = Instant::now();
     let [count, elapsed, frequency, ..] = m.expect_call()?;
     let host = started.elapsed();

@@ -1,58 +1,36 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Small kernels of each format, made here; what the loader leaves in memory; and images that are refused.
 
-use std::fs;
-use std::path::PathBuf;
-
 use super::*;
 use crate::arm64::layout;
-use crate::config::{EntryMode, MemoryRegion, ModuleConfig};
+use crate::config::{EntryMode, ModuleConfig};
 use crate::exit::ExitCode;
+use crate::image::bench::Bench;
 use ::fdt::Fdt;
 
 const MEMORY: u64 = 64 << 20;
 
-/// A folder with files, and the kernel configuration that names them.
-struct Bench {
-    folder: tempfile::TempDir,
-    config: KernelConfig,
-    memory: Vec<MemoryRegion>,
+fn with_kernel(kernel: &[u8]) -> Bench {
+    Bench::new(kernel, EntryMode::default(), layout::default_regions(MEMORY))
 }
 
-impl Bench {
-    fn new(kernel: &[u8]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = KernelConfig {
-            path: folder.path().join("kernel"),
-            ramdisk: None,
-            cmdline: String::new(),
-            entry_point: None,
-            load_addr: None,
-            entry_mode: EntryMode::default(),
-            modules: vec![],
-        };
-        let bench = Self { folder, config, memory: layout::default_regions(MEMORY) };
-        bench.file("kernel", kernel);
-        bench
-    }
+/// What is loaded from it here.
+trait Load {
+    fn load(&self) -> Result<(Ram, Loaded), ImageError>;
 
-    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.folder.path().join(name);
-        fs::write(&path, content).unwrap();
-        path
+    fn refused(&self) -> (ExitCode, String) {
+        let error = self.load().map(|(_, loaded)| loaded).unwrap_err();
+        (error.exit_code(), error.to_string())
     }
+}
 
+impl Load for Bench {
     fn load(&self) -> Result<(Ram, Loaded), ImageError> {
         let ram = Ram::new(&self.memory).unwrap();
         let seeds = fdt::Seeds { rng: [1; 64], kaslr: 2 };
         let machine = fdt::Machine { cpus: 2, memory: &self.memory, serial: true, seeds };
         let loaded = load(&self.config, &ram, &machine)?;
         Ok((ram, loaded))
-    }
-
-    fn refused(&self) -> (ExitCode, String) {
-        let error = self.load().map(|(_, loaded)| loaded).unwrap_err();
-        (error.exit_code(), error.to_string())
     }
 }
 
@@ -94,7 +72,7 @@ fn elf(machine: u16, kind: u16, paddr: u64, entry: u64, memory_size: u64) -> Vec
 #[test]
 fn an_image_lies_where_its_header_says_and_the_tree_tells_of_the_rest() {
     let image = arm64_image(0x8_0000, 1 << 20, 0xa);
-    let mut bench = Bench::new(&image);
+    let mut bench = with_kernel(&image);
     bench.config.ramdisk = Some(bench.file("ramdisk", &[7; 5000]));
     bench.config.cmdline = "console=ttyS0 a=b".into();
     let (ram, loaded) = bench.load().unwrap();
@@ -118,14 +96,14 @@ fn an_image_lies_where_its_header_says_and_the_tree_tells_of_the_rest() {
 #[test]
 fn elf_kernels_start_at_their_physical_entry() {
     let at = 0x4100_0000;
-    let (ram, loaded) = Bench::new(&elf(183, 2, at, 0xffff_8000_0000_0008, 0x1000)).load().unwrap();
+    let (ram, loaded) = with_kernel(&elf(183, 2, at, 0xffff_8000_0000_0008, 0x1000)).load().unwrap();
     assert_eq!((loaded.format, loaded.start.entry.as_u64()), ("64-bit ELF", at + 8));
     assert_eq!(bytes(&ram, at, 16), [0xd5; 16]);
 }
 
 #[test]
 fn raw_binaries_start_where_the_configuration_says() {
-    let mut bench = Bench::new(&[1, 2, 3, 4, 5, 6, 7, 8]);
+    let mut bench = with_kernel(&[1, 2, 3, 4, 5, 6, 7, 8]);
     bench.config.entry_point = Some(0x4020_0004);
     bench.config.load_addr = Some(0x4020_0000);
     let (ram, loaded) = bench.load().unwrap();
@@ -155,7 +133,7 @@ fn bad_images_are_named_for_what_they_are() {
         (vec![], ExitCode::ImageUnknown, "empty"),
     ];
     for (image, code, words) in cases {
-        let (found, text) = Bench::new(&image).refused();
+        let (found, text) = with_kernel(&image).refused();
         assert_eq!(found, code, "{text}");
         assert!(text.contains(words), "{words}: {text}");
     }
@@ -164,16 +142,16 @@ fn bad_images_are_named_for_what_they_are() {
 #[test]
 fn what_does_not_go_together_is_refused() {
     let image = arm64_image(0, 1 << 20, 0);
-    let mut bench = Bench::new(&image);
+    let mut bench = with_kernel(&image);
     bench.config.entry_point = Some(0x4000_0000);
     assert_eq!(bench.refused().0, ExitCode::ImageUnsupported);
-    let mut bench = Bench::new(&image);
+    let mut bench = with_kernel(&image);
     bench.config.modules.push(ModuleConfig { path: bench.file("m", b"x"), cmdline: String::new() });
     assert_eq!(bench.refused().0, ExitCode::ImageUnsupported);
-    let mut bench = Bench::new(&image);
+    let mut bench = with_kernel(&image);
     bench.config.ramdisk = Some(bench.file("ramdisk", &vec![0; MEMORY as usize]));
     assert_eq!(bench.refused().0, ExitCode::RamdiskTooLarge);
-    let mut bench = Bench::new(&arm64_image(0, MEMORY, 0));
+    let mut bench = with_kernel(&arm64_image(0, MEMORY, 0));
     bench.memory = layout::default_regions(MEMORY);
     let (code, text) = bench.refused();
     assert_eq!(code, ExitCode::MemoryTooSmall);

@@ -2,50 +2,25 @@
 //! Small kernels of each format, made here; what the loaders leave in memory; and images that are refused.
 
 use std::fs;
-use std::path::PathBuf;
 
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 
 use super::*;
-use crate::config::{MemoryRegion, ModuleConfig};
+use crate::config::ModuleConfig;
 use crate::exit::ExitCode;
+use crate::image::bench::Bench;
 use crate::x86::layout::{BOOT_INFO, STACK, ZERO_PAGE};
 
 const RSDP: u64 = 0xe_0000;
 const MEMORY: u64 = 64 << 20;
 
-/// A folder with files, and the kernel configuration that names them.
-struct Bench {
-    folder: tempfile::TempDir,
-    config: KernelConfig,
-    memory: Vec<MemoryRegion>,
+fn with_kernel(kernel: &[u8]) -> Bench {
+    Bench::new(kernel, EntryMode::Real, layout::default_regions(MEMORY))
 }
 
 impl Bench {
-    fn new(kernel: &[u8]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = KernelConfig {
-            path: folder.path().join("kernel"),
-            ramdisk: None,
-            cmdline: String::new(),
-            entry_point: None,
-            load_addr: None,
-            entry_mode: EntryMode::Real,
-            modules: vec![],
-        };
-        let bench = Self { folder, config, memory: layout::default_regions(MEMORY) };
-        bench.file("kernel", kernel);
-        bench
-    }
-
-    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.folder.path().join(name);
-        fs::write(&path, content).unwrap();
-        path
-    }
-
     fn with_ramdisk(mut self, content: &[u8]) -> Self {
         self.config.ramdisk = Some(self.file("ramdisk", content));
         self
@@ -67,17 +42,24 @@ impl Bench {
         self.memory = layout::default_regions(size);
         self
     }
+}
 
+/// What is loaded from it here.
+trait Load {
+    fn load(&self) -> Result<(Guest, Loaded), ImageError>;
+
+    fn refused(&self) -> (ExitCode, String) {
+        let error = self.load().map(|(_, loaded)| loaded).unwrap_err();
+        (error.exit_code(), error.to_string())
+    }
+}
+
+impl Load for Bench {
     fn load(&self) -> Result<(Guest, Loaded), ImageError> {
         let ram = Ram::new(&self.memory).unwrap();
         let map = layout::memory_map(&self.memory);
         let loaded = load(&self.config, &ram, &map, GuestPhysAddr::new(RSDP))?;
         Ok((Guest(ram), loaded))
-    }
-
-    fn refused(&self) -> (ExitCode, String) {
-        let error = self.load().map(|(_, loaded)| loaded).unwrap_err();
-        (error.exit_code(), error.to_string())
     }
 }
 
@@ -132,7 +114,7 @@ fn bzimage(payload: &[u8], change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
 #[test]
 fn bzimage_gets_what_the_boot_protocol_promises() {
     let payload: Vec<u8> = (0..=255).cycle().take(5000).collect();
-    let bench = Bench::new(&bzimage(&payload, |_| ())).with_ramdisk(&[7; 10_000]).with_cmdline("console=ttyS0 x");
+    let bench = with_kernel(&bzimage(&payload, |_| ())).with_ramdisk(&[7; 10_000]).with_cmdline("console=ttyS0 x");
     let (guest, loaded) = bench.load().unwrap();
     assert_eq!(loaded.start.mode, EntryMode::Long);
     assert_eq!(loaded.start.entry.as_u64(), 0x100_0200);
@@ -173,7 +155,7 @@ fn bzimage_gets_what_the_boot_protocol_promises() {
 
 #[test]
 fn bzimage_goes_elsewhere_if_memory_is_short() {
-    let small = |change: fn(&mut setup_header)| Bench::new(&bzimage(&[1; 100], change)).with_memory(16 << 20);
+    let small = |change: fn(&mut setup_header)| with_kernel(&bzimage(&[1; 100], change)).with_memory(16 << 20);
     let (guest, loaded) = small(|_| ()).load().unwrap();
     assert_eq!(loaded.start.entry.as_u64(), 0x20_0200);
     assert_eq!(guest.bytes(0x20_0000, 100), [1; 100]);
@@ -193,12 +175,12 @@ fn kernels_without_64_bit_entry_start_in_32_bit_mode() {
         header.pref_address = u64::MAX;
         header.init_size = u32::MAX;
     });
-    let (guest, loaded) = Bench::new(&old).load().unwrap();
+    let (guest, loaded) = with_kernel(&old).load().unwrap();
     assert_eq!((loaded.start.mode, loaded.start.entry.as_u64()), (EntryMode::Protected, 0x10_0000));
     assert_eq!(loaded.start.registers.rsi, ZERO_PAGE);
     assert_eq!(guest.bytes(0x10_0000, 64), [1; 64]);
     let long = "x".repeat(256);
-    assert_eq!(Bench::new(&old).with_cmdline(&long).refused().0, ExitCode::CmdlineTooLong);
+    assert_eq!(with_kernel(&old).with_cmdline(&long).refused().0, ExitCode::CmdlineTooLong);
 }
 
 #[test]
@@ -207,7 +189,7 @@ fn ramdisk_stays_below_the_kernel_s_limit() {
         header.xloadflags = 1;
         header.initrd_addr_max = 0x2ff_ffff;
     });
-    let (guest, _) = Bench::new(&image).with_ramdisk(&[9; 4096]).load().unwrap();
+    let (guest, _) = with_kernel(&image).with_ramdisk(&[9; 4096]).load().unwrap();
     let params: boot_params = guest.object(ZERO_PAGE);
     assert_eq!({ params.hdr.ramdisk_image }, 0x2ff_f000);
 }
@@ -215,13 +197,13 @@ fn ramdisk_stays_below_the_kernel_s_limit() {
 #[test]
 fn damaged_bzimages() {
     let cut = bzimage(&[1; 5000], |_| ())[..3000].to_vec();
-    let (code, text) = Bench::new(&cut).refused();
+    let (code, text) = with_kernel(&cut).refused();
     assert_eq!(code, ExitCode::ImageMalformed);
     assert!(text.contains("cut off"), "{text}");
     let header_only = bzimage(&[], |_| ())[..0x220].to_vec();
-    assert_eq!(Bench::new(&header_only).refused().0, ExitCode::ImageMalformed);
+    assert_eq!(with_kernel(&header_only).refused().0, ExitCode::ImageMalformed);
     let zimage = bzimage(&[1; 16], |header| header.loadflags = 0);
-    assert!(Bench::new(&zimage).refused().1.contains("zImage of old"));
+    assert!(with_kernel(&zimage).refused().1.contains("zImage of old"));
 }
 
 /// An ELF file with one segment and, optionally, a PVH note (in the second of two note segments).
@@ -287,7 +269,7 @@ fn elf(is_64: bool, paddr: u64, vaddr: u64, entry: u64, code: &[u8], pvh: Option
 fn pvh_kernels_of_both_classes() {
     for is_64 in [false, true] {
         let kernel = elf(is_64, 0x20_0000, 0xc020_0000, 0xc020_0000, &[0x90; 100], Some(0x20_0010));
-        let bench = Bench::new(&kernel)
+        let bench = with_kernel(&kernel)
             .with_cmdline("main")
             .with_ramdisk(&[1; 5])
             .with_module(&[2; 4097], "first module")
@@ -313,7 +295,7 @@ fn pvh_kernels_of_both_classes() {
 #[test]
 fn plain_64_bit_elf_kernels() {
     let kernel = elf(true, 0x20_0000, 0xffff_ffff_8020_0000, 0xffff_ffff_8020_0008, &[0x90; 100], None);
-    let (guest, loaded) = Bench::new(&kernel).with_cmdline("hello").with_ramdisk(&[4; 8]).load().unwrap();
+    let (guest, loaded) = with_kernel(&kernel).with_cmdline("hello").with_ramdisk(&[4; 8]).load().unwrap();
     assert_eq!((loaded.start.mode, loaded.start.entry.as_u64()), (EntryMode::Long, 0x20_0008));
     let registers = loaded.start.registers;
     assert_eq!((registers.rsi, registers.rsp), (ZERO_PAGE, STACK.end));
@@ -365,7 +347,7 @@ fn multiboot_elf_kernels_of_both_classes() {
     for is_64 in [false, true] {
         let code = [multiboot_header(3, &[]), vec![0x90; 100]].concat();
         let kernel = elf(is_64, 0x10_0000, 0x10_0000, 0x10_000c, &code, None);
-        check_multiboot(Bench::new(&kernel), 0x10_000c, 0x10_000c, 0x10_2000);
+        check_multiboot(with_kernel(&kernel), 0x10_000c, 0x10_000c, 0x10_2000);
     }
 }
 
@@ -374,12 +356,12 @@ fn multiboot_flat_kernels() {
     // The header is 8 bytes into the file; memory behind the data is to be cleared up to bss_end.
     let header = multiboot_header(0x1_0003, &[0x20_0008, 0x20_0000, 0, 0x20_8000, 0x20_0030]);
     let kernel = [vec![0; 8], header, vec![0x90; 100]].concat();
-    check_multiboot(Bench::new(&kernel), 0x20_0030, 0x20_0030, 0x20_8000);
+    check_multiboot(with_kernel(&kernel), 0x20_0030, 0x20_0030, 0x20_8000);
 }
 
 #[test]
 fn damaged_multiboot_kernels() {
-    let refused = |image: &[u8]| Bench::new(image).refused();
+    let refused = |image: &[u8]| with_kernel(image).refused();
     let (code, text) = refused(&multiboot_header(0x8, &[]));
     assert_eq!(code, ExitCode::ImageMalformed);
     assert!(text.contains("unknown features 0x8"), "{text}");
@@ -398,7 +380,7 @@ fn damaged_multiboot_kernels() {
 #[test]
 fn raw_binaries_start_where_they_are_told() {
     for mode in [EntryMode::Real, EntryMode::Protected, EntryMode::Long] {
-        let mut bench = Bench::new(&[0xf4; 100]);
+        let mut bench = with_kernel(&[0xf4; 100]);
         bench.config.entry_point = Some(0x8010);
         bench.config.load_addr = Some(0x8000);
         bench.config.entry_mode = mode;
@@ -415,7 +397,7 @@ fn raw_binaries_start_where_they_are_told() {
         bench.memory = layout::default_regions(4 << 20);
         assert_eq!(bench.refused().0, ExitCode::MemoryTooSmall);
     }
-    let mut page_tables = Bench::new(&[0x90; 0x1000]);
+    let mut page_tables = with_kernel(&[0x90; 0x1000]);
     page_tables.config.entry_point = Some(0x9_0000);
     assert!(page_tables.load().is_ok(), "real mode has none");
     page_tables.config.entry_mode = EntryMode::Long;
@@ -424,7 +406,7 @@ fn raw_binaries_start_where_they_are_told() {
 
 #[test]
 fn files_that_cannot_be_read() {
-    let mut bench = Bench::new(b"x");
+    let mut bench = with_kernel(b"x");
     bench.config.path = bench.folder.path().join("none");
     let (code, text) = bench.refused();
     assert_eq!(code, ExitCode::ImageUnreadable);
@@ -434,7 +416,7 @@ fn files_that_cannot_be_read() {
     bench.config.path = "/dev/null".into();
     assert!(bench.refused().1.ends_with("it is not a regular file"));
 
-    let mut bench = Bench::new(&bzimage(&[1; 16], |_| ()));
+    let mut bench = with_kernel(&bzimage(&[1; 16], |_| ()));
     bench.config.ramdisk = Some(bench.folder.path().join("none"));
     let (code, text) = bench.refused();
     assert_eq!(code, ExitCode::RamdiskUnreadable);
@@ -444,13 +426,13 @@ fn files_that_cannot_be_read() {
 
 #[test]
 fn files_that_do_not_fit() {
-    let bench = Bench::new(&bzimage(&[1; 16], |_| ())).with_ramdisk(b"x");
+    let bench = with_kernel(&bzimage(&[1; 16], |_| ())).with_ramdisk(b"x");
     let file = fs::File::options().write(true).open(bench.config.ramdisk.as_ref().unwrap()).unwrap();
     file.set_len(MEMORY).unwrap();
     let (code, text) = bench.refused();
     assert_eq!(code, ExitCode::RamdiskTooLarge);
     assert!(text.contains("(64 MiB) does not fit") && text.contains("largest space free for it has 40 MiB"), "{text}");
-    let bench = Bench::new(&elf(true, 0x20_0000, 0, 0x20_0000, &[0; 8], Some(0x20_0000))).with_module(b"x", "");
+    let bench = with_kernel(&elf(true, 0x20_0000, 0, 0x20_0000, &[0; 8], Some(0x20_0000))).with_module(b"x", "");
     fs::File::options().write(true).open(&bench.config.modules[0].path).unwrap().set_len(MEMORY).unwrap();
     assert!(bench.refused().1.starts_with("the module "));
 }
@@ -463,25 +445,25 @@ fn formats_and_configurations_that_do_not_go_together() {
         assert!(text.contains(words), "{text}");
     };
     let linux = bzimage(&[1; 16], |_| ());
-    conflict(Bench::new(&linux).with_module(b"m", ""), "takes no modules");
-    let mut with_entry = Bench::new(&linux);
+    conflict(with_kernel(&linux).with_module(b"m", ""), "takes no modules");
+    let mut with_entry = with_kernel(&linux);
     with_entry.config.entry_point = Some(0x10_0000);
     conflict(with_entry, "remove entry_point");
     let raw = || {
-        let mut bench = Bench::new(&[0xf4; 4]);
+        let mut bench = with_kernel(&[0xf4; 4]);
         bench.config.entry_point = Some(0x1000);
         bench
     };
     conflict(raw().with_ramdisk(b"r"), "remove ramdisk_path");
     conflict(raw().with_module(b"m", ""), "takes no modules");
     conflict(raw().with_cmdline("x"), "takes no command line");
-    conflict(Bench::new(&elf(true, 0x20_0000, 0, 0x20_0000, &[0; 8], None)).with_module(b"m", ""), "takes no modules");
+    conflict(with_kernel(&elf(true, 0x20_0000, 0, 0x20_0000, &[0; 8], None)).with_module(b"m", ""), "takes no modules");
 }
 
 #[test]
 fn what_is_no_kernel_is_named() {
     let refused = |image: &[u8]| {
-        let (code, text) = Bench::new(image).refused();
+        let (code, text) = with_kernel(image).refused();
         assert_eq!(code, ExitCode::ImageUnknown, "{text}");
         text
     };
@@ -496,10 +478,10 @@ fn what_is_no_kernel_is_named() {
     library[16] = 3;
     assert!(refused(&library).contains("library"));
     assert!(refused(&elf(false, 0x20_0000, 0, 0, &[0; 8], None)).contains("without PVH note or multiboot"));
-    let mut png = Bench::new(b"\x89PNG\r\n\x1a\n0000");
+    let mut png = with_kernel(b"\x89PNG\r\n\x1a\n0000");
     png.config.entry_point = Some(0x1000);
     assert!(png.load().is_ok(), "who gives an entry point means it");
-    let mut empty = Bench::new(b"");
+    let mut empty = with_kernel(b"");
     empty.config.entry_point = Some(0x1000);
     assert!(empty.refused().1.contains("it is empty"));
 }
@@ -514,7 +496,7 @@ fn no_image_makes_a_loader_panic() {
         multiboot_header(0x1_0003, &[0x20_0000, 0x20_0000, 0, 0, 0x20_0000]),
     ];
     for kernel in kernels {
-        let bench = Bench::new(&kernel).with_memory(4 << 20);
+        let bench = with_kernel(&kernel).with_memory(4 << 20);
         for length in (0..kernel.len()).step_by(3) {
             fs::write(&bench.config.path, &kernel[..length]).unwrap();
             let _ = bench.load();
