@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
+use crate::arch;
 use crate::machine::{Hypervisor, Result};
 use crate::rows::Row;
 
@@ -96,16 +97,7 @@ fn watch(hypervisor: Hypervisor, axvmm: &mut Child) -> Result<(f64, u64, u64)> {
 fn cpu_ticks(pid: u32) -> Result<f64> {
     let time = clock_gettime(clock_getcpuclockid(Pid::from_raw(pid.try_into()?))?)?;
     let seconds = time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9;
-    Ok(seconds * frequency().ok_or("/proc/cpuinfo has no frequency")?)
-}
-
-/// Ticks per second, as the kernel has found them to be.
-fn frequency() -> Option<f64> {
-    // The only place where Linux tells user mode.
-    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("cpu MHz"))?;
-    let mhz: f64 = line.split(':').nth(1)?.trim().parse().ok()?;
-    Some(mhz * 1e6)
+    Ok(seconds * arch::frequency()?)
 }
 
 /// Exits of all guests of KVM so far.

@@ -4,14 +4,12 @@
 use std::fs;
 use std::process::ExitCode;
 
+use crate::arch;
 use crate::machine::Result;
 use crate::report;
 
 /// What the kernel knows of each weakness of the CPU, and what it does.
 const WEAKNESSES: &str = "/sys/devices/system/cpu/vulnerabilities";
-
-/// Flags of /proc/cpuinfo on which a hypervisor's own barriers depend.
-const FLAGS: [&str; 8] = ["ibrs", "ibpb", "stibp", "ssbd", "arch_capabilities", "md_clear", "flush_l1d", "nrip_save"];
 
 /// Prints them.
 ///
@@ -25,9 +23,10 @@ pub(crate) fn print() -> Result<ExitCode> {
         let line = cpu.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));
         line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim())
     };
-    fact("CPU", field("model name"));
-    let flags: Vec<&str> = field("flags").split(' ').collect();
-    let found: Vec<&str> = FLAGS.into_iter().filter(|flag| flags.contains(flag)).collect();
+    let cpu_name: Vec<&str> = arch::CPU_NAME.iter().map(|name| field(name)).collect();
+    fact("CPU", &cpu_name.join(", "));
+    let flags: Vec<&str> = field(arch::FEATURES).split(' ').collect();
+    let found: Vec<&str> = arch::BARRIER_FEATURES.iter().copied().filter(|flag| flags.contains(flag)).collect();
     fact("CPU has", &if found.is_empty() { "none of them".to_owned() } else { found.join(" ") });
     fact("command line", &fs::read_to_string("/proc/cmdline")?);
     let mut files: Vec<_> = fs::read_dir(WEAKNESSES)?.collect::<std::io::Result<_>>()?;

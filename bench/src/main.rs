@@ -6,14 +6,18 @@
 //! Results are lines of `bench`, a hypervisor, a row and samples, on standard output once everything has been measured:
 //! writing them in between would be measured too.
 
+#[cfg(target_arch = "x86_64")]
+#[path = "x86/mod.rs"]
+mod arch;
 mod boot;
-mod cases;
 mod facts;
-mod guest;
+mod group;
 mod machine;
 mod measure;
 mod report;
 mod rows;
+mod ways;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,7 +28,7 @@ use machine::Hypervisor;
 use measure::Effort;
 use rows::Row;
 
-/// Measures axvcpu and KVM in instructions of the host. Only meaningful on a CPU whose time-stamp counter counts them:
+/// Measures axvcpu and KVM in instructions of the host. Only meaningful on a CPU whose counter counts them:
 /// see scripts/bench.
 #[derive(Parser)]
 struct Arguments {
@@ -85,7 +89,7 @@ fn exits(hypervisor: Hypervisor, effort: Effort, only: &[Row]) -> machine::Resul
     let device = hypervisor.open()?;
     let mut lines = Vec::new();
     for &row in Row::ALL.iter().filter(|row| only.is_empty() || only.contains(row)) {
-        match cases::measure(row, &*device, effort) {
+        match arch::cases::measure(row, &*device, effort) {
             None => {}
             Some(Ok(samples)) => lines.push(report::line(hypervisor, row, &samples)),
             Some(Err(error)) => lines.push(report::failure(hypervisor, row, &error.to_string())),

@@ -1,21 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Taking samples. The unit is the tick of the time-stamp counter, which under QEMU's `-icount shift=0` and under Bochs is
-//! one instruction of the host CPU, whoever executes it; idle time counts too.
+//! Taking samples. The unit is the tick of the host's counter (the time-stamp counter on x86), which under QEMU's
+//! `-icount shift=0` and under Bochs is one instruction of the host CPU, whoever executes it; idle time counts too.
 
 use std::thread;
 use std::time::Duration;
 
+pub(crate) use crate::arch::ticks;
 use crate::machine::Result;
-
-/// The time-stamp counter.
-#[inline]
-pub(crate) fn ticks() -> u64 {
-    // SAFETY: Every x86-64 CPU has RDTSC, and Linux lets user mode execute it.
-    #[allow(unused_unsafe)]
-    unsafe {
-        std::arch::x86_64::_rdtsc()
-    }
-}
 
 /// How many samples of how many turns.
 #[derive(Clone, Copy, Debug)]

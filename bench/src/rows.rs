@@ -109,7 +109,7 @@ rows! {
     /// Unknown MSR.
     MsrUser, Half, "RDMSR refused by userspace: exit, #GP, handler";
     /// Life of a VM.
-    Life, Equal, "a VM with one vCPU: create, run to its first OUT, destroy";
+    Life, Equal, "a VM with one vCPU: create, run to its first exit to userspace, destroy";
     /// Kernel memory.
     KernelMemory, Equal, "kernel memory of such a VM, bytes";
     /// Boot.

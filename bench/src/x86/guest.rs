@@ -9,7 +9,7 @@
 //! | [`TABLES`] | page tables: the first GiB, identical, by 2 MiB pages |
 //! | below [`STACK`] | stack; each vCPU has 4 KiB |
 //! | [`SMALL`], [`HUGE`] | places for memory that is mapped anew for each sample |
-//! | from 0x3000_0000 | not memory |
+//! | from [`MMIO`] | not memory |
 //!
 //! A loop is a piece of code that prepares, and a body that is executed R15 times; then comes an OUT to port [`DONE`].
 //! Preparation and body have RDI, R12, R13 and R14 for themselves.
@@ -38,6 +38,8 @@ const TABLES: u64 = 0x1_0000;
 pub(crate) const SMALL: u64 = 0x0800_0000;
 /// Memory by pages of 2 MiB.
 pub(crate) const HUGE: u64 = 0x1000_0000;
+/// No memory.
+pub(crate) const MMIO: u64 = 0x3000_0000;
 
 /// The vector that interrupts use.
 pub(crate) const VECTOR: u8 = 0x40;
@@ -46,38 +48,18 @@ const GENERAL_PROTECTION: u8 = 13;
 /// The port that ends a loop.
 pub(crate) const DONE: u16 = 0xf4;
 
-/// A loop.
-#[derive(Clone, Copy)]
-pub(crate) struct Loop {
-    /// Done once.
-    pub(crate) before: &'static [u8],
-    /// Done again and again.
-    pub(crate) body: &'static [u8],
-    /// Instructions that the guest executes for each turn of the body, those of handlers included.
-    pub(crate) instructions: usize,
-}
+/// An instruction that does nothing.
+pub(crate) const NOP: &[u8] = &[0x90];
 
-impl Loop {
-    /// The code.
-    pub(crate) fn code(&self) -> Vec<u8> {
-        assemble(self.before, self.body)
-    }
-
-    /// The code without what the body does: as many instructions that do nothing.
-    pub(crate) fn empty(&self) -> Vec<u8> {
-        const NOP: u8 = 0x90;
-        assemble(self.before, &vec![NOP; self.instructions])
-    }
-}
-
-/// `before`, and `body` until R15 is zero.
-fn assemble(before: &[u8], body: &[u8]) -> Vec<u8> {
+/// `before`, `body` until R15 is zero, and `after`.
+pub(crate) fn assemble(before: &[u8], body: &[u8], after: &[u8]) -> Vec<u8> {
     let mut code = before.to_vec();
     code.extend(body);
     code.extend([0x49, 0xff, 0xcf]); // dec r15
     let back = -(body.len() as i32 + 3 + 6);
     code.extend([0x0f, 0x85]); // jnz
     code.extend(back.to_le_bytes());
+    code.extend(after);
     code.extend([0xe6, DONE as u8]); // out DONE, al
     code
 }

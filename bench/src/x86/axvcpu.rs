@@ -15,19 +15,19 @@ use axvmm::x86::emulate::{self, Bus, CpuState, Fault, Outcome, Shortcuts};
 use axvmm::x86::paging::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Cpu, Factory, Machine, Plan, Result};
-use crate::guest::{self, DONE, RAM_SIZE, VECTOR};
+use super::guest::{self, DONE, RAM_SIZE, VECTOR};
+use crate::machine::{Cpu, Factory, Machine, Plan, Result};
 
 /// Address of an interrupt message to APIC id 0.
 const MESSAGE: u64 = 0xfee0_0000;
 
-pub(super) struct Device {
+pub(crate) struct Device {
     system: System,
     cpuid: Vec<CpuidEntry>,
 }
 
 impl Device {
-    pub(super) fn open() -> Result<Self> {
+    pub(crate) fn open() -> Result<Self> {
         let system = System::open()?;
         let cpuid = system.supported_cpuid()?;
         Ok(Self { system, cpuid })
@@ -163,7 +163,7 @@ impl Cpu for AxCpu {
         }
     }
 
-    fn r14(&self) -> Result<u64> {
+    fn count(&self) -> Result<u64> {
         Ok(self.vcpu.general().gpr[14])
     }
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the measurements need of a hypervisor, so that they are the same for both.
 
-mod axvcpu;
-mod kvm;
-
 use std::sync::Arc;
 
 use axvcpu_uapi::client::{IoAddress, Memory};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::{axvcpu, kvm};
 
 /// Why a measurement could not be made: a sentence.
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -27,7 +26,7 @@ pub(crate) enum Hypervisor {
 pub(crate) struct Plan {
     /// Virtual CPUs: 1 or 2.
     pub(crate) cpus: u32,
-    /// Whether local APICs are emulated, in the kernel.
+    /// Whether interrupt controllers (local APICs, a GIC) are emulated, in the kernel.
     pub(crate) apic: bool,
     /// The RAM at address 0.
     pub(crate) ram: Arc<Memory>,
@@ -41,13 +40,13 @@ pub(crate) trait Machine {
     /// If it is gone.
     fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>>;
 
-    /// Sends [`VECTOR`](crate::guest::VECTOR) to vCPU 0, as a device does with a message.
+    /// Sends [`VECTOR`](crate::arch::guest::VECTOR) to vCPU 0, as a device does with a message.
     ///
     /// # Errors
     /// What the hypervisor says.
     fn signal(&self) -> Result<()>;
 
-    /// Has writes to `fd` send [`VECTOR`](crate::guest::VECTOR) to vCPU 0.
+    /// Has writes to `fd` send [`VECTOR`](crate::arch::guest::VECTOR) to vCPU 0.
     ///
     /// # Errors
     /// What the hypervisor says.
@@ -81,11 +80,11 @@ pub(crate) trait Cpu: Send {
     /// What the hypervisor says, or an exit that no loop has.
     fn run(&mut self) -> Result<()>;
 
-    /// The value of R14.
+    /// What the guest has counted: R14, or X14.
     ///
     /// # Errors
     /// What the hypervisor says.
-    fn r14(&self) -> Result<u64>;
+    fn count(&self) -> Result<u64>;
 }
 
 impl Hypervisor {
@@ -111,7 +110,7 @@ impl Hypervisor {
 
 /// An open device.
 pub(crate) trait Factory {
-    /// Makes a machine, with memory prepared ([`guest::prepare`](crate::guest::prepare)) and all vCPUs ready to
+    /// Makes a machine, with memory prepared ([`guest::prepare`](crate::arch::guest::prepare)) and all vCPUs ready to
     /// [`start`](Cpu::start).
     ///
     /// # Errors

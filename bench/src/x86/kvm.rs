@@ -14,8 +14,8 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Cpu, Factory, Machine, Plan, Result};
-use crate::guest::{self, DONE, RAM_SIZE, VECTOR};
+use super::guest::{self, DONE, RAM_SIZE, VECTOR};
+use crate::machine::{Cpu, Factory, Machine, Plan, Result};
 
 /// Address of an interrupt message to APIC id 0.
 const MESSAGE: u32 = 0xfee0_0000;
@@ -26,13 +26,13 @@ const USER_PINS: u64 = 24;
 /// The interrupt that irqfds use.
 const IRQFD_GSI: u32 = 24;
 
-pub(super) struct Device {
+pub(crate) struct Device {
     kvm: Kvm,
     cpuid: CpuId,
 }
 
 impl Device {
-    pub(super) fn open() -> Result<Self> {
+    pub(crate) fn open() -> Result<Self> {
         let kvm = Kvm::new()?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         Ok(Self { kvm, cpuid })
@@ -172,7 +172,7 @@ impl Cpu for KvmCpu {
         }
     }
 
-    fn r14(&self) -> Result<u64> {
+    fn count(&self) -> Result<u64> {
         Ok(self.vcpu.get_regs()?.r14)
     }
 }
