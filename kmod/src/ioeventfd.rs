@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! Eventfds that the guest signals by writing to a port or to an address that is not memory.
 //!
-//! Which write it is must be known without decoding an instruction: of port output the CPU tells everything; of a write to
-//! an address that is not memory only the address, so there the kernel takes only attachments to which width and value do
-//! not matter. For others see the client library, which signals them after the exit.
+//! Which write it is must be known without decoding an instruction. Of port output the CPU tells everything. Of a write to an
+//! address that is not memory an AArch64 CPU does, too, an x86 CPU only the address: there the kernel takes only attachments to
+//! which width and value do not matter. For others see the client library, which signals them after the exit.
 //!
 //! Locks: `changes`, a mutex, serialises attaching and detaching, and nothing is taken under it. vCPUs take none.
 
@@ -69,10 +69,10 @@ impl Pattern {
             (Some(_), _) => return Err(EINVAL),
         }
         let last = arg.address.checked_add(u64::from(arg.width.max(1)).wrapping_sub(1)).ok_or(EINVAL)?;
-        if port && (last >= PORTS || width == Some(AccessWidth::Qword)) {
+        if port && (!arch::HAS_PORTS || last >= PORTS || width == Some(AccessWidth::Qword)) {
             return Err(EINVAL);
         }
-        if !arch::KNOWS_WRITES || !port && (width.is_some() || data.is_some()) {
+        if !arch::KNOWS_STORES && !port && (width.is_some() || data.is_some()) {
             return Err(crate::abi::not_supported());
         }
         Ok(Self { port, address: arg.address, width: arg.width, data })
@@ -160,7 +160,19 @@ impl IoEventfds {
     /// The guest has written `data` to a port. Whether an eventfd was attached to that, which is signalled then.
     #[inline]
     pub(crate) fn port_write(&self, port: u16, width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
-        let found = self.at((true, port.into()), irq_off).find(|entry| {
+        self.write((true, port.into()), width, data, irq_off)
+    }
+
+    /// The guest writes `data` to `address`, which is not memory: the same.
+    #[cfg(CONFIG_ARM64)] // Elsewhere it is not known: `KNOWS_STORES`.
+    #[inline]
+    pub(crate) fn store(&self, address: u64, width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
+        self.write((false, address), width, data, irq_off)
+    }
+
+    #[inline]
+    fn write(&self, place: (bool, u64), width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
+        let found = self.at(place, irq_off).find(|entry| {
             let Pattern { width: wanted, data: value, .. } = entry.pattern;
             (wanted == 0 || wanted as usize == width.size()) && value.is_none_or(|value| value == data)
         });
@@ -172,7 +184,7 @@ impl IoEventfds {
 
     /// The guest is about to write to `address`, which is not memory. If an eventfd is attached to that, `complete` is to do
     /// the instruction but for the write, and if it can, the eventfd is signalled. Whether it was.
-    #[cfg(CONFIG_X86_64)] // Elsewhere writes are the program's to match: `KNOWS_WRITES`.
+    #[cfg(CONFIG_X86_64)] // Elsewhere more is known: `KNOWS_STORES`.
     #[inline]
     pub(crate) fn memory_write(&self, address: u64, irq_off: &IrqOff, complete: impl FnOnce() -> bool) -> bool {
         match self.at((false, address), irq_off).next() {

@@ -36,11 +36,15 @@ impl Vcpu {
         }
     }
 
-    /// Whether the nested page fault was an access to the interrupt controller, which is complete then. Other writes come with
-    /// what the guest has written, to be matched by the user.
-    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, _off: &IrqOff) -> bool {
-        !access.contains(AccessFlags::PRESENT)
-            && inner.vcpu.arch_mut().is_ok_and(|arch| arch.gic_access(addr, |cpu| self.vm.wake(cpu)))
+    /// Whether the nested page fault was an access to the interrupt controller, or a store that signals an eventfd, which is
+    /// complete then.
+    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, off: &IrqOff) -> bool {
+        if access.contains(AccessFlags::PRESENT) {
+            return false;
+        }
+        let Ok(arch) = inner.vcpu.arch_mut() else { return false };
+        let store = |width, data| self.vm.ioeventfds.store(addr.as_u64(), width, data, off);
+        arch.gic_access(addr, |cpu| self.vm.wake(cpu)) || arch.complete_store(addr, store)
     }
 
     /// Tells others what this vCPU has done to interrupts.

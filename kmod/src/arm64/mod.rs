@@ -96,5 +96,8 @@ pub(crate) fn interrupts_on(irq_off: IrqOff) {
     drop(irq_off);
 }
 
-/// Whether the kernel can tell of writes to ports and addresses which ones they are, as far as `ioeventfd` asks for it.
-pub(crate) const KNOWS_WRITES: bool = false;
+/// Whether there are ports.
+pub(crate) const HAS_PORTS: bool = false;
+
+/// Whether width and value of a store to what is no memory are known without decoding the instruction.
+pub(crate) const KNOWS_STORES: bool = true;

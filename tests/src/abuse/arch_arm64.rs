@@ -27,6 +27,8 @@ pub(super) const MSI_DATA: u32 = 0x40;
 pub(super) const MSI_LEVEL: u32 = 0x40;
 /// Addresses that no message goes to.
 pub(super) const NOT_MSI: [u64; 5] = [0, GICD, GICD + 0x41, GICR + GIC_SET_SPI, MSI | (1 << 32)];
+/// IOEVENTFD's flag for writes of which the kernel knows width and value: those to addresses.
+pub(super) const KNOWN_WRITES: u32 = 0;
 /// Where no vCPU can start.
 pub(super) const BAD_ENTRIES: [u64; 4] = [1, 2, 0x1003, u64::MAX];
 /// The last page that a process can have anything at, with the widest addresses that there are.

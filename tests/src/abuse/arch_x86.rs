@@ -26,6 +26,8 @@ pub(super) const MSI_DATA: u32 = 0x40;
 pub(super) const MSI_LEVEL: u32 = 0xc040;
 /// Addresses that no message goes to.
 pub(super) const NOT_MSI: [u64; 5] = [0, 0x1000, 0xfed0_0000, 0xfef0_0000, 0xfee0_0000 | (1 << 32)];
+/// IOEVENTFD's flag for writes of which the kernel knows width and value: those to ports.
+pub(super) const KNOWN_WRITES: u32 = axvcpu_uapi::vm::IOEVENTFD_PORT;
 /// Where no vCPU can start.
 pub(super) const BAD_ENTRIES: [u64; 4] = [1 << 32, 1 << 52, 1 << 63, u64::MAX];
 /// The last page that a process can have anything at.

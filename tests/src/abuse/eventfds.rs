@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! IRQFD and IOEVENTFD: every wrong argument and file, and descriptors closed in every order, a vCPU running or not.
 
-use super::arch::{MSI, MSI_DATA, MSI_LEVEL, NOT_MSI};
+use super::arch::{KNOWN_WRITES, MSI, MSI_DATA, MSI_LEVEL, NOT_MSI};
 use super::files::{bare, orders};
 use super::Objects;
 use crate::harness::{self, Case, CaseResult, Stop};
@@ -10,28 +10,22 @@ use crate::{ensure_eq, raw, table};
 use axvcpu_uapi::client::{Errno, Memory};
 use axvcpu_uapi::ioctl::{self, IOEVENTFD, IRQFD};
 use axvcpu_uapi::vcpu::VcpuStats;
-use axvcpu_uapi::vm::{IoEventfd, Irqfd, IOEVENTFD_PORT, IRQFD_DETACH, IRQFD_RESAMPLE};
-#[cfg(target_arch = "x86_64")]
-use axvcpu_uapi::vm::{IOEVENTFD_DATAMATCH, IOEVENTFD_DETACH};
+use axvcpu_uapi::vm::{
+    IoEventfd, Irqfd, IOEVENTFD_DATAMATCH, IOEVENTFD_DETACH, IOEVENTFD_PORT, IRQFD_DETACH, IRQFD_RESAMPLE,
+};
 use axvcpu_uapi::AbiStruct;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = table! {
+    table! {
         "eventfds/irqfd-arguments" => irqfd;
-        "eventfds/wrong-files" => wrong_files;
-        "eventfds/closed-in-every-order" => closed;
-    };
-    #[cfg(target_arch = "x86_64")]
-    cases.extend(table! {
         "eventfds/ioeventfd-arguments" => ioeventfd;
+        "eventfds/wrong-files" => wrong_files;
         "eventfds/limits" => limits;
-    });
-    #[cfg(target_arch = "aarch64")]
-    cases.extend(table! { "eventfds/no-ioeventfds" => no_ioeventfds; });
-    cases
+        "eventfds/closed-in-every-order" => closed;
+    }
 }
 
 fn eventfd() -> Result<EventFd, Stop> {
@@ -78,63 +72,54 @@ fn irqfd() -> CaseResult {
     Ok(())
 }
 
-#[cfg(target_arch = "x86_64")]
 fn ioeventfd() -> CaseResult {
     let objects = Objects::new()?;
     let event = eventfd()?;
     let fd = event.as_fd().as_raw_fd();
     let call = |argument| raw::plain(objects.vm.as_fd(), IOEVENTFD, argument);
     let memory = IoEventfd { address: 0xa_0000, data: 0, fd, width: 0, flags: 0, reserved: 0 };
-    let port = IoEventfd { address: 0x510, width: 1, flags: IOEVENTFD_PORT, ..memory };
-    let value = IoEventfd { data: 7, flags: IOEVENTFD_PORT | IOEVENTFD_DATAMATCH, ..port };
+    let byte = IoEventfd { address: 0x510, width: 1, flags: KNOWN_WRITES, ..memory };
+    let value = IoEventfd { data: 7, flags: KNOWN_WRITES | IOEVENTFD_DATAMATCH, ..byte };
+    let port = IoEventfd { flags: IOEVENTFD_PORT, ..byte };
     let detach = |argument: IoEventfd| IoEventfd { fd: -1, flags: argument.flags | IOEVENTFD_DETACH, ..argument };
     for (what, argument) in [
         ("an unknown flag", IoEventfd { flags: 8, ..memory }),
         ("all flags", IoEventfd { flags: u32::MAX, ..memory }),
         ("a reserved field", IoEventfd { reserved: 1, ..memory }),
-        ("a width that there is not", IoEventfd { width: 3, ..port }),
+        ("a width that there is not", IoEventfd { width: 3, ..byte }),
         ("a width that is too large", IoEventfd { width: 16, ..memory }),
         ("a port of 8 bytes", IoEventfd { width: 8, ..port }),
         ("a port that is none", IoEventfd { address: 0x1_0000, ..port }),
+        #[cfg(target_arch = "aarch64")]
+        ("a port, where there are none", port),
         ("a port that ends beyond the last", IoEventfd { address: 0xffff, width: 2, ..port }),
         ("an address that ends beyond the last", IoEventfd { address: u64::MAX, width: 8, ..memory }),
-        ("a value without its flag", IoEventfd { data: 1, ..port }),
+        ("a value without its flag", IoEventfd { data: 1, ..byte }),
         ("a value of any width", IoEventfd { width: 0, ..value }),
         ("a value that does not fit", IoEventfd { data: 0x100, ..value }),
-        ("detaching with an eventfd", IoEventfd { flags: IOEVENTFD_PORT | IOEVENTFD_DETACH, ..port }),
+        ("detaching with an eventfd", IoEventfd { flags: KNOWN_WRITES | IOEVENTFD_DETACH, ..byte }),
     ] {
         ensure_eq!(call(argument), Err(Errno::EINVAL), "{what}");
     }
+    #[cfg(target_arch = "x86_64")]
     for (what, argument) in [
         ("an address and a width", IoEventfd { width: 4, ..memory }),
         ("an address and a value", IoEventfd { width: 4, data: 7, flags: IOEVENTFD_DATAMATCH, ..memory }),
     ] {
         ensure_eq!(call(argument), Err(Errno::EOPNOTSUPP), "{what}");
     }
-    for good in [memory, port, IoEventfd { address: 0xffff, ..port }, IoEventfd { address: u64::MAX, ..memory }] {
+    for good in [memory, byte, IoEventfd { address: 0xffff, ..byte }, IoEventfd { address: u64::MAX, ..memory }] {
         ensure_eq!(call(detach(good)), Err(Errno::ENOENT), "detaching what is not attached");
         ensure_eq!(call(good), Ok(0), "attaching");
         ensure_eq!(call(good), Err(Errno::EEXIST), "attaching again");
     }
     ensure_eq!(call(value), Err(Errno::EEXIST), "a value where any is attached");
-    ensure_eq!(call(IoEventfd { width: 0, ..port }), Err(Errno::EEXIST), "any width where one is attached");
-    ensure_eq!(call(IoEventfd { width: 2, ..port }), Ok(0), "another width");
-    ensure_eq!(call(detach(port)), Ok(0), "detaching");
+    ensure_eq!(call(IoEventfd { width: 0, ..byte }), Err(Errno::EEXIST), "any width where one is attached");
+    ensure_eq!(call(IoEventfd { width: 2, ..byte }), Ok(0), "another width");
+    ensure_eq!(call(detach(byte)), Ok(0), "detaching");
     ensure_eq!(call(value), Ok(0), "a value where none is attached");
     ensure_eq!(call(IoEventfd { data: 8, ..value }), Ok(0), "another value");
     ensure_eq!(call(detach(IoEventfd { data: 9, ..value })), Err(Errno::ENOENT), "detaching a third value");
-    Ok(())
-}
-
-/// Writes are for the program to match.
-#[cfg(target_arch = "aarch64")]
-fn no_ioeventfds() -> CaseResult {
-    let objects = Objects::new()?;
-    let event = eventfd()?;
-    let memory = IoEventfd { address: 0xa_0000, fd: event.as_fd().as_raw_fd(), ..IoEventfd::default() };
-    for argument in [memory, IoEventfd { width: 4, ..memory }] {
-        ensure_eq!(raw::plain(objects.vm.as_fd(), IOEVENTFD, argument), Err(Errno::EOPNOTSUPP), "attaching");
-    }
     Ok(())
 }
 
@@ -161,17 +146,13 @@ fn wrong_files() -> CaseResult {
         ensure_eq!(raw::plain(vm, IRQFD, detach), Err(errno), "{what} to detach");
         let level = Irqfd { fd, resample_fd: wrong, address: MSI, data: MSI_LEVEL, flags: IRQFD_RESAMPLE };
         ensure_eq!(raw::plain(vm, IRQFD, level), Err(errno), "{what} for the end");
-        if !cfg!(target_arch = "x86_64") {
-            continue;
-        }
-        let write = IoEventfd { address: 0x510, fd: wrong, flags: IOEVENTFD_PORT, ..IoEventfd::default() };
+        let write = IoEventfd { address: 0x510, fd: wrong, flags: KNOWN_WRITES, ..IoEventfd::default() };
         ensure_eq!(raw::plain(vm, IOEVENTFD, write), Err(errno), "{what} for the guest to signal");
     }
     Ok(())
 }
 
 /// As many as INFO says, given back by detaching.
-#[cfg(target_arch = "x86_64")]
 fn limits() -> CaseResult {
     let objects = Objects::new()?;
     let vm = objects.vm.as_fd();
@@ -205,10 +186,8 @@ fn closed() -> CaseResult {
             let level =
                 Irqfd { fd: numbers[0], resample_fd: numbers[1], address: MSI, data: MSI_LEVEL, flags: IRQFD_RESAMPLE };
             raw::plain(vm.as_fd(), IRQFD, level)?;
-            if cfg!(target_arch = "x86_64") {
-                let output = IoEventfd { address: 0x80, fd: numbers[0], flags: IOEVENTFD_PORT, ..IoEventfd::default() };
-                raw::plain(vm.as_fd(), IOEVENTFD, output)?;
-            }
+            let output = IoEventfd { address: 0x80, fd: numbers[0], flags: KNOWN_WRITES, ..IoEventfd::default() };
+            raw::plain(vm.as_fd(), IOEVENTFD, output)?;
             let signal = event.as_fd().try_clone_to_owned()?;
             // The thread's descriptor of the vCPU is the last.
             let own = vcpu.try_clone()?;

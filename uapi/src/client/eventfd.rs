@@ -38,7 +38,7 @@ pub struct IoPattern {
 }
 
 impl IoPattern {
-    /// Any write to `address`. Of writes to memory addresses only these can be handled in the kernel.
+    /// Any write to `address`. On x86, of writes to memory addresses only these can be handled in the kernel.
     pub const fn any(address: IoAddress) -> Self {
         Self { address, width: None, value: None }
     }

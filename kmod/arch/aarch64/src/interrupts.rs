@@ -183,7 +183,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         can
     }
 
-    /// The guest has been left, and its timer is off.
+    /// The guest has been left, and its timer is off; or it has deactivated its timer's interrupt.
     pub(crate) fn release_timer(&mut self) {
         if core::mem::take(&mut self.timer_held) {
             H::hold_timer_interrupt(false);
@@ -197,7 +197,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
     pub(crate) unsafe fn load(&mut self, interface: &mut Interface, due: bool) {
         self.set_timer_line(due);
         self.stale = false;
-        interface.fill(&self.gic, self.cpu, self.shape.lists);
+        interface.fill(&self.gic, self.cpu, self.shape.lists, &mut self.notices);
         // SAFETY: The caller's promise; all CPUs are of one shape, or Linux would not have started them with one driver.
         unsafe { hardware::load(interface, self.shape) };
     }
@@ -213,7 +213,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
             // SAFETY: The caller's promise.
             unsafe { hardware::save_lists(interface) };
             interface.fold(&self.gic, self.cpu, &mut self.notices);
-            interface.fill(&self.gic, self.cpu, self.shape.lists);
+            interface.fill(&self.gic, self.cpu, self.shape.lists, &mut self.notices);
             // SAFETY: As above.
             unsafe { hardware::load_lists(interface, self.shape) };
         }
@@ -254,6 +254,10 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
             interface.vmcr = crate::cpu::IchVmcrEl2.get();
         }
         interface.deactivate(&self.gic, self.cpu, value, &mut self.notices);
+        // The CPU would have deactivated the physical interrupt with its own, and would be interrupted again.
+        if value == u64::from(GIC_TIMER_PPI) {
+            self.release_timer();
+        }
     }
 
     /// Whether the GIC has registers at `addr`.

@@ -9,6 +9,7 @@ use core::ops::Deref;
 use core::ptr::NonNull;
 
 use axvcpu_uapi::arm64::{Fp, General, System, PSTATE_DAIF, PSTATE_EL0, PSTATE_EL1H, PSTATE_EL1T, PSTATE_MODE};
+use axvcpu_uapi::exit::AccessWidth;
 use axvcpu_uapi::vcpu::ExitKind;
 use vcpu_core::{AxArchPerCpu, AxArchVCpu, AxError, AxResult, AxVCpuExitReason as Exit};
 use vcpu_core::{GuestPhysAddr, HostPhysAddr};
@@ -371,6 +372,18 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         }
         frame.skip();
         true
+    }
+
+    /// The exit was an access at `addr`. If it was a store that the hardware has decoded, its width and value are shown to `done`,
+    /// which tells whether it is complete with that.
+    pub fn complete_store(&mut self, addr: GuestPhysAddr, done: impl FnOnce(AccessWidth, u64) -> bool) -> bool {
+        let frame = &mut self.state_mut().frame;
+        let Some(Exit::MmioWrite { width, data, .. }) = exit::mmio(frame, addr) else { return false };
+        let complete = done(width, data);
+        if complete {
+            frame.skip();
+        }
+        complete
     }
 
     /// What others must be told of this vCPU's interrupts, if there is anything.

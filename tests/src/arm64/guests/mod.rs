@@ -4,6 +4,8 @@
 
 mod beside;
 mod calls;
+mod deactivation;
+mod eventfds;
 mod gic;
 mod memory;
 mod mmio;
@@ -43,6 +45,8 @@ pub fn cases() -> Vec<Case> {
         registers::cases(),
         threads::cases(),
         gic::cases(),
+        deactivation::cases(),
+        eventfds::cases(),
         timer::cases(),
         smp::cases(),
         beside::cases(),

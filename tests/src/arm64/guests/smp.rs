@@ -25,7 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// A machine with a GIC and `count` vCPUs, all about to run `code`, each with its number in X19 and a stack of its own.
 /// `handler` takes their IRQs.
-fn machine(code: &[u8], handler: &[u8], count: u32) -> Result<(Machine, Vec<Vcpu>), Stop> {
+pub(super) fn machine(code: &[u8], handler: &[u8], count: u32) -> Result<(Machine, Vec<Vcpu>), Stop> {
     let mut m = Machine::with_gic(code)?;
     m.write(VECTORS + 0x280, handler)?;
     let others = (1..count).map(|id| {
@@ -55,7 +55,7 @@ fn call(vcpu: &mut Vcpu) -> Result<(u64, u64), Stop> {
 }
 
 /// Runs all vCPUs, each to its next hypercall, and returns what that said.
-fn all(m: &mut Machine, others: &mut [Vcpu]) -> Result<Vec<(u64, u64)>, Stop> {
+pub(super) fn all(m: &mut Machine, others: &mut [Vcpu]) -> Result<Vec<(u64, u64)>, Stop> {
     thread::scope(|scope| {
         let threads: Vec<_> = others.iter_mut().map(|vcpu| scope.spawn(|| call(vcpu))).collect();
         let first = call(&mut m.vcpu);

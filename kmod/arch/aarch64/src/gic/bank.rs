@@ -20,6 +20,8 @@ pub(super) struct Bank {
     pub(super) line: AtomicU32,
     /// GICD_ISACTIVER.
     pub(super) active: AtomicU32,
+    /// To be made inactive by the vCPU that has them in its list registers, where they may have become active.
+    retired: AtomicU32,
     /// Edge-triggered, not level-triggered.
     pub(super) edge: AtomicU32,
     /// Group 1, not group 0.
@@ -41,6 +43,24 @@ impl Bank {
         }
         let group = self.group.load(SeqCst);
         pending & (if groups & 1 != 0 { !group } else { 0 } | if groups & 2 != 0 { group } else { 0 })
+    }
+
+    /// Makes `which` inactive, for anybody, and returns those that were active here. The others may be active in the list
+    /// registers of a vCPU that runs, which must be told: it makes them inactive when it [`folds`](super::Interface::fold).
+    pub(super) fn deactivate(&self, which: u32) -> u32 {
+        let known = self.active.fetch_and(!which, SeqCst) & which;
+        if known != which {
+            self.retired.fetch_or(which & !known, SeqCst);
+        }
+        known
+    }
+
+    /// By the vCPU that has taken `which` out of its list registers: those that others have made inactive meanwhile.
+    pub(super) fn take_retired(&self, which: u32) -> u32 {
+        if self.retired.load(SeqCst) & which == 0 {
+            return 0;
+        }
+        self.retired.fetch_and(!which, SeqCst) & which
     }
 
     /// The priority of interrupt `index` of the bank.

@@ -6,7 +6,11 @@
 //! If there are more interrupts than list registers, the best one that is pending gets one for sure, then come those
 //! that are active, by priority, then the others that are pending. The CPU tells when none is pending any more (NPIE), and
 //! there is room for the next; it counts the ends of interrupts that it does not find in a list register (EOIcount), which are
-//! those of the best that are active; and it lets us see when one of those is deactivated by itself (TDIR).
+//! those of the best that are active.
+//!
+//! With EOImode 1, an interrupt is deactivated by itself, which only the CPU that has it in a list register could do without
+//! us; an SPI may be deactivated by any. So where there are several vCPUs, or an active interrupt without a list register, that
+//! is trapped (TDIR).
 //!
 //! A level-triggered interrupt is never pending while it is active: its end is told (EOI), and the line is looked at again.
 
@@ -60,6 +64,13 @@ impl Notices {
     /// Whether there is nothing to tell.
     pub fn is_empty(&self) -> bool {
         self.wake == 0 && self.ended.iter().all(|word| *word == 0)
+    }
+
+    /// SPI `intid` has ended. Of others nobody is told.
+    fn add_end(&mut self, intid: usize) {
+        if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| self.ended.get_mut(index)) {
+            *word |= 1 << (intid % 32);
+        }
     }
 
     /// The INTIDs of `ended`.
@@ -175,9 +186,13 @@ impl Interface {
         gic.private(cpu).into_iter().chain(&gic.spis).enumerate()
     }
 
-    /// Whether the vCPU `cpu`, which waits with nothing in its list registers, has an interrupt to wait no longer for.
+    /// Whether the vCPU `cpu`, which waits with nothing in its list registers, has an interrupt to wait no longer for; or one
+    /// to let go of, since another vCPU has made it inactive.
     pub fn wants(&self, gic: &Distributor, cpu: usize) -> bool {
         let groups = gic.groups();
+        if gic.spis.iter().zip(self.held).any(|(bank, held)| held & !bank.active.load(SeqCst) != 0) {
+            return true;
+        }
         Self::banks(gic, cpu).any(|(number, bank)| {
             let ready = bank.ready(groups) & !bank.active.load(SeqCst);
             bits(ready).any(|bit| {
@@ -204,7 +219,8 @@ impl Interface {
     }
 
     /// Fills up to `count` list registers, all of which are empty, with the interrupts of vCPU `cpu`.
-    pub fn fill(&mut self, gic: &Distributor, cpu: usize, count: usize) {
+    pub fn fill(&mut self, gic: &Distributor, cpu: usize, count: usize, notices: &mut Notices) {
+        self.let_go(gic, cpu, notices);
         let groups = gic.groups();
         let (mut pending, mut active) = (Best::default(), Best::default());
         for (number, bank) in Self::banks(gic, cpu) {
@@ -232,6 +248,9 @@ impl Interface {
         let from_active = active.count.min(count.saturating_sub(first));
         let from_pending = pending.count.min(count.saturating_sub(from_active));
         self.control = ENABLE;
+        if gic.cpus() > 1 {
+            self.control |= TRAP_DEACTIVATION;
+        }
         if pending.more || from_pending < pending.count {
             self.control |= TELL_NONE_PENDING;
         }
@@ -248,6 +267,8 @@ impl Interface {
     fn put(&mut self, gic: &Distributor, cpu: usize, candidate: Candidate, groups: u32) {
         let intid = usize::from(candidate.intid);
         let Some((bank, bit)) = gic.find(cpu, intid) else { return };
+        // Whoever has made it inactive until now has found it so: nothing was in a list register.
+        bank.take_retired(bit);
         let is_active = bank.active.load(SeqCst) & bit != 0;
         let edge = bank.edge.load(SeqCst) & bit != 0;
         let mut value = u64::from(candidate.intid) | u64::from(candidate.priority) << 48;
@@ -299,10 +320,11 @@ impl Interface {
             if value & PENDING != 0 && self.latched >> index & 1 != 0 {
                 bank.latch.fetch_or(bit, SeqCst);
             }
+            if bank.take_retired(bit) != 0 && value & ACTIVE != 0 {
+                Self::end(gic, cpu, intid, notices);
+            }
             if value & (TELL_END | PHYSICAL) == TELL_END && value & (PENDING | ACTIVE) == 0 {
-                if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| notices.ended.get_mut(index)) {
-                    *word |= bit;
-                }
+                notices.add_end(intid);
             }
         }
         // With EOImode 1, what is counted may be the drop of a priority, and deactivations are trapped.
@@ -337,9 +359,7 @@ impl Interface {
         let Some((bank, bit)) = gic.find(cpu, intid) else { return };
         bank.active.fetch_and(!bit, SeqCst);
         if bank.edge.load(SeqCst) & bit == 0 {
-            if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| notices.ended.get_mut(index)) {
-                *word |= bit;
-            }
+            notices.add_end(intid);
         }
     }
 
@@ -350,14 +370,21 @@ impl Interface {
         if self.vmcr & EOI_MODE == 0 || intid >= INTIDS {
             return;
         }
-        // An SPI that is active on another vCPU may be deactivated here.
-        let wake = match gic.holder(intid) {
-            Some(holder) if holder != cpu => 1u64.checked_shl(holder as u32).unwrap_or(0),
-            _ => 0,
-        };
-        Self::end(gic, cpu, intid, notices);
-        notices.wake |= wake;
-        self.let_go(gic, cpu, notices);
+        match gic.holder(intid) {
+            // An SPI that another vCPU has in its list registers, if it runs, and lets go of.
+            Some(holder) if holder != cpu => {
+                if let Some((bank, bit)) = gic.find(cpu, intid) {
+                    if bank.deactivate(bit) & !bank.edge.load(SeqCst) != 0 {
+                        notices.add_end(intid);
+                    }
+                    notices.wake |= 1u64.checked_shl(holder as u32).unwrap_or(0);
+                }
+            }
+            _ => {
+                Self::end(gic, cpu, intid, notices);
+                self.let_go(gic, cpu, notices);
+            }
+        }
     }
 
     /// Lets go of SPIs that are not active.

@@ -78,7 +78,8 @@ impl Kind {
             Self::Group => return bank.group.swap(value, SeqCst) ^ value,
             Self::Enabled { set } => assign(&bank.enabled, value, set),
             Self::Pending { set } => assign(&bank.latch, value, set),
-            Self::Active { set } => assign(&bank.active, value, set),
+            Self::Active { set: true } => _ = bank.active.fetch_or(value, SeqCst),
+            Self::Active { set: false } => _ = bank.deactivate(value),
         }
         value
     }
