@@ -104,11 +104,13 @@ host_boot() {
 
 # What QEMU must be told of the machine, in host_machine, and the kernel, in
 # host_cmdline: its console, and on a PC not to count the timer's ticks at first, since
-# a busy machine may keep QEMU from giving them in time.
+# a busy machine may keep QEMU from giving them in time. Nor to compare its time-stamp
+# counters with another clock: they are one counter of this machine's, but a CPU that
+# waits for its turn between the two readings would find them unstable.
 host_machine_words() {
 	case $axv_arch in
 	x86_64)
-		host_cmdline='console=ttyS0 no_timer_check'
+		host_cmdline='console=ttyS0 no_timer_check tsc=nowatchdog'
 		if [[ -n $host_icount ]]; then
 			host_machine=(-accel tcg -cpu EPYC -icount "shift=0,sleep=off")
 		elif host_can_nest; then
