@@ -2,11 +2,13 @@
 //! An address space: regions of the process's memory, and the nested page table that is filled from them on faults.
 //!
 //! Locks: `state`, a spin lock, is innermost and never taken in interrupts; shooting down is done under it, with
-//! interrupts on. MMU notifier callbacks take it, so nothing that allocates or faults is done under it.
+//! interrupts on. So nobody may wait for it with interrupts off: who holds it may wait for that very CPU. MMU notifier
+//! callbacks take it, so nothing that allocates or faults is done under it.
 //!
 //! How a fault and an invalidation meet: the invalidation first says so in `changes`, then drops the mappings, then lets the
 //! host do its change, and says that it is over. A fault looks the page up without the lock, and maps it only if
-//! `changes` knows of no change there meanwhile.
+//! `changes` knows of no change there meanwhile. Most pages that a guest touches first are there and in use by the host, whose
+//! own page table says so: these are mapped right where the fault came, under the lock from beginning to end.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -34,7 +36,7 @@ use crate::{
     abi,
     arch::{self, NestedTable},
     fd::{FdObject, FileOperations},
-    ffi::{self, GuestPage},
+    ffi::{self, GuestPage, HostLeaf, IrqOff},
     notifier::{Invalidate, Notifier},
     tables::{Memory, Retired, Spare},
     vm::{Member, Vm},
@@ -171,6 +173,61 @@ impl AddressSpace {
         Some(region.host_of(addr))
     }
 
+    /// Resolves a nested page fault at `addr` without leaving the window, if it takes no more than a look at the host's page
+    /// table: the page is mapped there as the guest needs it, the host has seen it used (and written, before the guest may write),
+    /// and the guest has nothing mapped there. `None` if [`fault`](Self::fault) is to do it.
+    ///
+    /// No reference to the page is needed: as long as the lock is held nobody gets past [`begin`](Invalidate::begin), which
+    /// comes before any change of the host's mapping, and afterwards it finds what has been mapped here.
+    #[inline]
+    pub(crate) fn fault_in_place(
+        &self,
+        addr: GuestPhysAddr,
+        access: AccessFlags,
+        spare: &mut Spare,
+        irq_off: &IrqOff,
+    ) -> Option<Fault> {
+        let page_addr = addr.align_down(PageSize::Size4K.bytes());
+        let mut state = self.state.try_lock()?;
+        let Some(region) = state.regions.find(page_addr).filter(|region| allows(region, access)).copied() else {
+            return Some(Fault::NotMemory);
+        };
+        if state.log.is_some() || !spare.is_full() {
+            return None;
+        }
+        let host = usize::try_from(region.host_of(page_addr)).ok()?;
+        // SAFETY: The VM holds a reference to the structure, and the fault is one of the process itself.
+        let leaf = unsafe { HostLeaf::usable(self.vm.mm().as_raw(), host, irq_off) }?;
+        let mut perms = Permissions::from_bits(region.flags)?;
+        if !leaf.writable() {
+            perms = perms.intersection(READ_ONLY);
+        }
+        if access.contains(AccessFlags::WRITE) && !leaf.writable()
+            || perms.contains(Permissions::WRITE) && !leaf.dirty()
+        {
+            return None;
+        }
+        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, leaf.phys(), || leaf.shift());
+        let start = region.host_of(guest);
+        if size > arch::LARGEST_IN_PLACE || state.changes.is_under_way(&(start..start.saturating_add(size.bytes()))) {
+            return None;
+        }
+        let before = state.leaf_count();
+        let State { table, retired, .. } = &mut *state;
+        let table = table.as_mut()?;
+        let tables = table.table_count();
+        arch::prepare_memory(phys, size.bytes());
+        let mapped = table.map_empty(guest, phys, size, perms, MemoryType::WriteBack, &mut Memory { spare, retired });
+        if mapped != Ok(true) {
+            return None;
+        }
+        arch::tables_changed();
+        let tables = table.table_count().wrapping_sub(tables);
+        self.account(before, state.leaf_count(), tables);
+        self.vm.stats.faults.fetch_add(1, Ordering::Relaxed);
+        Some(Fault::Resolved)
+    }
+
     /// Resolves a nested page fault at `addr`. May sleep.
     ///
     /// # Errors
@@ -179,17 +236,10 @@ impl AddressSpace {
     pub(crate) fn fault(&self, addr: GuestPhysAddr, access: AccessFlags, spare: &mut Spare) -> Result<Fault> {
         let page_addr = addr.align_down(PageSize::Size4K.bytes());
         let write = access.contains(AccessFlags::WRITE);
-        let mut needed = MEM_READ;
-        if write {
-            needed |= MEM_WRITE;
-        }
-        if access.contains(AccessFlags::EXECUTE) {
-            needed |= MEM_EXECUTE;
-        }
         let (region, snapshot) = {
             let state = self.state.lock();
             match state.regions.find(page_addr) {
-                Some(region) if region.flags & needed == needed => (*region, state.changes.snapshot()),
+                Some(region) if allows(region, access) => (*region, state.changes.snapshot()),
                 _ => return Ok(Fault::NotMemory),
             }
         };
@@ -201,9 +251,12 @@ impl AddressSpace {
         let mut state = self.state.lock();
         let mut perms = Permissions::from_bits(region.flags).ok_or(EINVAL)?;
         if !page.writable() {
-            perms = perms.intersection(Permissions::READ.union(Permissions::EXECUTE));
+            perms = perms.intersection(READ_ONLY);
         }
-        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, page.phys());
+        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, page.phys(), || {
+            // SAFETY: The VM holds a reference to the structure, and the fault is one of the process itself.
+            usize::try_from(host).map_or(0, |host| unsafe { ffi::host_leaf_shift(self.vm.mm().as_raw(), host) })
+        });
         let start = region.host_of(guest);
         if state.changes.disturbed(snapshot, &(start..start.saturating_add(size.bytes()))) {
             return Ok(Fault::Resolved);
@@ -212,7 +265,7 @@ impl AddressSpace {
         let State { table, retired, .. } = &mut *state;
         // Another vCPU may have been faster; what it mapped may allow more than what was found here, and must not shrink.
         let present = table.as_ref().ok_or(EINVAL)?.query(page_addr, &Memory { spare, retired });
-        if present.is_some_and(|mapping| mapping.perms.bits() & needed == needed) {
+        if present.is_some_and(|mapping| mapping.perms.bits() & needed(access) == needed(access)) {
             return Ok(Fault::Resolved);
         }
         let logged = state.log_frames();
@@ -245,14 +298,17 @@ impl AddressSpace {
         Ok(Fault::Resolved)
     }
 
-    /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, the
-    /// region, the alignment and the dirty log allow. The lock is held; the answer holds if nothing is changing there.
+    /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, whose
+    /// size is `shift` as log2 of bytes, the region, the alignment and the dirty log allow. The lock is held; the answer holds if
+    /// nothing is changing there.
+    #[inline]
     fn leaf_for(
         &self,
         state: &State,
         region: &Region,
         addr: GuestPhysAddr,
         phys: HostPhysAddr,
+        shift: impl FnOnce() -> u32,
     ) -> (GuestPhysAddr, HostPhysAddr, PageSize) {
         let small = (addr, phys, PageSize::Size4K);
         let large = PageSize::Size2M.bytes();
@@ -263,13 +319,7 @@ impl AddressSpace {
             && (host ^ addr.as_u64()) & (large - 1) == 0
             && (phys.as_u64() ^ addr.as_u64()) & (large - 1) == 0
             && !state.log.as_ref().is_some_and(|log| log.touches(guest, PageSize::Size2M));
-        if !inside {
-            return small;
-        }
-        let Ok(host) = usize::try_from(host) else { return small };
-        // SAFETY: The VM holds a reference to the structure, and the fault is one of the process itself.
-        let shift = unsafe { ffi::host_leaf_shift(self.vm.mm().as_raw(), host) };
-        if shift < large.trailing_zeros() {
+        if !inside || shift() < large.trailing_zeros() {
             return small;
         }
         (guest, phys.align_down(large), PageSize::Size2M)
@@ -368,6 +418,28 @@ impl AddressSpace {
             _ => Err(EINVAL),
         }
     }
+}
+
+/// All but writing.
+const READ_ONLY: Permissions = Permissions::READ.union(Permissions::EXECUTE);
+
+/// What a region must allow for an access, `MEM_*`.
+#[inline]
+fn needed(access: AccessFlags) -> u32 {
+    let mut needed = MEM_READ;
+    if access.contains(AccessFlags::WRITE) {
+        needed |= MEM_WRITE;
+    }
+    if access.contains(AccessFlags::EXECUTE) {
+        needed |= MEM_EXECUTE;
+    }
+    needed
+}
+
+/// Whether a region allows an access.
+#[inline]
+fn allows(region: &Region, access: AccessFlags) -> bool {
+    region.flags & needed(access) == needed(access)
 }
 
 fn check_rights(flags: u32) -> Result {

@@ -27,6 +27,7 @@ mod raw {
         pub(super) fn axvcpu_access_ok(addr: usize, size: usize) -> bool;
         pub(super) fn axvcpu_insert_page(vma: *mut bindings::vm_area_struct, addr: usize) -> i32;
         pub(super) fn axvcpu_host_leaf_shift(mm: *mut bindings::mm_struct, addr: usize) -> u32;
+        pub(super) fn axvcpu_host_leaf(mm: *mut bindings::mm_struct, addr: usize) -> u64;
         pub(super) fn axvcpu_anon_fd(
             name: *const kernel::ffi::c_char,
             fops: *const bindings::file_operations,
@@ -186,6 +187,59 @@ pub(crate) fn is_user_range(addr: u64, size: u64) -> bool {
 pub(crate) unsafe fn host_leaf_shift(mm: *mut bindings::mm_struct, addr: usize) -> u32 {
     // SAFETY: `mm` is live by the caller's promise; the walk itself keeps the tables from being freed.
     unsafe { raw::axvcpu_host_leaf_shift(mm, addr) }
+}
+
+/// A page as the host's own page table maps it: see `axvcpu_host_leaf` in `helpers.c`.
+#[derive(Clone, Copy)]
+pub(crate) struct HostLeaf(u64);
+
+impl HostLeaf {
+    /// `AXVCPU_LEAF_SHIFT` of `helpers.h`.
+    const SHIFT: u64 = 0x3f;
+    /// `AXVCPU_LEAF_USABLE`.
+    const USABLE: u64 = 0x40;
+    /// `AXVCPU_LEAF_WRITABLE`.
+    const WRITABLE: u64 = 0x80;
+    /// `AXVCPU_LEAF_DIRTY`.
+    const DIRTY: u64 = 0x100;
+
+    /// How `addr` is mapped in `mm`, if a CPU could use the mapping as it is: the page is there, the host has seen it used, and it
+    /// is of a kind whose owner need not be told of its users.
+    ///
+    /// The answer is only good while the caller excludes MMU notifier invalidations.
+    ///
+    /// # Safety
+    /// `mm` is a live address space.
+    #[inline]
+    pub(crate) unsafe fn usable(mm: *mut bindings::mm_struct, addr: usize, _irq_off: &IrqOff) -> Option<Self> {
+        // SAFETY: `mm` is live by the caller's promise, and interrupts are off, which keeps its tables from being freed.
+        let leaf = unsafe { raw::axvcpu_host_leaf(mm, addr) };
+        (leaf & Self::USABLE != 0).then_some(Self(leaf))
+    }
+
+    /// The page of 4 KiB around the address.
+    #[inline]
+    pub(crate) fn phys(self) -> HostPhysAddr {
+        HostPhysAddr::new(self.0).align_down(4096)
+    }
+
+    /// The size of the mapping, as log2 of bytes.
+    #[inline]
+    pub(crate) fn shift(self) -> u32 {
+        (self.0 & Self::SHIFT) as u32
+    }
+
+    /// Whether writes are allowed.
+    #[inline]
+    pub(crate) fn writable(self) -> bool {
+        self.0 & Self::WRITABLE != 0
+    }
+
+    /// Whether the host takes the page for written already.
+    #[inline]
+    pub(crate) fn dirty(self) -> bool {
+        self.0 & Self::DIRTY != 0
+    }
 }
 
 /// Maps the page at `addr` as the only page of `vma`.

@@ -25,6 +25,11 @@
 #include <linux/wait.h>
 
 #include "helpers.h"
+#ifdef CONFIG_X86_64
+#include "x86/pages.h"
+#else
+#include "arm64/pages.h"
+#endif
 
 unsigned long axvcpu_alloc_pages(unsigned int order)
 {
@@ -83,43 +88,79 @@ int axvcpu_insert_page(struct vm_area_struct *vma, unsigned long addr)
 }
 
 /*
- * The size of the host's own mapping of @addr, as log2 bytes, or 0. Interrupts
- * are off during the walk, which keeps the tables from being freed, as in
- * gup_fast; see host_pfn_mapping_level() in arch/x86/kvm/mmu/mmu.c.
+ * An entry of the host's page tables that is memory and may be used by a CPU
+ * as it is: its frame, the page's size and what the entry allows. Pages of
+ * anonymous memory, shmem and hugetlb only: others may have owners that want
+ * to be asked first (secretmem) or told (file systems), or no struct page.
  */
-unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr)
+static u64 axvcpu_leaf(u64 entry, unsigned long pfn, unsigned int shift)
 {
-	unsigned int shift = 0;
-	unsigned long flags;
+	u64 leaf = (u64)pfn << PAGE_SHIFT | shift;
+	struct folio *folio;
+
+	if (!axvcpu_entry_usable(entry))
+		return leaf;
+	folio = page_folio(pfn_to_page(pfn));
+	if (!folio_test_swapbacked(folio) && !folio_test_hugetlb(folio))
+		return leaf;
+	leaf |= AXVCPU_LEAF_USABLE;
+	if (axvcpu_entry_writable(entry))
+		leaf |= AXVCPU_LEAF_WRITABLE;
+	if (axvcpu_entry_dirty(entry))
+		leaf |= AXVCPU_LEAF_DIRTY;
+	return leaf;
+}
+
+/*
+ * How the host maps @addr: AXVCPU_LEAF_*, or 0 if it does not. Interrupts are
+ * off, which keeps the tables from being freed, as in gup_fast; see
+ * host_pfn_mapping_level() in arch/x86/kvm/mmu/mmu.c.
+ */
+u64 axvcpu_host_leaf(struct mm_struct *mm, unsigned long addr)
+{
 	pgd_t *pgdp, pgd;
 	p4d_t *p4dp, p4d;
 	pud_t *pudp, pud;
-	pmd_t pmd;
+	pmd_t *pmdp, pmd;
+	pte_t pte;
 
-	local_irq_save(flags);
+	lockdep_assert_irqs_disabled();
 	pgdp = pgd_offset(mm, addr);
 	pgd = READ_ONCE(*pgdp);
 	if (pgd_none(pgd))
-		goto out;
+		return 0;
 	p4dp = p4d_offset_lockless(pgdp, pgd, addr);
 	p4d = READ_ONCE(*p4dp);
 	if (p4d_none(p4d) || !p4d_present(p4d))
-		goto out;
+		return 0;
 	pudp = pud_offset_lockless(p4dp, p4d, addr);
 	pud = READ_ONCE(*pudp);
 	if (pud_none(pud) || !pud_present(pud))
-		goto out;
-	if (pud_leaf(pud)) {
-		shift = PUD_SHIFT;
-		goto out;
-	}
-	pmd = READ_ONCE(*pmd_offset_lockless(pudp, pud, addr));
+		return 0;
+	if (pud_leaf(pud))
+		return axvcpu_leaf(pud_val(pud), pud_pfn(pud) + ((addr & ~PUD_MASK) >> PAGE_SHIFT), PUD_SHIFT);
+	pmdp = pmd_offset_lockless(pudp, pud, addr);
+	pmd = READ_ONCE(*pmdp);
 	if (pmd_none(pmd) || !pmd_present(pmd))
-		goto out;
-	shift = pmd_leaf(pmd) ? PMD_SHIFT : PAGE_SHIFT;
-out:
+		return 0;
+	if (pmd_leaf(pmd))
+		return axvcpu_leaf(pmd_val(pmd), pmd_pfn(pmd) + ((addr & ~PMD_MASK) >> PAGE_SHIFT), PMD_SHIFT);
+	/* All tables are in the direct map: there is no CONFIG_HIGHPTE here. */
+	pte = READ_ONCE(*pte_offset_kernel(&pmd, addr));
+	if (!pte_present(pte))
+		return 0;
+	return axvcpu_leaf(pte_val(pte), pte_pfn(pte), PAGE_SHIFT);
+}
+
+unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr)
+{
+	unsigned long flags;
+	u64 leaf;
+
+	local_irq_save(flags);
+	leaf = axvcpu_host_leaf(mm, addr);
 	local_irq_restore(flags);
-	return shift;
+	return leaf & AXVCPU_LEAF_SHIFT;
 }
 
 int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private)

@@ -14,6 +14,12 @@ struct rcuwait;
 struct task_struct;
 struct vm_area_struct;
 
+/* The low bits of axvcpu_host_leaf(); the others are the page's address. Rust's are in ffi.rs. */
+#define AXVCPU_LEAF_SHIFT	0x3f	/* the size of the mapping, as log2 of bytes */
+#define AXVCPU_LEAF_USABLE	0x40	/* a CPU may read it without telling anybody */
+#define AXVCPU_LEAF_WRITABLE	0x80	/* if it is usable: writes are allowed */
+#define AXVCPU_LEAF_DIRTY	0x100	/* if it is usable: the host takes it for written */
+
 unsigned long axvcpu_alloc_pages(unsigned int order);
 void axvcpu_split_pages(unsigned long addr, unsigned int order);
 void axvcpu_free_pages(unsigned long addr, unsigned int order);
@@ -25,6 +31,7 @@ void axvcpu_put_guest_page(struct page *page);
 bool axvcpu_access_ok(unsigned long addr, unsigned long size);
 int axvcpu_insert_page(struct vm_area_struct *vma, unsigned long addr);
 unsigned int axvcpu_host_leaf_shift(struct mm_struct *mm, unsigned long addr);
+u64 axvcpu_host_leaf(struct mm_struct *mm, unsigned long addr);
 int axvcpu_anon_fd(const char *name, const struct file_operations *fops, void *private);
 void axvcpu_listen(struct file *file, struct wait_queue_entry *wait, wait_queue_func_t wake);
 void axvcpu_preempt_disable(void);

@@ -7,11 +7,13 @@
 //! between windows.
 //!
 //! Locks: the vCPU's own mutex is held all through `RUN`. No lock of the VM is taken for a vCPU's exits:
-//! - in a window none of ours at all. Mailboxes and `Shared` are atomics, the VM's vCPUs are slots that are never emptied, its
-//!   eventfds' tables are `published`, the backends keep what they share in each CPU's record. Of the kernel's there are the
-//!   run queue of a thread that is woken, this CPU's timers, and the lock of an eventfd that is signalled.
-//! - between windows `AddressSpace::state`, by a nested page fault, and by a paravirtual clock that is due, which it is once the
-//!   guest has set it up or its TSC has been set; and the scheduler's, by sleeping and yielding.
+//! - in a window none of ours is waited for: a nested page fault tries for `AddressSpace::state`, and is left for later if somebody
+//!   else has it. Mailboxes and `Shared` are atomics, the VM's vCPUs are slots that are never emptied, its eventfds' tables are
+//!   `published`, the backends keep what they share in each CPU's record. Of the kernel's there are the run queue of a thread that
+//!   is woken, this CPU's timers, and the lock of an eventfd that is signalled.
+//! - between windows `AddressSpace::state`, by a nested page fault that takes more than a look at the host's page table, and by a
+//!   paravirtual clock that is due, which it is once the guest has set it up or its TSC has been set; and the scheduler's, by
+//!   sleeping and yielding.
 //!
 //! So vCPUs of a VM wait for each other only if they fault in the same address space or signal the same eventfd.
 
@@ -45,6 +47,8 @@ enum Stop {
     Spin,
     /// The guest did something that is not finished in the window: the vCPU's [`exit`](vcpu_core::AxVCpu::exit).
     Exit,
+    /// It is a nested page fault at an address that is no memory.
+    Mmio,
 }
 
 impl Vcpu {
@@ -114,6 +118,11 @@ impl Vcpu {
                         return Ok(());
                     }
                 }
+                Stop::Mmio => {
+                    if !self.not_memory(inner)? {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -133,21 +142,26 @@ impl Vcpu {
                 self.shared.stats.count_exit(ExitKind::PageFault);
                 Ok(true)
             }
-            Ok(Fault::NotMemory) => {
-                self.shared.stats.count_exit(ExitKind::Mmio);
-                let fault = *inner.vcpu.exit();
-                let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, fault);
-                if exit == Exit::Nothing {
-                    return Ok(true);
-                }
-                self.report(inner, &exit);
-                Ok(false)
-            }
+            Ok(Fault::NotMemory) => self.not_memory(inner),
             Err(error) => {
                 self.report(inner, if error == EINTR { &Exit::Interrupted } else { inner.vcpu.exit() });
                 Err(error)
             }
         }
+    }
+
+    /// Resolves the last exit, a nested page fault of no memory, if the backend can. Otherwise the user is to see it, and the answer
+    /// is false.
+    #[inline]
+    fn not_memory(&self, inner: &mut Inner) -> Result<bool> {
+        self.shared.stats.count_exit(ExitKind::Mmio);
+        let fault = *inner.vcpu.exit();
+        let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, fault);
+        if exit == Exit::Nothing {
+            return Ok(true);
+        }
+        self.report(inner, &exit);
+        Ok(false)
     }
 
     /// The user is to see `exit`.
@@ -250,11 +264,21 @@ impl Vcpu {
             }
             Exit::IoWrite { port, width, data } if self.vm.ioeventfds.port_write(port, width, data, irq_off) => None,
             Exit::NestedPageFault { addr, access_flags } => {
-                if !self.signals(inner, addr, access_flags, irq_off) {
-                    return Ok(Some(Stop::Exit));
+                if self.signals(inner, addr, access_flags, irq_off) {
+                    self.shared.stats.count_exit(ExitKind::Mmio);
+                    return Ok(None);
                 }
-                self.shared.stats.count_exit(ExitKind::Mmio);
-                None
+                let Inner { aspace: Some(aspace), spare, .. } = inner else {
+                    return Err(AxError::NotSetUp);
+                };
+                match aspace.fault_in_place(addr, access_flags, spare, irq_off) {
+                    Some(Fault::Resolved) => {
+                        self.shared.stats.count_exit(ExitKind::PageFault);
+                        None
+                    }
+                    Some(Fault::NotMemory) => Some(Stop::Mmio),
+                    None => Some(Stop::Exit),
+                }
             }
             Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off, || ()) => None,
             // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.

@@ -25,6 +25,12 @@ impl Spare {
         Self { frames: [None; STOCK] }
     }
 
+    /// Whether no fault can run out of frames.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.frames.iter().all(Option::is_some)
+    }
+
     /// Fills the stock. May sleep.
     ///
     /// # Errors

@@ -60,11 +60,16 @@ impl Changes {
         Snapshot(self.ended)
     }
 
+    /// Whether memory in `range` is changing.
+    #[inline]
+    pub fn is_under_way(&self, range: &Range<u64>) -> bool {
+        self.under_way != 0 && overlap(&self.span, range)
+    }
+
     /// Whether memory in `range` is changing, or may have changed since `snapshot`.
     #[inline]
     pub fn disturbed(&self, snapshot: Snapshot, range: &Range<u64>) -> bool {
-        let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
-        if self.under_way != 0 && overlaps(&self.span) {
+        if self.is_under_way(range) {
             return true;
         }
         let since = self.ended.wrapping_sub(snapshot.0);
@@ -73,9 +78,14 @@ impl Changes {
         }
         (0..since).any(|back| {
             let number = self.ended.wrapping_sub(1).wrapping_sub(back);
-            self.recent.get((number % RECENT as u64) as usize).is_none_or(overlaps)
+            self.recent.get((number % RECENT as u64) as usize).is_none_or(|other| overlap(other, range))
         })
     }
+}
+
+#[inline]
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 #[cfg(test)]

@@ -11,7 +11,10 @@ mod vm;
 
 use arm_vcpu::{ArmPerCpu, ArmVCpu, Capabilities};
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
-use vcpu_core::{npt::TableMemory, AxError, AxResult, HostPhysAddr};
+use vcpu_core::{
+    npt::{PageSize, TableMemory},
+    AxError, AxResult, HostPhysAddr,
+};
 
 pub(crate) use exits::enter;
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
@@ -82,6 +85,9 @@ pub(crate) fn prepare_memory(addr: HostPhysAddr, size: u64) {
     // SAFETY: The caller has a reference to the host's page or pages there, so the direct map shows them.
     unsafe { arm_vcpu::clean_and_invalidate(ffi::phys_to_virt(addr), size as usize) };
 }
+
+/// The largest page that is mapped with interrupts off: [`prepare_memory`] takes its time with larger ones.
+pub(crate) const LARGEST_IN_PLACE: PageSize = PageSize::Size4K;
 
 /// The mailbox of a new vCPU.
 ///

@@ -12,7 +12,10 @@ mod vcpu;
 mod vm;
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run};
-use vcpu_core::{npt::TableMemory, AxResult, HostPhysAddr};
+use vcpu_core::{
+    npt::{PageSize, TableMemory},
+    AxResult, HostPhysAddr,
+};
 use x86_vcpu::{Capabilities, HostInterrupt, X86PerCpu, X86VCpu};
 
 pub(crate) use exits::enter;
@@ -59,6 +62,9 @@ pub(crate) const BREAK_BEFORE_MAKE: bool = false;
 
 /// Readies memory for a guest that it is about to be mapped for: caches are coherent here.
 pub(crate) fn prepare_memory(_addr: HostPhysAddr, _size: u64) {}
+
+/// The largest page that is mapped with interrupts off.
+pub(crate) const LARGEST_IN_PLACE: PageSize = PageSize::Size2M;
 
 /// Makes what was stored to tables seen by their walks, before TLBs are flushed: it is already.
 pub(crate) fn tables_changed() {}

@@ -72,6 +72,22 @@ impl<A: Format, B: Format> EitherTable<A, B> {
         on!(self, table => table.map(gpa, hpa, size, perms, memory_type, memory))
     }
 
+    /// Maps a page where nothing is mapped.
+    ///
+    /// # Errors
+    /// As [`NestedPageTable::map_empty`].
+    pub fn map_empty(
+        &mut self,
+        gpa: GuestPhysAddr,
+        hpa: HostPhysAddr,
+        size: PageSize,
+        perms: Permissions,
+        memory_type: MemoryType,
+        memory: &mut impl TableMemory,
+    ) -> AxResult<bool> {
+        on!(self, table => table.map_empty(gpa, hpa, size, perms, memory_type, memory))
+    }
+
     /// Drops every leaf that has a byte in the range. The TLBs must be flushed if there were any.
     #[must_use = "the TLBs must be flushed if anything was dropped"]
     pub fn zap(&mut self, gpa: GuestPhysAddr, size: u64, memory: &mut impl TableMemory) -> LeafCount {

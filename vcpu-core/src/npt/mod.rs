@@ -132,6 +132,7 @@ impl Levels {
         }
     }
 
+    #[inline]
     const fn top(self) -> Level {
         Level(self.count())
     }
@@ -153,11 +154,13 @@ impl Level {
     const LEAVES: Self = Self(1);
 
     /// The number, 1 to 5.
+    #[inline]
     pub const fn number(self) -> u8 {
         self.0
     }
 
     /// The size of the page that a leaf of this level maps, if there can be one.
+    #[inline]
     pub const fn page_size(self) -> Option<PageSize> {
         match self.0 {
             1 => Some(PageSize::Size4K),
@@ -218,6 +221,7 @@ impl PageSize {
     }
 
     /// The level of a leaf of this size.
+    #[inline]
     pub const fn level(self) -> Level {
         match self {
             Self::Size4K => Level(1),

@@ -100,15 +100,7 @@ impl<F: Format> NestedPageTable<F> {
         memory_type: MemoryType,
         mem: &mut M,
     ) -> AxResult<Flush> {
-        let hpa_end = hpa.checked_add(size.bytes()).ok_or(AxError::InvalidInput)?;
-        if !gpa.is_aligned(size.bytes())
-            || gpa.as_u64() >= self.levels.limit()
-            || !hpa.is_aligned(size.bytes())
-            || hpa_end.as_u64() > F::PHYS_LIMIT
-            || !perms.contains(Permissions::READ)
-        {
-            return Err(AxError::InvalidInput);
-        }
+        self.check(gpa, hpa, size, perms)?;
         let slot = self.slot(gpa.as_u64(), size.level(), mem);
         let mut leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
         let flush = match slot.entry {
@@ -129,6 +121,45 @@ impl<F: Format> NestedPageTable<F> {
         };
         self.place(slot, gpa.as_u64(), leaf, size, mem)?;
         Ok(flush)
+    }
+
+    /// Maps as [`map`](Self::map) does, but only where nothing is mapped: otherwise nothing changes, and the answer is false.
+    /// There is nothing to flush.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map).
+    pub fn map_empty<M: TableMemory>(
+        &mut self,
+        gpa: GuestPhysAddr,
+        hpa: HostPhysAddr,
+        size: PageSize,
+        perms: Permissions,
+        memory_type: MemoryType,
+        mem: &mut M,
+    ) -> AxResult<bool> {
+        self.check(gpa, hpa, size, perms)?;
+        let slot = self.slot(gpa.as_u64(), size.level(), mem);
+        if slot.entry != Entry::Empty {
+            return Ok(false);
+        }
+        let leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
+        self.place(slot, gpa.as_u64(), leaf, size, mem)?;
+        Ok(true)
+    }
+
+    /// Whether a page can be mapped so.
+    #[inline]
+    fn check(&self, gpa: GuestPhysAddr, hpa: HostPhysAddr, size: PageSize, perms: Permissions) -> AxResult {
+        let hpa_end = hpa.checked_add(size.bytes()).ok_or(AxError::InvalidInput)?;
+        if !gpa.is_aligned(size.bytes())
+            || gpa.as_u64() >= self.levels.limit()
+            || !hpa.is_aligned(size.bytes())
+            || hpa_end.as_u64() > F::PHYS_LIMIT
+            || !perms.contains(Permissions::READ)
+        {
+            return Err(AxError::InvalidInput);
+        }
+        Ok(())
     }
 
     /// Unmaps exactly the `size` bytes at `gpa`; what is not mapped there is skipped. Leaves that reach across an end of the
@@ -267,6 +298,7 @@ impl<F: Format> NestedPageTable<F> {
         }
     }
 
+    #[inline]
     fn slot<M: TableMemory>(&self, gpa: u64, lowest: Level, mem: &M) -> Slot {
         descend::<F>(self.root, self.levels, |table, index| mem.read(table, index), gpa, lowest)
     }
@@ -274,6 +306,31 @@ impl<F: Format> NestedPageTable<F> {
     /// Puts `leaf` of `size` at `gpa`, below or in `slot`, which is what [`Self::slot`] has found on the way to it. Either all
     /// happens or, without frames, nothing.
     fn place<M: TableMemory>(&mut self, slot: Slot, gpa: u64, leaf: Leaf, size: PageSize, mem: &mut M) -> AxResult {
+        let entry = if slot.level == size.level() {
+            F::encode_leaf(leaf, size)
+        } else {
+            self.place_below(slot, gpa, leaf, size, mem)?
+        };
+        // One store shows all of it.
+        mem.write(slot.table, slot.index, entry);
+        self.leaves.add(size, 1);
+        match (slot.entry, slot.level.page_size(), slot.level.below()) {
+            (Entry::Leaf(_), Some(old_size), _) => self.leaves.sub(old_size, 1),
+            (Entry::Table(old), _, Some(below)) => self.release(old, below, mem),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The tables that `leaf` of `size` at `gpa` needs below `slot`: gives the entry that points to the first of them.
+    fn place_below<M: TableMemory>(
+        &mut self,
+        slot: Slot,
+        gpa: u64,
+        leaf: Leaf,
+        size: PageSize,
+        mem: &mut M,
+    ) -> AxResult<u64> {
         let missing = usize::from(slot.level.number().saturating_sub(size.level().number()));
         let mut frames = [None; MAX_TABLES_PER_MAP];
         for frame in frames.iter_mut().take(missing) {
@@ -304,16 +361,7 @@ impl<F: Format> NestedPageTable<F> {
             self.tables = self.tables.wrapping_add(1);
             level = Level(level.0.wrapping_add(1));
         }
-
-        // One store shows all of it.
-        mem.write(slot.table, slot.index, entry);
-        self.leaves.add(size, 1);
-        match (slot.entry, slot.level.page_size(), slot.level.below()) {
-            (Entry::Leaf(_), Some(old_size), _) => self.leaves.sub(old_size, 1),
-            (Entry::Table(old), _, Some(below)) => self.release(old, below, mem),
-            _ => {}
-        }
-        Ok(())
+        Ok(entry)
     }
 
     /// Splits the leaves that reach across the ends of `span`, if they are `affected`, as far as needed: all or, without
