@@ -107,6 +107,11 @@ enum Op {
         perms: Permissions,
         memory_type: MemoryType,
     },
+    MapEmpty {
+        addr: u64,
+        size: PageSize,
+        perms: Permissions,
+    },
     Unmap {
         start: u64,
         end: u64,
@@ -185,6 +190,8 @@ fn operation(levels: Levels) -> BoxedStrategy<Op> {
                 Op::Map { addr: addr & !(size.bytes() - 1), size, delta, perms, memory_type }
             }
         ),
+        4 => (address(levels), page_size(), permissions())
+            .prop_map(|(addr, size, perms)| Op::MapEmpty { addr: addr & !(size.bytes() - 1), size, perms }),
         4 => range(levels).prop_map(|(start, end)| Op::Unmap { start, end }),
         2 => range(levels).prop_map(|(start, end)| Op::Zap { start, end }),
         4 => (range(levels), permissions()).prop_map(|((start, end), perms)| Op::Protect { start, end, perms }),
@@ -304,6 +311,16 @@ impl<F: Format> Pair<F> {
                     assert!(mem.live_count() <= frames + needed as u64);
                 }
                 said
+            }
+            Op::MapEmpty { addr, size, perms } => {
+                let empty = model.is_empty(addr, addr + size.bytes());
+                if table.map_empty(gpa(addr), hpa(addr), size, perms, WB, mem)? {
+                    assert!(empty);
+                    model.insert(addr, addr + size.bytes(), Page { delta: 0, perms, memory_type: WB });
+                } else {
+                    assert!(!empty);
+                }
+                Ok(Flush::NotNeeded)
             }
             Op::Unmap { start, end } => {
                 let (at, size) = span(start, end);
