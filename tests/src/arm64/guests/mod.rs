@@ -7,6 +7,7 @@ mod calls;
 mod deactivation;
 mod eventfds;
 mod gic;
+mod interrupts;
 mod memory;
 mod mmio;
 mod registers;

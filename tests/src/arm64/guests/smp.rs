@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Several vCPUs of one machine: SGIs between them, SPIs for one or the other, and starting and stopping them by PSCI.
 
+use super::interrupts::{self, when_asleep};
 use super::timer;
 use crate::gic_code;
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::{Machine, CODE, GICD, STACK, VECTORS};
+use crate::machine::{Machine, CODE, GICD, STACK};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::{General, System, GIC_SET_SPI, PSTATE_DAIF, PSTATE_EL1H};
-use axvcpu_uapi::client::{Apic, Vcpu};
+use axvcpu_uapi::client::{Apic, Kicker, Vcpu};
 use axvcpu_uapi::exit::AxVCpuExitReason as Exit;
 use std::thread;
 
@@ -26,8 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// A machine with a GIC and `count` vCPUs, all about to run `code`, each with its number in X19 and a stack of its own.
 /// `handler` takes their IRQs.
 pub(super) fn machine(code: &[u8], handler: &[u8], count: u32) -> Result<(Machine, Vec<Vcpu>), Stop> {
-    let mut m = Machine::with_gic(code)?;
-    m.write(VECTORS + 0x280, handler)?;
+    let mut m = interrupts::machine(code, handler)?;
     let others = (1..count).map(|id| {
         let mut vcpu = Machine::vcpu_of(&m.vm, &m.space, id, Apic::InKernel)?;
         let mut general: General = vcpu.get()?;
@@ -195,14 +195,11 @@ fn routed() -> CaseResult {
     let (mut m, mut others) = machine(code, counting(), 2)?;
     let (vm, kicker) = (m.vm.clone(), m.vcpu.kicker());
     // What a vCPU comes to that is interrupted once it sleeps.
-    let interrupted = |vcpu: &mut Vcpu, watched: axvcpu_uapi::client::Kicker| -> Result<(u64, u64), Stop> {
+    let interrupted = |vcpu: &mut Vcpu, watched: Kicker| -> Result<(u64, u64), Stop> {
         let vm = vm.clone();
-        let thread = thread::spawn(move || -> CaseResult {
-            harness::wait_until("the vCPU to sleep", || Ok(watched.stats()?.state == 4))?;
-            Ok(vm.signal_msi(GICD + GIC_SET_SPI, 40)?)
-        });
+        let thread = when_asleep(watched, move || Ok(vm.signal_msi(GICD + GIC_SET_SPI, 40)?));
         let said = call(vcpu);
-        harness::joined(thread.join())??;
+        interrupts::join(thread)??;
         said
     };
     ensure_eq!(interrupted(&mut m.vcpu, kicker)?, (0, 40), "by reset, it is vCPU 0's");
@@ -217,24 +214,10 @@ fn routed() -> CaseResult {
 fn timers() -> CaseResult {
     // Each vCPU counts 50 ticks of its own, of different length. The next one is due a period after the handler has run, not after the
     // last: on a slow host there would be no time left between two of them.
-    let code = gic_code!(
+    let code = timer::ticking_code!(
         timers,
-        "mov x7, #0",
-        "mrs x6, cntfrq_el0",
-        "add x9, x19, #1",
-        "mov x8, #500",
-        "mul x9, x9, x8",
-        "udiv x6, x6, x9",
-        "mrs x5, cntvct_el0",
-        "add x9, x5, x6",
-        "msr cntv_cval_el0, x9",
-        "mov x9, #1",
-        "msr cntv_ctl_el0, x9",
-        "isb",
-        "msr daifclr, #2",
-        "2: wfi",
+        ("add x9, x19, #1", "mov x8, #500", "mul x9, x9, x8"),
         "cmp x7, #50",
-        "b.lt 2b",
         "mrs x0, cntvct_el0",
         "sub x0, x0, x5",
         "mov x9, #49",

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The virtual timer, and waiting for it.
 
+use super::interrupts::{machine, nothing_comes};
 use crate::gic_code;
-use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::{Machine, VECTORS};
+use crate::harness::{Case, CaseResult};
+use crate::machine::Machine;
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::System;
 use axvcpu_uapi::exit::AxVCpuExitReason as Exit;
 use axvcpu_uapi::vcpu::ExitKind;
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// The cases.
@@ -40,6 +40,32 @@ pub(super) fn ticking() -> &'static [u8] {
     )
 }
 
+/// A [`gic_code!`] whose timer ticks, with [`ticking`] as handler: as many times a second as X9 says behind `$rate`, until `$enough`
+/// compares X7 with how often is enough. X5 is the counter at the beginning.
+macro_rules! ticking_code {
+    ($name:ident, ($($rate:literal),+), $enough:literal, $($line:literal),+ $(,)?) => {
+        $crate::gic_code!(
+            $name,
+            "mov x7, #0",
+            "mrs x6, cntfrq_el0",
+            $($rate,)+
+            "udiv x6, x6, x9",
+            "mrs x5, cntvct_el0",
+            "add x9, x5, x6",
+            "msr cntv_cval_el0, x9",
+            "mov x9, #1",
+            "msr cntv_ctl_el0, x9",
+            "isb",
+            "msr daifclr, #2",
+            "2: wfi",
+            $enough,
+            "b.lt 2b",
+            $($line),+
+        )
+    };
+}
+pub(super) use ticking_code;
+
 /// X1 is how late the timer's interrupt comes, in counts; the timer is stopped.
 fn stopping() -> &'static [u8] {
     code!(
@@ -55,12 +81,6 @@ fn stopping() -> &'static [u8] {
         "hvc #1",
         "eret"
     )
-}
-
-fn machine(code: &[u8], handler: &[u8]) -> Result<Machine, Stop> {
-    let machine = Machine::with_gic(code)?;
-    machine.write(VECTORS + 0x280, handler)?;
-    Ok(machine)
 }
 
 /// The next hypercall is the timer's interrupt, and was not early. Late it may be: the host is emulated, and busy.
@@ -183,16 +203,6 @@ fn level() -> CaseResult {
     Ok(())
 }
 
-fn nothing_comes(m: &mut Machine) -> CaseResult {
-    let kicker = m.vcpu.kicker();
-    let thread = thread::spawn(move || {
-        thread::sleep(Duration::from_millis(30));
-        kicker.kick()
-    });
-    m.expect(Exit::Interrupted)?;
-    Ok(harness::joined(thread.join())??)
-}
-
 fn far() -> CaseResult {
     let code = gic_code!(
         far,
@@ -217,22 +227,10 @@ fn far() -> CaseResult {
 
 fn ticks() -> CaseResult {
     // 100 ticks, each 1/1000 of a second after the handler of the last, which alone counts them.
-    let code = gic_code!(
+    let code = ticking_code!(
         ticks,
-        "mov x7, #0",
-        "mrs x6, cntfrq_el0",
-        "mov x9, #1000",
-        "udiv x6, x6, x9",
-        "mrs x5, cntvct_el0",
-        "add x9, x5, x6",
-        "msr cntv_cval_el0, x9",
-        "mov x9, #1",
-        "msr cntv_ctl_el0, x9",
-        "isb",
-        "msr daifclr, #2",
-        "2: wfi",
+        ("mov x9, #1000"),
         "cmp x7, #100",
-        "b.lt 2b",
         "mrs x1, cntvct_el0",
         "sub x1, x1, x5",
         "mrs x2, cntfrq_el0",
