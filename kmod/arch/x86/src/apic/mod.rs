@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod base;
+mod clock;
 mod lapic;
 mod mailbox;
 mod message;
@@ -21,12 +22,13 @@ mod registers;
 mod timer;
 
 pub use base::Mode;
+pub use clock::Clock;
 pub use lapic::{Config, Effect, Lapic};
 pub use mailbox::{Identity, Mailbox, Notice, Posted};
 pub use message::{Delivery, Message, Shorthand};
 pub(crate) use posted::Descriptor;
 pub(crate) use registers::Registers;
-pub use timer::{Clock, Timer, TimerMode, TimerUpdate, Watch, MIN_PERIOD_NS};
+pub use timer::{Timer, TimerMode, TimerUpdate, Watch, MIN_PERIOD_NS};
 
 /// Vectors below are reserved for exceptions (SDM vol. 3 section 12.5.2).
 const FIRST_VECTOR: u8 = 16;

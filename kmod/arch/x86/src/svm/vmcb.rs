@@ -2,6 +2,12 @@
 //! The virtual machine control block: every field that we use, declared once, with its offset in the page (APM vol. 2
 //! appendix B, tables B-1 and B-2). Fields that we leave zero (AVIC, SEV, LBR virtualization, ...) are not declared.
 
+mod bits;
+mod overwritten;
+
+pub(crate) use bits::{int_control, intercept1, intercept2, intercept3};
+pub(crate) use overwritten::HardwareState;
+
 use axvcpu_uapi::x86::{DescriptorTable, Segment};
 
 /// Where the state save area starts.
@@ -181,70 +187,6 @@ pub(crate) enum TableRegister {
     Idtr = SAVE + 0x80,
 }
 
-/// Bits of [`Vmcb::intercept1`].
-pub(crate) mod intercept1 {
-    pub(crate) const INTR: u32 = 1 << 0;
-    pub(crate) const NMI: u32 = 1 << 1;
-    pub(crate) const SMI: u32 = 1 << 2;
-    pub(crate) const INIT: u32 = 1 << 3;
-    pub(crate) const VINTR: u32 = 1 << 4;
-    pub(crate) const CR0_SELECTIVE: u32 = 1 << 5;
-    pub(crate) const RDPMC: u32 = 1 << 15;
-    pub(crate) const CPUID: u32 = 1 << 18;
-    pub(crate) const RSM: u32 = 1 << 19;
-    pub(crate) const IRET: u32 = 1 << 20;
-    pub(crate) const INVD: u32 = 1 << 22;
-    pub(crate) const PAUSE: u32 = 1 << 23;
-    pub(crate) const HLT: u32 = 1 << 24;
-    pub(crate) const INVLPGA: u32 = 1 << 26;
-    pub(crate) const IOIO: u32 = 1 << 27;
-    pub(crate) const MSR: u32 = 1 << 28;
-    pub(crate) const TASK_SWITCH: u32 = 1 << 29;
-    pub(crate) const FERR_FREEZE: u32 = 1 << 30;
-    pub(crate) const SHUTDOWN: u32 = 1 << 31;
-}
-
-/// Bits of [`Vmcb::intercept2`].
-pub(crate) mod intercept2 {
-    pub(crate) const VMRUN: u32 = 1 << 0;
-    pub(crate) const VMMCALL: u32 = 1 << 1;
-    pub(crate) const VMLOAD: u32 = 1 << 2;
-    pub(crate) const VMSAVE: u32 = 1 << 3;
-    pub(crate) const STGI: u32 = 1 << 4;
-    pub(crate) const CLGI: u32 = 1 << 5;
-    pub(crate) const SKINIT: u32 = 1 << 6;
-    pub(crate) const RDTSCP: u32 = 1 << 7;
-    pub(crate) const WBINVD: u32 = 1 << 9;
-    pub(crate) const MONITOR: u32 = 1 << 10;
-    pub(crate) const MWAIT: u32 = 1 << 11;
-    pub(crate) const MWAIT_ARMED: u32 = 1 << 12;
-    pub(crate) const XSETBV: u32 = 1 << 13;
-    pub(crate) const RDPRU: u32 = 1 << 14;
-}
-
-/// Bits of [`Vmcb::intercept3`].
-pub(crate) mod intercept3 {
-    pub(crate) const INVLPGB: u32 = 1 << 0;
-    pub(crate) const INVLPGB_ILLEGAL: u32 = 1 << 1;
-    pub(crate) const INVPCID: u32 = 1 << 2;
-    pub(crate) const MCOMMIT: u32 = 1 << 3;
-    pub(crate) const TLBSYNC: u32 = 1 << 4;
-}
-
-/// Bits of [`Vmcb::int_control`].
-pub(crate) mod int_control {
-    /// V_TPR: the guest's CR8, in the low 8 bits.
-    pub(crate) const TPR: u32 = 0xf;
-    /// V_IRQ: a virtual interrupt is pending.
-    pub(crate) const IRQ: u32 = 1 << 8;
-    /// V_INTR_PRIO, at its highest.
-    pub(crate) const PRIORITY_MAX: u32 = 0xf << 16;
-    /// V_IGN_TPR: the virtual interrupt does not mind V_TPR.
-    pub(crate) const IGNORE_TPR: u32 = 1 << 20;
-    /// V_INTR_MASKING: the guest's IF and CR8 concern virtual interrupts, the host's IF physical ones.
-    pub(crate) const MASKING: u32 = 1 << 24;
-}
-
 impl Vmcb {
     /// A VMCB that is all zero.
     #[cfg(test)]
@@ -319,73 +261,6 @@ impl Vmcb {
         bytes.copy_from_slice(&words.to_le_bytes());
         (bytes, self.fetched_count().min(FETCHED_MAX as u8))
     }
-
-    /// Copies out everything that VMRUN and the exit change by themselves (APM vol. 2 section 15.6).
-    #[inline]
-    pub(crate) fn hardware_state(&self) -> HardwareState {
-        HardwareState {
-            es_to_ds: [
-                self.pair(SegmentRegister::Es as usize),
-                self.pair(SegmentRegister::Cs as usize),
-                self.pair(SegmentRegister::Ss as usize),
-                self.pair(SegmentRegister::Ds as usize),
-            ],
-            tables: [self.pair(TableRegister::Gdtr as usize), self.pair(TableRegister::Idtr as usize)],
-            cpl: self.cpl(),
-            registers: [
-                self.efer(),
-                self.cr0(),
-                self.cr2(),
-                self.cr3(),
-                self.cr4(),
-                self.dr6(),
-                self.dr7(),
-                self.rflags(),
-                self.rip(),
-                self.rsp(),
-                self.rax(),
-            ],
-            interrupt_shadow: self.interrupt_shadow(),
-        }
-    }
-
-    /// Puts it back.
-    #[cold]
-    pub(crate) fn restore_hardware_state(&mut self, state: &HardwareState) {
-        let [es, cs, ss, ds] = state.es_to_ds;
-        self.set_pair(SegmentRegister::Es as usize, es);
-        self.set_pair(SegmentRegister::Cs as usize, cs);
-        self.set_pair(SegmentRegister::Ss as usize, ss);
-        self.set_pair(SegmentRegister::Ds as usize, ds);
-        let [gdtr, idtr] = state.tables;
-        self.set_pair(TableRegister::Gdtr as usize, gdtr);
-        self.set_pair(TableRegister::Idtr as usize, idtr);
-        self.set_cpl(state.cpl);
-        let [efer, cr0, cr2, cr3, cr4, dr6, dr7, rflags, rip, rsp, rax] = state.registers;
-        self.set_efer(efer);
-        self.set_cr0(cr0);
-        self.set_cr2(cr2);
-        self.set_cr3(cr3);
-        self.set_cr4(cr4);
-        self.set_dr6(dr6);
-        self.set_dr7(dr7);
-        self.set_rflags(rflags);
-        self.set_rip(rip);
-        self.set_rsp(rsp);
-        self.set_rax(rax);
-        self.set_interrupt_shadow(state.interrupt_shadow);
-    }
-}
-
-/// A copy of the state that an exit overwrites. A refused entry may leave the host's registers in the VMCB (QEMU does), so
-/// after one this copy is what the guest's state is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct HardwareState {
-    es_to_ds: [[u64; 2]; 4],
-    tables: [[u64; 2]; 2],
-    cpl: u8,
-    registers: [u64; 11],
-    interrupt_shadow: u64,
 }
 
 // No two fields overlap, and none leaves its area.
@@ -527,42 +402,5 @@ mod tests {
         assert_eq!(vmcb.fetched(), ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0], 3));
         vmcb.set_fetched_count(0xff);
         assert_eq!(vmcb.fetched().1, 15);
-    }
-
-    #[test]
-    fn the_shadow_holds_all_that_an_exit_overwrites() {
-        let mut vmcb = Vmcb::new();
-        for (i, word) in vmcb.0.iter_mut().enumerate() {
-            *word = i as u64;
-        }
-        let before = vmcb.0;
-        let state = vmcb.hardware_state();
-        let segment = Segment { base: !0, limit: !0, selector: !0, attributes: !0 };
-        let table = DescriptorTable { base: !0, limit: !0, reserved: [0; 3] };
-        for register in [SegmentRegister::Es, SegmentRegister::Cs, SegmentRegister::Ss, SegmentRegister::Ds] {
-            vmcb.set_segment(register, &segment);
-        }
-        vmcb.set_table(TableRegister::Gdtr, &table);
-        vmcb.set_table(TableRegister::Idtr, &table);
-        vmcb.set_cpl(3);
-        for set in [
-            Vmcb::set_efer,
-            Vmcb::set_cr0,
-            Vmcb::set_cr2,
-            Vmcb::set_cr3,
-            Vmcb::set_cr4,
-            Vmcb::set_dr6,
-            Vmcb::set_dr7,
-            Vmcb::set_rflags,
-            Vmcb::set_rip,
-            Vmcb::set_rsp,
-            Vmcb::set_rax,
-            Vmcb::set_interrupt_shadow,
-        ] {
-            set(&mut vmcb, !0);
-        }
-        assert_ne!(vmcb.0, before);
-        vmcb.restore_hardware_state(&state);
-        assert_eq!(vmcb.0, before);
     }
 }
