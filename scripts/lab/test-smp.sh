@@ -9,7 +9,7 @@
 # shellcheck source=tap.sh
 . /lab/tests/tap.sh
 
-limit=${SMP_LIMIT:-300}
+limit=$((${SMP_LIMIT:-300} * AXVCPU_PATIENCE))
 all_mib=${SMP_MIB:-4}
 
 # The guest's initramfs with the test added: archives add up.
