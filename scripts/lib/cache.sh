@@ -44,22 +44,16 @@ step() {
 }
 
 # timed NAME TITLE COMMAND... runs COMMAND, prints its time, keeps its output in
-# a log. Never call it from a condition: bash would then ignore errexit inside.
+# a log. As logged, it is for no condition.
 timed() {
-	local name=$1 title=$2 log=$axv_logs/$1.log status begin=$SECONDS
+	local name=$1 title=$2 log=$axv_logs/$1.log begin=$SECONDS
 	shift 2
 	printf '%-46s' "$title" >&2
-	set +e
-	(
-		set -e
-		"$@"
-	) >"$log" 2>&1 </dev/null
-	status=$?
-	set -e
-	if ((status != 0)); then
+	logged "$log" "$@"
+	if ((logged_status != 0)); then
 		printf ' FAILED after %d s\n' $((SECONDS - begin)) >&2
 		tail -n 25 "$log" | sed 's/^/    /' >&2
-		die "'$title' failed (status $status); the whole log is $log"
+		die "'$title' failed (status $logged_status); the whole log is $log"
 	fi
 	printf ' %3d s   %s\n' $((SECONDS - begin)) "$log" >&2
 }

@@ -44,3 +44,17 @@ need_number() {
 	[[ $2 =~ ^[0-9]{1,9}$ ]] || usage_error "$1 wants a whole number, not '$2'"
 	((10#$2 >= $3 && 10#$2 <= $4)) || usage_error "$1 must be between $3 and $4, not $2"
 }
+
+# logged LOG COMMAND...: runs it with all that it says in a file, and sets logged_status. Never
+# call it from a condition: bash would then ignore errexit inside.
+logged() {
+	local log=$1
+	shift
+	set +e
+	(
+		set -e
+		"$@"
+	) >"$log" 2>&1 </dev/null
+	logged_status=$?
+	set -e
+}

@@ -35,20 +35,14 @@ report_end() {
 # check NAME LOG COMMAND... passes if the command does; its output goes to LOG,
 # the end of which is shown on failure.
 check() {
-	local name=$1 log=$axv_logs/$2.log begin=$SECONDS status
+	local name=$1 log=$axv_logs/$2.log begin=$SECONDS
 	shift 2
-	set +e
-	(
-		set -e
-		"$@"
-	) >"$log" 2>&1 </dev/null
-	status=$?
-	set -e
-	if ((status == 0)); then
+	logged "$log" "$@"
+	if ((logged_status == 0)); then
 		pass "$name ($((SECONDS - begin)) s)"
 	else
 		tail -n 25 "$log" | sed 's/^/    /'
-		fail "$name" "status $status, see $log"
+		fail "$name" "status $logged_status, see $log"
 	fi
 }
 

@@ -76,24 +76,29 @@ fn linear_addresses_wrap_at_4_gib_outside_64_bit_mode() {
     assert_eq!(machine.events, [Event::Read(DEVICE + 4, 4)]);
 }
 
+/// Stores through DS at the offset, which is within its limit or not.
+fn store_within(data: Segment, offset: u64, fits: bool) {
+    let store: &[u8] = &[0x89, 0x03]; // mov [ebx], eax
+    let mut cpu = protected_mode();
+    cpu.segments[seg::DS] = data;
+    cpu.gpr[3] = offset;
+    if fits {
+        retire(&mut cpu, store);
+    } else {
+        assert_eq!(fault(&cpu, &mut Machine::new(&[]), store), Exception::GeneralProtection, "{offset:#x}");
+    }
+}
+
 #[test]
 fn limits_are_checked_for_every_byte() {
-    let store: &[u8] = &[0x89, 0x03]; // mov [ebx], eax
+    let data = Segment { limit: 0xfff, base: DEVICE, ..flat(DATA | seg::BIG) };
     for (offset, fits) in [(0xffc, true), (0xffd, false), (0x1000, false), (0xffff_fffd, false)] {
-        let mut cpu = protected_mode();
-        cpu.segments[seg::DS] = Segment { limit: 0xfff, base: DEVICE, ..flat(DATA | seg::BIG) };
-        cpu.gpr[3] = offset;
-        if fits {
-            retire(&mut cpu, store);
-        } else {
-            assert_eq!(fault(&cpu, &mut Machine::new(&[]), store), Exception::GeneralProtection, "{offset:#x}");
-        }
+        store_within(data, offset, fits);
     }
 }
 
 #[test]
 fn expand_down_segments_begin_above_their_limit() {
-    let store: &[u8] = &[0x89, 0x03];
     let big = seg::BIG;
     for (attributes, offset, fits) in [
         (big, 0x1000, true),
@@ -103,15 +108,7 @@ fn expand_down_segments_begin_above_their_limit() {
         (0, 0xfffd, false),
         (0, 0x1_0000, false),
     ] {
-        let mut cpu = protected_mode();
-        let attributes = DATA | seg::EXPAND_DOWN | attributes;
-        cpu.segments[seg::DS] = Segment { limit: 0xfff, base: 0, ..flat(attributes) };
-        cpu.gpr[3] = offset;
-        if fits {
-            retire(&mut cpu, store);
-        } else {
-            assert_eq!(fault(&cpu, &mut Machine::new(&[]), store), Exception::GeneralProtection, "{offset:#x}");
-        }
+        store_within(Segment { limit: 0xfff, base: 0, ..flat(DATA | seg::EXPAND_DOWN | attributes) }, offset, fits);
     }
 }
 
