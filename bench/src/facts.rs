@@ -23,7 +23,7 @@ pub(crate) fn print() -> Result<ExitCode> {
         let line = cpu.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));
         line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim())
     };
-    let cpu_name: Vec<&str> = arch::CPU_NAME.iter().map(|name| field(name)).collect();
+    let cpu_name: Vec<String> = arch::CPU_NAME.iter().map(|(word, name)| format!("{word}{}", field(name))).collect();
     fact("CPU", &cpu_name.join(", "));
     let flags: Vec<&str> = field(arch::FEATURES).split(' ').collect();
     let found: Vec<&str> = arch::BARRIER_FEATURES.iter().copied().filter(|flag| flags.contains(flag)).collect();

@@ -6,6 +6,9 @@
 //! Results are lines of `bench`, a hypervisor, a row and samples, on standard output once everything has been measured:
 //! writing them in between would be measured too.
 
+#[cfg(target_arch = "aarch64")]
+#[path = "arm64/mod.rs"]
+mod arch;
 #[cfg(target_arch = "x86_64")]
 #[path = "x86/mod.rs"]
 mod arch;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The rows of the table: what is measured, and what is wanted of it.
+//! The rows of the table: what is measured, and what is wanted of it. Each architecture has those that mean something there.
 
 use clap::ValueEnum;
 
@@ -68,6 +68,24 @@ macro_rules! rows {
 }
 
 rows! {
+    /// HVC, answered in the kernel.
+    Hvc, Third, "HVC: PSCI_VERSION";
+    /// MRS of an ID register.
+    IdRead, Third, "MRS of ID_AA64ISAR0_EL1";
+    /// MRS, refused in the kernel.
+    RegisterRefused, Third, "MRS refused in the kernel: exit, undefined instruction, handler";
+    /// A read of the distributor.
+    Distributor, Third, "read of the distributor: GICD_TYPER";
+    /// SGI to itself, handler and end.
+    SelfSgi, Third, "SGI to itself: send, handler, end of interrupt";
+    /// The virtual timer with its interrupt.
+    VirtualTimer, Third, "virtual timer: arm, interrupt, handler, end of interrupt";
+    /// WFI.
+    WfiWake, Third, "WFI of a sleeping vCPU, woken by a message from userspace";
+    /// irqfd.
+    WfiIrqfd, Third, "WFI of a sleeping vCPU, woken by an irqfd";
+    /// SGI.
+    Sgi, Third, "SGI to another vCPU, asleep in WFI, on the same host CPU";
     /// CPUID.
     Cpuid, Third, "CPUID, leaf 1";
     /// RDMSR, answered in the kernel.

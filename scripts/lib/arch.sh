@@ -12,6 +12,7 @@ axv_cross_packages=(
 
 # arch_select ARCH: x86_64 or aarch64, for all that follows.
 arch_select() {
+	local name
 	axv_arch=$1
 	case $axv_arch in
 	x86_64)
@@ -34,10 +35,10 @@ arch_select() {
 		axv_choice=kernel-main-aarch64
 		axv_kernel_make=(ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu- CROSS_COMPILE_COMPAT=)
 		axv_rustflags='-C target-feature=+crt-static -C linker=aarch64-linux-gnu-gcc-14'
-		# Peer and bench are x86's so far.
-		axv_packages=(--package axvcpu-tests --package axvmm)
-		axv_packages+=(--bin axvmm --bin axvcpu-guests --bin axvcpu-abuse --bin axvcpu-load)
-		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-load)
+		# Peer is x86's so far.
+		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-bench axvcpu-load)
+		axv_packages=(--workspace)
+		for name in "${axv_programs[@]}"; do axv_packages+=(--bin "$name"); done
 		axv_host_modules=(vfat loop) # KVM is built in
 		;;
 	esac

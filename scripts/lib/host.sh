@@ -21,7 +21,7 @@ host_share=     # directory to show at /share
 host_kvm=       # not empty: load KVM as well
 host_terminal=  # not empty: the session gets this terminal
 host_check=     # not empty: remove the module at the end
-host_icount=    # not empty: QEMU's time-stamp counter counts instructions
+host_icount=    # not empty: the counter of QEMU's CPU (time-stamp counter, CNTPCT_EL0) counts instructions
 host_limit=0    # seconds until the watchdog ends the host, 0 for none
 host_patience=1 # by so much longer everything may take, the tests' own limits too
 declare -A host_files=() # path in the host -> file here
@@ -124,6 +124,8 @@ host_machine_words() {
 		host_cmdline='console=ttyAMA0'
 		host_machine=(-accel tcg -machine "virt,virtualization=on,gic-version=3"
 			-cpu "${host_cpu:-neoverse-n1}")
+		# The counter's frequency, so that it counts instructions, too.
+		[[ -z $host_icount ]] || host_machine=("${host_machine[@]},cntfrq=1000000000" -icount "shift=0,sleep=off")
 		;;
 	esac
 }

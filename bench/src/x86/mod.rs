@@ -19,8 +19,8 @@ use std::fs;
 
 use crate::machine::Result;
 
-/// Fields of /proc/cpuinfo that tell the CPU's model.
-pub(crate) const CPU_NAME: &[&str] = &["model name"];
+/// Fields of /proc/cpuinfo that tell the CPU's model, and what to say before each.
+pub(crate) const CPU_NAME: &[(&str, &str)] = &[("", "model name")];
 /// The field with its features.
 pub(crate) const FEATURES: &str = "flags";
 /// Those on which a hypervisor's own barriers depend.
