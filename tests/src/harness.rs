@@ -232,6 +232,11 @@ pub fn joined<T>(result: std::thread::Result<T>) -> Result<T, Stop> {
     result.map_err(|_| Stop::Fail("a thread panicked".into()))
 }
 
+/// By how much slower than others this host is, as it was told.
+pub fn patience() -> u32 {
+    std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
 /// Runs one case under the watchdog, with its limit multiplied. `None` if it never came back.
 fn run_case(case: &Case, patience: u32) -> Option<CaseResult> {
     let limit = case.limit * patience;
@@ -309,7 +314,7 @@ pub fn main(cases: &[Case]) -> ExitCode {
         chosen.for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;
     }
-    let patience = std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    let patience = patience();
     let (mut count, mut failed) = (0, 0);
     // The message of a panic goes into the case's line.
     std::panic::set_hook(Box::new(|_| {}));

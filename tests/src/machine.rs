@@ -331,6 +331,14 @@ impl Machine {
         }
     }
 
+    /// Expects these marks, one after the other.
+    ///
+    /// # Errors
+    /// At the first exit that is another.
+    pub fn expect_marks(&mut self, ports: &[u16]) -> CaseResult {
+        ports.iter().try_for_each(|port| self.expect_mark(*port).map(drop))
+    }
+
     /// Expects `OUT port, EAX` and returns the value.
     ///
     /// # Errors

@@ -101,9 +101,7 @@ fn halt_dead() -> CaseResult {
     m.write(CODE + 0x200, code!(nmi_handler, 64, "out 0x82, al", "iretq"))?;
     m.vector(2, CODE + 0x200)?;
     m.messages.signal_msi(MSI, 0x400);
-    m.expect_mark(0x82)?;
-    m.expect_mark(0x80)?;
-    Ok(())
+    m.expect_marks(&[0x82, 0x80])
 }
 
 fn halt_kick() -> CaseResult {
@@ -157,10 +155,7 @@ fn priorities() -> CaseResult {
     m.expect_mark(0x81)?;
     // The higher again, into the handler of the lower.
     m.messages.signal_msi(MSI, 0x60);
-    m.expect_mark(0x82)?;
-    m.expect_mark(0x84)?;
-    m.expect_mark(0x84)?;
-    m.expect_mark(0x83)?;
+    m.expect_marks(&[0x82, 0x84, 0x84, 0x83])?;
     ensure_eq!(register(&m, 0xa0)?, 0, "processor priority after both");
     Ok(())
 }
@@ -189,25 +184,11 @@ fn cr8() -> CaseResult {
     m.messages.signal_msi(MSI, 0x40);
     m.expect_mark(0x80)?;
     ensure_eq!(m.vcpu.apic_access(0x80, None)?, 0x40, "task priority register");
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x82)?;
-    Ok(())
+    m.expect_marks(&[0x81, 0x82])
 }
 
 fn level() -> CaseResult {
-    let code = x2apic_code!(
-        level,
-        "sti",
-        "out 0x80, al",
-        "nop",
-        "out 0x83, al",
-        "hlt",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "eoi",
-        "out 0x82, al",
-        "iretq",
-    );
+    let code = x2apic_code!(level, "sti", "out 0x80, al", "nop", "out 0x83, al", "hlt", "watched 0x100, 0x81, 0x82",);
     let mut m = started(code)?;
     // Level-triggered and asserted.
     m.messages.level_triggered(MSI, 0xc040);
@@ -215,9 +196,7 @@ fn level() -> CaseResult {
     m.expect_mark(0x81)?;
     ensure_eq!(register(&m, 0x180 + 0x20)?, 1, "trigger mode of vector 0x40");
     m.expect(InterruptEnd { vector: Some(0x40) })?;
-    m.expect_mark(0x82)?;
-    m.expect_mark(0x83)?;
-    Ok(())
+    m.expect_marks(&[0x82, 0x83])
 }
 
 fn nmi() -> CaseResult {
@@ -245,10 +224,7 @@ fn self_ipi() -> CaseResult {
         "handler 0x180, 0x82",
     );
     let mut m = machine(code)?;
-    for port in [0x81, 0x80, 0x82, 0x80] {
-        m.expect_mark(port)?;
-    }
-    Ok(())
+    m.expect_marks(&[0x81, 0x80, 0x82, 0x80])
 }
 
 /// The xAPIC's page is not memory: the program decodes and hands the access back.
@@ -336,8 +312,7 @@ fn timer_once() -> CaseResult {
     let mut m = machine(code)?;
     let left = m.expect_word(0x80)?;
     ensure!((1..=200_000_000).contains(&left), "current count {left} after a start at 200,000,000");
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x82)?;
+    m.expect_marks(&[0x81, 0x82])?;
     ensure_eq!(m.expect_word(0x80)?, 0, "current count when the timer has fired");
     Ok(())
 }

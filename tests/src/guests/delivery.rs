@@ -61,13 +61,10 @@ fn task_priority() -> CaseResult {
     let mut m = started(code)?;
     ensure_eq!(register(&m, 0x220)?, 1, "IRR of vectors 0x40 and up");
     ensure_eq!(register(&m, 0xa0)?, 0x5f, "processor priority");
-    m.expect_mark(0x82)?;
-    m.expect_mark(0x83)?;
-    m.expect_mark(0x84)?;
+    m.expect_marks(&[0x82, 0x83, 0x84])?;
     ensure_eq!(m.vcpu.general().gpr[3], 5, "CR8 under a task priority of 0x5f");
     ensure_eq!(m.vcpu.get::<Control>()?.cr8, 4, "CR8");
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x85)?;
+    m.expect_marks(&[0x81, 0x85])?;
     ensure_eq!(register(&m, 0x80)?, 0x3f, "task priority");
     Ok(())
 }
@@ -111,8 +108,7 @@ fn nested() -> CaseResult {
     ensure_eq!(m.expect_word(0x83)?, 1, "in service besides 0x60");
     ensure_eq!(m.expect_word(0x83)?, 2, "requested");
     m.expect_out(0x81, Byte, 0x40)?;
-    m.expect_mark(0x84)?;
-    m.expect_mark(0x80)?;
+    m.expect_marks(&[0x84, 0x80])?;
     ensure_eq!(register(&m, 0xa0)?, 0, "processor priority after all");
     Ok(())
 }
@@ -167,18 +163,7 @@ fn reserved_self_ipi() -> CaseResult {
 }
 
 fn trigger_mode() -> CaseResult {
-    let code = x2apic_code!(
-        trigger_mode,
-        "sti",
-        "2: out 0x80, al",
-        "nop",
-        "jmp 2b",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "eoi",
-        "out 0x82, al",
-        "iretq",
-    );
+    let code = x2apic_code!(trigger_mode, "sti", "2: out 0x80, al", "nop", "jmp 2b", "watched 0x100, 0x81, 0x82",);
     let mut m = started(code)?;
     for level in [true, false, false, true, true, false] {
         m.vm.signal_msi(MSI, if level { 0xc040 } else { 0x40 })?;
@@ -187,8 +172,7 @@ fn trigger_mode() -> CaseResult {
         if level {
             m.expect(InterruptEnd { vector: Some(0x40) })?;
         }
-        m.expect_mark(0x82)?;
-        m.expect_mark(0x80)?;
+        m.expect_marks(&[0x82, 0x80])?;
     }
     Ok(())
 }
@@ -209,9 +193,7 @@ fn own_edge() -> CaseResult {
     m.vm.signal_msi(MSI, 0xc040)?;
     m.expect_mark(0x81)?;
     m.expect(InterruptEnd { vector: Some(0x40) })?;
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x83)?;
-    Ok(())
+    m.expect_marks(&[0x81, 0x83])
 }
 
 /// The program writes EOI for the guest: what was held back by the interrupt in service comes then.
@@ -415,9 +397,7 @@ fn in_flight() -> CaseResult {
     ensure_eq!((apic.regs[0x12], apic.regs[0x13], apic.regs[0x23]), (0, 0, 0), "in service and requested");
     apic.regs[0x22] = 2;
     m.vcpu.set(&apic)?;
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x84)?;
-    Ok(())
+    m.expect_marks(&[0x81, 0x84])
 }
 
 /// Requested on one CPU, delivered on another, many times.
@@ -470,9 +450,5 @@ fn nmi() -> CaseResult {
     m.vm.signal_msi(MSI, 0x40)?;
     m.expect_mark(0x82)?;
     ensure_eq!((register(&m, 0x120)?, register(&m, 0x220)?), (1, 1), "in service and requested");
-    m.expect_mark(0x83)?;
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x83)?;
-    m.expect_mark(0x84)?;
-    Ok(())
+    m.expect_marks(&[0x83, 0x80, 0x83, 0x84])
 }

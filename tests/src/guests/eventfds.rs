@@ -66,17 +66,7 @@ macro_rules! enabling_code {
 
 /// Spins with interrupts on; the handler announces itself, ends the interrupt and announces that.
 fn spinner() -> &'static [u8] {
-    enabling_code!(
-        spinner,
-        "sti",
-        "out 0x80, al",
-        "2: jmp 2b",
-        ".org 77b + 0x100",
-        "out 0x81, al",
-        "eoi",
-        "out 0x82, al",
-        "iretq",
-    )
+    enabling_code!(spinner, "sti", "out 0x80, al", "2: jmp 2b", "watched 0x100, 0x81, 0x82",)
 }
 
 fn running() -> CaseResult {
@@ -112,8 +102,7 @@ fn halted() -> CaseResult {
         event.write(1)?;
         Ok(())
     });
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x80)?;
+    m.expect_marks(&[0x81, 0x80])?;
     harness::joined(signaller.join())?
 }
 
@@ -126,8 +115,7 @@ fn before() -> CaseResult {
         event.write(5)?;
         m.vm.attach_interrupt(&event, MSI, 0x40, None)?;
         ensure_eq!(count(&event)?, 0, "count after attaching");
-        m.expect_mark(0x81)?;
-        m.expect_mark(0x82)?;
+        m.expect_marks(&[0x81, 0x82])?;
         m.vm.detach_interrupt(&event)?;
     }
     Ok(())

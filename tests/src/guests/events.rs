@@ -137,8 +137,7 @@ fn nmi() -> CaseResult {
     m.inject(EVENT_NMI, 0)?;
     m.expect_mark(0x82)?;
     ensure_eq!(m.vcpu.general().gpr[RSP], STACK - 40, "RSP in the first handler");
-    m.expect_mark(0x81)?;
-    m.expect_mark(0x82)?;
+    m.expect_marks(&[0x81, 0x82])?;
     m.expect_halt()?;
     ensure_eq!(m.vcpu.get::<Events>()?.flags & EVENTS_NMI_MASKED, 0, "NMI mask after IRET");
     Ok(())

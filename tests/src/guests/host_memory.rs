@@ -43,6 +43,15 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
+/// What is done less often where a page takes milliseconds to swap: on a slow host. 1 elsewhere.
+fn share() -> usize {
+    if harness::patience() > 1 {
+        4
+    } else {
+        1
+    }
+}
+
 /// Goes through RCX pages from BASE on: each must hold R8 (or zero, with R9 set), and then gets R10. RAX is not zero at the
 /// end if all did.
 fn sweeper() -> &'static [u8] {
@@ -81,23 +90,23 @@ fn sweep(m: &mut Machine, pages: usize, old: u64, new: u64, or_zero: bool) -> Ca
 /// A guest larger than what its control group may have: it goes over its memory again and again, out to swap and back, and
 /// finds in each page what it has left there.
 fn pressure() -> CaseResult {
-    const SIZE: usize = 48 << 20;
+    let size = (48 << 20) / share();
     needs_swap()?;
     let mut m = Machine::new(Mode::Long, sweeper())?;
-    let (memory, slot) = map(&m, Mapping::anonymous(SIZE, MapFlags::MAP_PRIVATE)?)?;
+    let (memory, slot) = map(&m, Mapping::anonymous(size, MapFlags::MAP_PRIVATE)?)?;
     let _group = Group::enter()?;
-    fs::write(Group::file("memory.high"), (24 << 20).to_string())?;
+    fs::write(Group::file("memory.high"), (size / 2).to_string())?;
     let mut swapped = 0;
     for pass in 0..4 {
-        sweep(&mut m, SIZE / PAGE, pass, pass + 1, false)?;
+        sweep(&mut m, size / PAGE, pass, pass + 1, false)?;
         swapped = swapped.max(number(&Group::file("memory.swap.current"), "")?);
     }
-    for page in 0..SIZE / PAGE {
+    for page in 0..size / PAGE {
         ensure_eq!(memory.get(page * PAGE + 16), 4, "the program's view of page {page}");
     }
-    println!("# {} MiB of {} were in swap", swapped >> 20, SIZE >> 20);
-    ensure!(swapped >= 8 << 20, "only {swapped} bytes were swapped out");
-    ensure!(m.vm.stats()?.invalidations > 1000, "invalidations: {:?}", m.vm.stats()?);
+    println!("# {} MiB of {} were in swap", swapped >> 20, size >> 20);
+    ensure!(swapped >= size as u64 / 6, "only {swapped} bytes were swapped out");
+    ensure!(m.vm.stats()?.invalidations > size as u64 >> 16, "invalidations: {:?}", m.vm.stats()?);
     drop(slot);
     Ok(())
 }
@@ -144,7 +153,7 @@ fn disturbed(
         });
         let result: CaseResult = (|| {
             let mut rounds = 0;
-            while rounds < 40 || done.load(Ordering::Relaxed) < times {
+            while rounds < 40 / share() || done.load(Ordering::Relaxed) < times {
                 ensure!(!disturber.is_finished(), "the disturbing thread has ended");
                 match m.run() {
                     Ok(exit) if matches!(exit.reason, IoWrite { port: 0x80, .. }) => rounds += 1,
@@ -171,7 +180,7 @@ fn paged_out() -> CaseResult {
     needs_swap()?;
     let mut m = Machine::new(Mode::Long, scribbler())?;
     let (memory, slot) = map(&m, Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE)?)?;
-    disturbed(&mut m, &memory, 20, false, || memory.page_out())?;
+    disturbed(&mut m, &memory, 20 / share() as u64, false, || memory.page_out())?;
     ensure!(m.vm.stats()?.invalidations > 0, "nothing was ever paged out");
     drop(slot);
     Ok(())
@@ -256,8 +265,7 @@ fn forked() -> CaseResult {
     let (memory, slot) = map(&m, Mapping::anonymous(2 * PAGE, MapFlags::MAP_PRIVATE)?)?;
     let control = Mapping::anonymous(PAGE, MapFlags::MAP_SHARED)?;
     memory.set(PAGE, 5);
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x80)?;
+    m.expect_marks(&[0x80, 0x80])?;
     // SAFETY: the child makes atomic accesses and leaves by `_exit`.
     let child = match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => {
@@ -287,14 +295,12 @@ fn forked() -> CaseResult {
     let wait = |value| harness::wait_until("the child", || Ok(control.get(0) == value));
     let result: CaseResult = (|| {
         wait(1)?;
-        m.expect_mark(0x80)?;
-        m.expect_mark(0x80)?;
+        m.expect_marks(&[0x80, 0x80])?;
         ensure_eq!(m.vcpu.general().gpr[0], 5, "what the guest reads of a page that the child has written");
         ensure_eq!(memory.get(0), 2, "the program's view of the guest's write");
         control.set(0, 2);
         wait(3)?;
-        m.expect_mark(0x80)?;
-        m.expect_mark(0x80)?;
+        m.expect_marks(&[0x80, 0x80])?;
         ensure_eq!(memory.get(0), 3, "the word that guest and child have written");
         control.set(0, 4);
         Ok(())

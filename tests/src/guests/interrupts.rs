@@ -269,8 +269,7 @@ fn sequence() -> CaseResult {
     m.expect_mark(0x80)?;
     for (vector, port) in [(0x40, 0x81), (0x41, 0x82), (0x41, 0x82), (0x40, 0x81)] {
         m.inject(EVENT_EXTERNAL_INTERRUPT, vector)?;
-        m.expect_mark(port)?;
-        m.expect_mark(0x80)?;
+        m.expect_marks(&[port, 0x80])?;
     }
     Ok(())
 }

@@ -58,6 +58,32 @@ const ICR_HIGH: u64 = 0xfee0_0310;
 /// DFR: clusters.
 const CLUSTERS: u32 = 0x0fff_ffff;
 
+/// Code of the sender, which sends by `$send`, and of the others, which wait at [`IDLE`]; the handlers of interrupts, which end them by
+/// `$end`, and of NMIs.
+macro_rules! network_code {
+    ($name:ident, ($($send:literal),+), ($($end:literal),*) $(,)?) => {
+        code!(
+            $name,
+            64,
+            "2: out 0x80, al",
+            $($send,)+
+            "jmp 2b",
+            ".org 77b + 0x100",
+            $($end,)*
+            "mov al, 0x41",
+            "out 0x90, al",
+            "iretq",
+            ".org 77b + 0x180",
+            "out 0x91, al",
+            "iretq",
+            ".org 77b + 0x400",
+            "2: sti",
+            "hlt",
+            "jmp 2b",
+        )
+    };
+}
+
 /// A network of vCPUs, of which the first sends.
 struct Network {
     cpus: Cpus,
@@ -69,51 +95,13 @@ impl Network {
     /// let interrupts in and wait. Handlers tell the vector.
     fn new(others: &[u32], x2apic: bool) -> Result<Self, Stop> {
         let sender = if x2apic {
-            code!(
+            network_code!(
                 send_x2apic,
-                64,
-                "2: out 0x80, al",
-                "mov ecx, 0x830",
-                "mov eax, r8d",
-                "mov edx, r9d",
-                "wrmsr",
-                "jmp 2b",
-                ".org 77b + 0x100", // interrupts
-                "mov ecx, 0x80b",
-                "xor eax, eax",
-                "xor edx, edx",
-                "wrmsr",
-                "mov al, 0x41",
-                "out 0x90, al",
-                "iretq",
-                ".org 77b + 0x180", // NMI
-                "out 0x91, al",
-                "iretq",
-                ".org 77b + 0x400",
-                "2: sti",
-                "hlt",
-                "jmp 2b",
+                ("mov ecx, 0x830", "mov eax, r8d", "mov edx, r9d", "wrmsr"),
+                ("mov ecx, 0x80b", "xor eax, eax", "xor edx, edx", "wrmsr"),
             )
         } else {
-            code!(
-                send_xapic,
-                64,
-                "2: out 0x80, al",
-                "mov [rbx + 0x310], r9d",
-                "mov [rbx + 0x300], r8d",
-                "jmp 2b",
-                ".org 77b + 0x100",
-                "mov al, 0x41",
-                "out 0x90, al",
-                "iretq",
-                ".org 77b + 0x180",
-                "out 0x91, al",
-                "iretq",
-                ".org 77b + 0x400",
-                "2: sti",
-                "hlt",
-                "jmp 2b",
-            )
+            network_code!(send_xapic, ("mov [rbx + 0x310], r9d", "mov [rbx + 0x300], r8d"), ())
         };
         assert_eq!(IDLE, CODE + 0x400);
         let mut network = Self { cpus: Cpus::new(sender, others, x2apic)?, x2apic };

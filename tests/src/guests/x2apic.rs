@@ -34,7 +34,8 @@ pub(super) fn register(m: &Machine, offset: usize) -> Result<u32, Stop> {
 }
 
 /// Code with `write msr, value`, which changes RAX, RCX and RDX, and `eoi`, the end of interrupt in x2APIC mode from a handler,
-/// which keeps them. `handler offset, port` is a handler at that offset, which tells AL and ends the interrupt.
+/// which keeps them. `handler offset, port` is a handler at that offset, which tells AL and ends the interrupt; one that is
+/// `watched offset, port, after` tells before and after.
 macro_rules! apic_code {
     ($name:ident, $($line:literal),+ $(,)?) => {
         $crate::code!(
@@ -57,10 +58,18 @@ macro_rules! apic_code {
             "eoi",
             "iretq",
             ".endm",
+            ".macro watched offset, port, after",
+            ".org 77b + \\offset",
+            "out \\port, al",
+            "eoi",
+            "out \\after, al",
+            "iretq",
+            ".endm",
             $($line,)+
             ".purgem write",
             ".purgem eoi",
             ".purgem handler",
+            ".purgem watched",
         )
     };
 }

@@ -19,8 +19,7 @@ pub(super) fn huge() -> CaseResult {
     };
     let before = m.vm.stats()?.pages_2m;
     let (memory, slot) = map(&m, memory)?;
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x80)?;
+    m.expect_marks(&[0x80, 0x80])?;
     ensure_eq!(m.vm.stats()?.pages_2m, before + 1, "large leaves");
     ensure_eq!(memory.get(0), 0x11, "the program's view");
     // The page goes back to the reserve, and another one comes.
@@ -52,8 +51,7 @@ pub(super) fn split() -> CaseResult {
     // SAFETY: The page belongs to the test, and the program only reads it.
     unsafe { mprotect(memory.address(offset + 5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
     ensure_eq!(m.vm.stats()?.pages_2m, stats.pages_2m - 1, "large leaves after the host has split its page");
-    m.expect_mark(0x80)?;
-    m.expect_mark(0x80)?;
+    m.expect_marks(&[0x80, 0x80])?;
     let now = m.vm.stats()?;
     ensure_eq!(now.pages_2m, stats.pages_2m - 1, "large leaves after the guest has come back");
     ensure!(now.pages_4k > stats.pages_4k, "no small leaf has come in its place");
