@@ -17,7 +17,6 @@
 
 mod modes;
 
-use crate::flaws;
 use crate::harness::{self, CaseResult, Hypervisor, Stop};
 use crate::hypervisor::{self, Messages, OnlyAxvcpu, System, Vcpu};
 use crate::{ensure, ensure_eq};
@@ -100,13 +99,9 @@ pub fn open_axvcpu() -> Result<client::System, Stop> {
     Ok(system)
 }
 
-/// Real-mode code that does nothing for ever, if need be with interrupts enabled: see [`Machine::will_spin`].
-pub fn spin() -> &'static [u8] {
-    if flaws::LOOPS_UNINTERRUPTED.here() {
-        &[0xfb, 0xeb, 0xfe] // sti; jmp to itself
-    } else {
-        &[0xeb, 0xfe]
-    }
+/// Real-mode code that does nothing for ever.
+pub const fn spin() -> &'static [u8] {
+    &[0xeb, 0xfe]
 }
 
 impl Machine {
@@ -240,18 +235,6 @@ impl Machine {
         let mut general: General = self.vcpu.get()?;
         change(&mut general);
         Ok(self.vcpu.set(&general)?)
-    }
-
-    /// Prepares for code that runs for long without an exit, which needs nothing but where interrupts would have to wait for
-    /// the guest ([`flaws::LOOPS_UNINTERRUPTED`]).
-    ///
-    /// # Errors
-    /// What the module refuses.
-    pub fn will_spin(&mut self) -> CaseResult {
-        if flaws::LOOPS_UNINTERRUPTED.here() {
-            self.interrupts(true)?;
-        }
-        Ok(())
     }
 
     /// Sets RFLAGS.IF or clears it.

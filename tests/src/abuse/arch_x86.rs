@@ -3,7 +3,7 @@
 
 use crate::code;
 use crate::harness::{CaseResult, Stop};
-use crate::machine::{Machine, Mode, FLAGS_IF};
+use crate::machine::{Machine, Mode};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::{System, Vcpu, Vm};
 use axvcpu_uapi::x86::{CpuidEntry, General, Segments};
@@ -59,10 +59,6 @@ pub(super) fn go_to(vcpu: &mut Vcpu, addr: GuestPhysAddr) -> CaseResult {
     let mut general: General = vcpu.get()?;
     let segments: Segments = vcpu.get()?;
     general.rip = addr.as_u64() - segments.cs.base;
-    if crate::flaws::LOOPS_UNINTERRUPTED.here() {
-        // See `Machine::will_spin`.
-        general.rflags |= FLAGS_IF;
-    }
     Ok(vcpu.set(&general)?)
 }
 

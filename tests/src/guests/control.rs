@@ -172,12 +172,6 @@ fn events() -> CaseResult {
     )
 }
 
-/// The control registers, but for CR2 where the guest's is not what it was given.
-fn control_registers(m: &Machine) -> Result<Control, Stop> {
-    let control: Control = m.vcpu.get()?;
-    Ok(Control { cr2: if flaws::CR2_NOT_LOADED.here() { 0 } else { control.cr2 }, ..control })
-}
-
 /// Runs guest code whose instructions fault as often as `faults` says. The #GP handler at CODE + 0x300 steps over the
 /// instruction, whose length the code keeps in R15, and counts in R14. Registers are compared after it.
 fn faults(code: &'static [u8], faults: u64) -> Result<Machine, Stop> {
@@ -186,11 +180,11 @@ fn faults(code: &'static [u8], faults: u64) -> Result<Machine, Stop> {
     // add rsp, 8; add [rsp], r15; inc r14; iretq
     m.write(CODE + 0x300, code!(handler, 64, "add rsp, 8", "add [rsp], r15", "inc r14", "iretq"))?;
     m.vector(13, CODE + 0x300)?;
-    let before = control_registers(&m)?;
+    let before = m.vcpu.get::<Control>()?;
     let debug: Debug = m.vcpu.get()?;
     m.expect_halt()?;
     ensure_eq!(m.vcpu.general().gpr[14], faults, "faults that the guest counted");
-    ensure_eq!(control_registers(&m)?, before, "control registers after the faults");
+    ensure_eq!(m.vcpu.get::<Control>()?, before, "control registers after the faults");
     ensure_eq!(m.vcpu.get::<Debug>()?, debug, "debug registers after the faults");
     Ok(m)
 }
@@ -203,10 +197,10 @@ fn all_fault(code: &'static [u8], values: &[(&str, u64)]) -> CaseResult {
         m.write(CODE + 0x100, code!(says_so, 64, "out 0x82, al", "hlt"))?;
         m.vector(13, CODE + 0x100)?;
         m.modify(|general| (general.gpr[0], general.gpr[1], general.gpr[2]) = (*value, 0xc000_0080, value >> 32))?;
-        let before = control_registers(&m)?;
+        let before = m.vcpu.get::<Control>()?;
         m.expect_mark(0x82).map_err(|stop| stop.context(what))?;
         ensure_eq!(m.read_u64(STACK - 40)?, CODE, "RIP of the fault after {what}");
-        ensure_eq!(control_registers(&m)?, before, "control registers after {what}");
+        ensure_eq!(m.vcpu.get::<Control>()?, before, "control registers after {what}");
     }
     Ok(())
 }

@@ -87,7 +87,6 @@ fn error_code() -> CaseResult {
 }
 
 fn page_fault() -> CaseResult {
-    flaws::CR2_NOT_LOADED.skip()?;
     let mut m = machine()?;
     m.vector(14, CODE + 0x100)?;
     m.vcpu.inject(&Event {

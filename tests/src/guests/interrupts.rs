@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! External interrupts from the program: when the window is open, when it opens, and what shuts it for an instruction.
 
-use crate::flaws;
 use crate::harness::{Case, CaseResult, Stop};
 use crate::machine::{Machine, Mode, CODE, HOLE, STACK};
 use crate::{code, ensure, ensure_eq, table};
@@ -155,7 +154,6 @@ fn window_popf() -> CaseResult {
 /// An instruction in a shadow touches the hole; the exit says so. With memory mapped there, it is executed, and only
 /// then the interrupt comes.
 fn shadow(code: &[u8], length: u64) -> CaseResult {
-    flaws::VIRTUAL_INTERRUPTS_LATE.skip()?;
     let mut m = Machine::new(Mode::Long, code)?;
     m.vector(0x40, CODE + 0x100)?;
     m.vcpu.set_gpr(3, HOLE)?;
@@ -216,7 +214,6 @@ fn shadow_mov_ss() -> CaseResult {
 }
 
 fn shadow_set() -> CaseResult {
-    flaws::VIRTUAL_INTERRUPTS_LATE.skip()?;
     let code =
         code!(shadow_set, 64, "out 0x80, al", "inc ebx", "inc ecx", "hlt", ".org 77b + 0x100", "out 0x81, al", "hlt",);
     let mut m = Machine::new(Mode::Long, code)?;

@@ -43,7 +43,6 @@ fn reader() -> &'static [u8] {
 
 fn removed() -> CaseResult {
     let mut m = Machine::new(Mode::Long, reader())?;
-    m.will_spin()?;
     m.write_u64(HOLE_END, 0x77)?;
     m.expect_mark(0x80)?;
     let high = m.slots.pop().ok_or(Stop::Fail("no slot".into()))?;
@@ -90,7 +89,6 @@ fn discarded() -> CaseResult {
         "hlt"
     );
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     m.write_u64(HIGH, 1)?;
     m.expect_mark(0x80)?;
     let ram = Arc::clone(&m.ram);
@@ -194,7 +192,6 @@ fn no_execute() -> CaseResult {
 fn protected() -> CaseResult {
     let code = code!(protected, 64, "mov ebx, 0xc0000", "out 0x80, al", "2: inc qword ptr [rbx]", "jmp 2b");
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     m.expect_mark(0x80)?;
     let high = m.slots.pop().ok_or(Stop::Fail("no slot".into()))?;
     let ram = Arc::clone(&m.ram);

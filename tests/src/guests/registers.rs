@@ -243,9 +243,7 @@ fn control() -> CaseResult {
     ensure_eq!(m.vcpu.get::<Control>()?, set, "control registers as read back");
     m.expect_mark(0x80)?;
     let general = m.vcpu.general();
-    if !flaws::CR2_NOT_LOADED.here() {
-        ensure_eq!(general.gpr[0], set.cr2, "CR2 as the guest saw it");
-    }
+    ensure_eq!(general.gpr[0], set.cr2, "CR2 as the guest saw it");
     ensure_eq!(general.gpr[3], set.cr3, "CR3 as the guest saw it");
     ensure_eq!(general.gpr[2], set.cr4, "CR4 as the guest saw it");
     ensure_eq!(general.gpr[6], set.cr8, "CR8 as the guest saw it");

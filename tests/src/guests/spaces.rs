@@ -125,7 +125,6 @@ fn remapped() -> CaseResult {
         "3: out 0x81, al",
     );
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     let mut vcpus = vec![m.add_vcpu(1)?];
     let Machine { vm, space, ram, slots, vcpu, .. } = m;
     vcpus.push(vcpu);

@@ -41,7 +41,6 @@ fn faults_meet_discards() -> CaseResult {
     let code =
         code!(faults_meet_discards, 64, "mov ebx, 0x3ff000", "2: mov rax, [rbx]", "mov [0x20000], rax", "jmp 2b");
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     let (ram, kicker) = (Arc::clone(&m.ram), m.vcpu.kicker());
     let discarder = thread::spawn(move || -> CaseResult {
         let result = (1..=200u64).try_for_each(|round| {

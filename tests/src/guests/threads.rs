@@ -68,7 +68,6 @@ fn during_exits() -> CaseResult {
 /// Code that counts in `register`, and at [`DATA`], ends its runs with a kick, and goes on.
 fn kicked(code: &[u8], register: usize) -> CaseResult {
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     let mut last = 0;
     for _ in 0..5 {
         let (kicker, ram) = (m.vcpu.kicker(), Arc::clone(&m.ram));
@@ -150,7 +149,6 @@ fn signal() -> CaseResult {
     // SAFETY: the handler does nothing, so it is async-signal-safe.
     let old = unsafe { sigaction(Signal::SIGUSR1, &action) }?;
     let mut m = Machine::new(Mode::Long, spinner())?;
-    m.will_spin()?;
     let (target, ram) = (nix::sys::pthread::pthread_self(), Arc::clone(&m.ram));
     let sender = thread::spawn(move || -> CaseResult {
         wait_for_spinner(&ram, 0)?;
@@ -180,7 +178,6 @@ fn another() -> CaseResult {
 /// Runs the guest in a thread and, meanwhile, `test` on the vCPU's file descriptor.
 fn while_running(test: impl FnOnce(BorrowedFd<'_>) -> CaseResult) -> CaseResult {
     let mut m = Machine::new(Mode::Long, spinner())?;
-    m.will_spin()?;
     let kicker = m.vcpu.kicker();
     let fd = m.vcpu.as_fd().try_clone_to_owned()?;
     let runner = thread::spawn(move || m.expect(Interrupted).map(drop));
@@ -243,7 +240,6 @@ fn moved() -> CaseResult {
         "hlt",
     );
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     let tid = nix::unistd::gettid();
     let (stop, stopped) = channel::<()>();
     let mover = thread::spawn(move || -> CaseResult {
@@ -285,7 +281,6 @@ fn two() -> CaseResult {
         "jmp 2b",
     );
     let mut m = Machine::new(Mode::Long, code)?;
-    m.will_spin()?;
     let mut second = m.add_vcpu(1)?;
     let mut general: axvcpu_uapi::x86::General = m.vcpu.get()?;
     general.gpr[3] = 1;
