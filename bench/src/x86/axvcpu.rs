@@ -131,7 +131,12 @@ impl AxCpu {
         }
         let snapshot = self.vcpu.snapshot().ok_or("an exit without snapshot")?;
         let mut cpu = CpuState::from_registers(&general, &snapshot.segments, &snapshot.control);
-        self.shortcuts.learn(&self.emulator, &cpu, fault, &mut self.bus)?;
+        if self.shortcuts.learn(&self.emulator, &cpu, fault, &mut self.bus)?
+            && self.shortcuts.take(&mut general, &brief, fault, &mut self.bus)?
+        {
+            self.vcpu.set_general(&general);
+            return Ok(());
+        }
         match emulate::step(&self.emulator, &mut cpu, &mut self.bus, exit.insn()) {
             Ok(Outcome::Retired { .. }) => {
                 self.vcpu.set_general(&cpu.general());

@@ -31,6 +31,7 @@
 //! | `exec.rs` | dispatch, integer arithmetic |
 //! | `bits.rs`, `data.rs`, `stack.rs`, `sse.rs`, `string.rs` | instruction classes |
 //! | `string_io.rs` | INS and OUTS |
+//! | `plain.rs` | the plain moves, decoded by themselves |
 //! | `shortcut.rs` | moves to and from devices that come again |
 
 use std::fmt;
@@ -48,6 +49,7 @@ mod exec;
 mod fetch;
 mod memory;
 mod operand;
+mod plain;
 mod shift;
 mod shortcut;
 mod sse;

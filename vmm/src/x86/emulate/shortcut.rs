@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A short way for accesses to devices that come again and again: drivers have few instructions for them.
 //!
-//! A plain move between a register, or a constant, and a device is remembered once it has been carried out, with its bytes,
-//! where they lie, and the entries of the page tables that led there. When the guest stands at the same place in the same mode,
+//! A plain move between a register, or a constant, and a device (`plain.rs`) is remembered with its bytes, where they lie, and the entries of the page tables that led there. When the guest stands at the same place in the same mode,
 //! and entries and bytes are what they were, then fetching and decoding would give the same instruction; and where its operand
 //! leads the CPU has said with the exit. Nothing is taken for granted that the guest could have changed since: there is no
 //! moment at which this would have to be told to forget.
@@ -13,10 +12,10 @@ use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
 use axvcpu_uapi::client::Brief;
 use axvcpu_uapi::exit::AccessFlags;
 use axvcpu_uapi::x86::General;
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use super::memory::PAGE;
-use super::state::{mask, read_register, rflags, seg, sign_extend, write_register};
+use super::plain::{self, Action, Plain};
+use super::state::{read_register, rflags, seg, sign_extend, write_register};
 use super::{Bus, Config, CpuState};
 use crate::x86::paging::{bits, trace, Access, PagingState, Path};
 
@@ -48,11 +47,7 @@ struct Move {
     code: GuestPhysAddr,
     path: Path,
     bytes: [u8; MAX_LENGTH],
-    length: usize,
-    operand: Operand,
-    /// Bytes of the operand: 1, 2, 4 or 8.
-    width: usize,
-    action: Action,
+    plain: Plain,
 }
 
 /// What decides how an instruction is fetched and decoded.
@@ -67,29 +62,6 @@ struct Mode {
     user_mode: bool,
 }
 
-/// How the operand's address is put together.
-#[derive(Clone, Copy, Debug)]
-struct Operand {
-    segment: Register,
-    base: Register,
-    index: Register,
-    scale: u64,
-    displacement: u64,
-    /// Of the offset.
-    mask: u64,
-}
-
-/// What is moved.
-#[derive(Clone, Copy, Debug)]
-enum Action {
-    /// From the device to a register.
-    Load { to: Register, sign_extends: bool },
-    /// From a register.
-    Store(Register),
-    /// A constant.
-    StoreConstant(u64),
-}
-
 impl Mode {
     fn new(rip: u64, brief: &Brief, user_mode: bool) -> Self {
         let Brief { cr0, cr3, cr4, efer, code_attributes, .. } = *brief;
@@ -101,58 +73,6 @@ impl Mode {
         // Instructions are a few bytes long.
         (self.rip ^ self.rip >> 4) as usize % PLACES
     }
-}
-
-impl Operand {
-    fn new(insn: &Instruction) -> Option<Self> {
-        let (base, index) = (insn.memory_base(), insn.memory_index());
-        let relative = matches!(base, Register::RIP | Register::EIP);
-        let width = match (base, index) {
-            _ if relative => 8,
-            (Register::None, Register::None) => insn.memory_displ_size() as usize,
-            (Register::None, register) | (register, _) => register.size(),
-        };
-        matches!(width, 4 | 8).then(|| Self {
-            segment: insn.memory_segment(),
-            // For RIP-relative operands the decoder gives the target itself.
-            base: if relative { Register::None } else { base },
-            index,
-            scale: insn.memory_index_scale().into(),
-            displacement: insn.memory_displacement64(),
-            mask: mask(width),
-        })
-    }
-
-    /// The linear address.
-    fn address(&self, general: &General, brief: &Brief) -> u64 {
-        let value = |register| read_register(&general.gpr, register).unwrap_or(0);
-        let offset = value(self.base).wrapping_add(value(self.index).wrapping_mul(self.scale));
-        let offset = offset.wrapping_add(self.displacement) & self.mask;
-        match self.segment {
-            Register::FS => brief.fs_base.wrapping_add(offset),
-            Register::GS => brief.gs_base.wrapping_add(offset),
-            _ => offset,
-        }
-    }
-}
-
-/// The plain moves: between a general register or a constant and memory.
-fn plain_move(insn: &Instruction) -> Option<(Operand, usize, Action)> {
-    let (first, second) = (insn.op0_kind(), insn.op1_kind());
-    let general = |index| Some(insn.op_register(index)).filter(|register| register.is_gpr());
-    let action = match (insn.mnemonic(), first, second) {
-        (Mnemonic::Mov | Mnemonic::Movzx, OpKind::Register, OpKind::Memory) => {
-            Action::Load { to: general(0)?, sign_extends: false }
-        }
-        (Mnemonic::Movsx | Mnemonic::Movsxd, OpKind::Register, OpKind::Memory) => {
-            Action::Load { to: general(0)?, sign_extends: true }
-        }
-        (Mnemonic::Mov, OpKind::Memory, OpKind::Register) => Action::Store(general(1)?),
-        (Mnemonic::Mov, OpKind::Memory, _) => Action::StoreConstant(insn.try_immediate(1).ok()?),
-        _ => return None,
-    };
-    let width = insn.memory_size().size();
-    matches!(width, 1 | 2 | 4 | 8).then_some((Operand::new(insn)?, width, action))
 }
 
 impl Shortcuts {
@@ -179,7 +99,8 @@ impl Shortcuts {
         let Some(known) = self.0.get(mode.place()).and_then(Option::as_deref).filter(|known| known.mode == mode) else {
             return Ok(false);
         };
-        let write = !matches!(known.action, Action::Load { .. });
+        let plain = &known.plain;
+        let write = !matches!(plain.action, Action::Load { .. });
         let of_operand = fault.access.contains(AccessFlags::WRITE) == write
             && !fault.access.contains(AccessFlags::PAGE_WALK)
             && !fault.access.contains(AccessFlags::EXECUTE);
@@ -188,8 +109,8 @@ impl Shortcuts {
         let in_page = fault.addr.as_u64() % PAGE;
         if !of_operand
             || general.rflags & rflags::TF != 0
-            || known.operand.address(general, brief) % PAGE != in_page
-            || in_page + known.width as u64 > PAGE
+            || plain.operand.address(general, brief) % PAGE != in_page
+            || in_page + plain.width as u64 > PAGE
             || bus.is_ram(fault.addr, write)
             || !known.is_still_there(bus)?
         {
@@ -199,7 +120,8 @@ impl Shortcuts {
         Ok(true)
     }
 
-    /// Remembers the instruction at RIP in `cpu`, with which the CPU has left, if it is one that can be.
+    /// Remembers the instruction at RIP in `cpu`, with which the CPU has left and which has not been carried out yet, if it is
+    /// one that can be. Gives whether it is: then [`take`](Self::take) may do it.
     ///
     /// # Errors
     /// The bus's own.
@@ -209,9 +131,9 @@ impl Shortcuts {
         cpu: &CpuState,
         fault: &Fault,
         bus: &mut B,
-    ) -> Result<(), B::Error> {
+    ) -> Result<bool, B::Error> {
         if !cpu.is_64bit() || cpu.cr0 & bits::CR0_PG == 0 {
-            return Ok(());
+            return Ok(false);
         }
         let state = PagingState {
             cr0: cpu.cr0,
@@ -224,16 +146,15 @@ impl Shortcuts {
             gib_pages: config.gib_pages,
         };
         let Ok((translation, path)) = trace(&state, bus, GuestVirtAddr::new(cpu.rip), Access::Execute) else {
-            return Ok(());
+            return Ok(false);
         };
         let code = translation.gpa;
         if !bus.is_ram(code, false) {
-            return Ok(());
+            return Ok(false);
         }
         let mut bytes = [0; MAX_LENGTH];
         let there = ((PAGE - code.as_u64() % PAGE) as usize).min(MAX_LENGTH);
         bus.read(code, &mut bytes[..there])?;
-        let insn = Decoder::with_ip(64, &bytes[..there], cpu.rip, DecoderOptions::NONE).decode();
         let mode = Mode {
             rip: cpu.rip,
             cr0: cpu.cr0,
@@ -243,41 +164,43 @@ impl Shortcuts {
             code_attributes: cpu.segments[seg::CS].attributes,
             user_mode: fault.user_mode,
         };
-        if let (Some((operand, width, action)), Some(slot)) = (plain_move(&insn), self.0.get_mut(mode.place())) {
-            *slot = Some(Box::new(Move { mode, code, path, bytes, length: insn.len(), operand, width, action }));
-        }
-        Ok(())
+        let (Some(plain), Some(slot)) = (plain::decode(&bytes[..there], cpu.rip), self.0.get_mut(mode.place())) else {
+            return Ok(false);
+        };
+        *slot = Some(Box::new(Move { mode, code, path, bytes, plain }));
+        Ok(true)
     }
 }
 
 impl Move {
     /// Whether RIP still leads to these bytes.
     fn is_still_there<B: Bus>(&self, bus: &mut B) -> Result<bool, B::Error> {
-        let mut bytes = [0; MAX_LENGTH];
-        bus.read(self.code, &mut bytes[..self.length])?;
-        Ok(bytes[..self.length] == self.bytes[..self.length] && self.path.holds(bus)?)
+        let (mut bytes, length) = ([0; MAX_LENGTH], self.plain.length);
+        bus.read(self.code, &mut bytes[..length])?;
+        Ok(bytes[..length] == self.bytes[..length] && self.path.holds(bus)?)
     }
 
     /// At a device at `at`.
     fn carry_out<B: Bus>(&self, general: &mut General, at: GuestPhysAddr, bus: &mut B) -> Result<(), B::Error> {
         let mut data = [0; 8];
-        match self.action {
+        let Plain { length, width, action, .. } = self.plain;
+        match action {
             Action::Load { to, sign_extends } => {
-                bus.mmio_read(at, &mut data[..self.width])?;
+                bus.mmio_read(at, &mut data[..width])?;
                 let value = u64::from_le_bytes(data);
-                let value = if sign_extends { sign_extend(value, self.width) } else { value };
+                let value = if sign_extends { sign_extend(value, width) } else { value };
                 let _ = write_register(&mut general.gpr, to, value);
             }
             Action::Store(from) => {
                 data = read_register(&general.gpr, from).unwrap_or(0).to_le_bytes();
-                bus.mmio_write(at, &data[..self.width])?;
+                bus.mmio_write(at, &data[..width])?;
             }
             Action::StoreConstant(value) => {
                 data = value.to_le_bytes();
-                bus.mmio_write(at, &data[..self.width])?;
+                bus.mmio_write(at, &data[..width])?;
             }
         }
-        general.rip = general.rip.wrapping_add(self.length as u64);
+        general.rip = general.rip.wrapping_add(length as u64);
         general.rflags &= !rflags::RF;
         Ok(())
     }

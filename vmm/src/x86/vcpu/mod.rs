@@ -238,6 +238,15 @@ impl<V: X86Vcpu> Runner<V> {
             );
         };
         let before = state::to_emulator(&general, &snapshot, exit.user_mode());
+        if let Some(fault) = &fault {
+            let mut access = Access::new(&mut self.vcpu, &self.machine);
+            let Local { shortcuts, emulator, .. } = &mut self.local;
+            if shortcuts.learn(emulator, &before, fault, &mut access)?
+                && shortcuts.take(&mut general, &(&snapshot).into(), fault, &mut access)?
+            {
+                return Ok(self.vcpu.set_general(&general)?);
+            }
+        }
         let mut cpu = before.clone();
         let mut access = Access::new(&mut self.vcpu, &self.machine);
         let result = match string {
@@ -249,10 +258,6 @@ impl<V: X86Vcpu> Runner<V> {
             Err(emulate::Error::Bus(error)) => return Err(error.into()),
             Err(error) => return Err(self.give_up(ExitCode::CannotContinue, &error.to_string())),
         };
-        if let (Some(fault), Outcome::Retired { .. }) = (&fault, outcome) {
-            let mut access = Access::new(&mut self.vcpu, &self.machine);
-            self.local.shortcuts.learn(&self.local.emulator, &before, fault, &mut access)?;
-        }
         if cpu.segments != before.segments {
             let segments = state::with_segments(snapshot.segments, &cpu);
             self.vcpu.set(&segments)?;

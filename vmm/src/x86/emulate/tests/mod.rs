@@ -17,6 +17,7 @@ mod modes;
 mod moves;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
 mod native;
+mod plain;
 mod ports;
 mod shortcut;
 mod strings;
