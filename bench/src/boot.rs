@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use crate::arch;
 use crate::machine::{Hypervisor, Result};
 use crate::rows::Row;
+use crate::watchdog::{Watchdog, GUEST};
 
 /// What the guest's init says first (scripts/lab/guest-init).
 const FIRST_WORDS: &str = "Linux guest ";
@@ -35,12 +36,14 @@ pub(crate) fn measure(hypervisor: Hypervisor, config: &Path) -> Result<Vec<(Row,
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
+    let watchdog = Watchdog::new(&axvmm, GUEST)?;
     let rows = watch(hypervisor, &mut axvmm);
     // It powers itself off, but after an error it may not.
     if rows.is_err() {
         axvmm.kill()?;
     }
     let status = axvmm.wait()?;
+    watchdog.end()?;
     let (work, exits, resident) = rows?;
     if !status.success() {
         return Err(format!("axvmm ended with {status}").into());
@@ -49,12 +52,13 @@ pub(crate) fn measure(hypervisor: Hypervisor, config: &Path) -> Result<Vec<(Row,
     Ok(vec![(Row::Boot, work), (Row::BootExits, exits as f64), (Row::Resident, resident as f64)])
 }
 
-/// The configuration of the lab's guest with another command line, hypervisor and memory size.
+/// The configuration of the lab's guest with another command line, hypervisor and memory size. A guest that panics is to end,
+/// not to spin for ever.
 fn configuration(text: &str, hypervisor: Hypervisor) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("cmdline = \"") {
-            lines.push(format!("cmdline = \"lab=report {rest}"));
+            lines.push(format!("cmdline = \"lab=report panic=-1 {rest}"));
         } else if line.starts_with("memory = ") {
             lines.push(format!("memory = {MEMORY}"));
         } else {
@@ -141,7 +145,7 @@ mod tests {
     fn the_configuration_is_changed_in_three_places() {
         let text = "[base]\nid = 1\n[kernel]\ncmdline = \"quiet\"\nmemory = \"64M\"\n";
         let expected =
-            "[base]\nhypervisor = \"kvm\"\nid = 1\n[kernel]\ncmdline = \"lab=report quiet\"\nmemory = 268435456\n";
+            "[base]\nhypervisor = \"kvm\"\nid = 1\n[kernel]\ncmdline = \"lab=report panic=-1 quiet\"\nmemory = 268435456\n";
         assert_eq!(configuration(text, Hypervisor::Kvm), expected);
     }
 }

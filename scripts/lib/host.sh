@@ -209,6 +209,8 @@ host_conclude() {
 		host_trouble="the lab host could not be set up: $fact"
 	elif ((status == 124 || status == 137)); then
 		host_trouble="the lab host did not finish in $host_limit s"
+	elif ((status == 152)); then # SIGXCPU
+		host_trouble="the emulator did not finish in $(ulimit -St) s of a CPU's time"
 	elif ((status != 0)); then
 		host_trouble="the emulator ended with status $status: $(tail -n 1 "$run/$host_lab.log")"
 	elif grep -qi 'kernel panic - ' "$host_log"; then
