@@ -2,6 +2,7 @@
 //! Good configurations, and a table of bad ones with class, place and words of the message.
 
 use super::*;
+use crate::arch::{self, layout};
 
 const PATH: &str = "/vms/demo/vm.toml";
 
