@@ -158,6 +158,7 @@ impl IoEventfds {
     }
 
     /// The guest has written `data` to a port. Whether an eventfd was attached to that, which is signalled then.
+    #[cfg(CONFIG_X86_64)] // There are no ports elsewhere.
     #[inline]
     pub(crate) fn port_write(&self, port: u16, width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
         self.write((true, port.into()), width, data, irq_off)

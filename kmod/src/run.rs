@@ -21,7 +21,7 @@ use core::sync::atomic::Ordering;
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
 use kernel::prelude::*;
-use vcpu_core::{AxError, AxVCpuHal, VCpuState};
+use vcpu_core::{AccessFlags, AxError, AxVCpuHal, GuestPhysAddr, VCpuState};
 
 use crate::{
     abi,
@@ -30,8 +30,10 @@ use crate::{
     ffi::{self, IrqOff, PreemptOff},
     hal::Host,
     shared::bump,
+    tables::Spare,
     timer::Timer,
     vcpu::{Inner, Vcpu},
+    vm::Vm,
 };
 
 /// Entries in a row, after which interrupts are let in. On hardware one that waits ends the guest's turn at once; but an emulated
@@ -142,7 +144,10 @@ impl Vcpu {
                 self.shared.stats.count_exit(ExitKind::PageFault);
                 Ok(true)
             }
-            Ok(Fault::NotMemory) => self.not_memory(inner),
+            Ok(Fault::NotMemory) => {
+                arch::show_all(inner).map_err(abi::errno)?;
+                self.not_memory(inner)
+            }
             Err(error) => {
                 self.report(inner, if error == EINTR { &Exit::Interrupted } else { inner.vcpu.exit() });
                 Err(error)
@@ -206,7 +211,6 @@ impl Vcpu {
             if irq_off.work_pending() || self.shared.kick_pending() || entries_left == 0 {
                 break Ok(Stop::Again);
             }
-            entries_left = entries_left.wrapping_sub(1);
             let turn = self.turn(inner, &irq_off, &mut entries_left);
             self.tell(inner, &irq_off);
             match turn {
@@ -223,30 +227,29 @@ impl Vcpu {
         left.and(stop)
     }
 
-    /// One entry into the guest, and what can be done about its exit right here. Exits that concern nobody but the vCPU end in
-    /// the backend, and are followed by the next entry unless something wants the guest to be left.
+    /// Entries into the guest up to an exit that is not over in the backend, and what can be done about that right here.
     #[inline]
     fn turn(&self, inner: &mut Inner, irq_off: &IrqOff, entries_left: &mut u32) -> Result<Option<Stop>, AxError> {
-        let Inner { vcpu, aspace: Some(aspace), seen_generation, timer, .. } = inner else {
+        let Inner { vcpu, aspace: Some(aspace), seen_generation, spare, .. } = inner else {
             return Err(AxError::NotSetUp);
         };
+        *entries_left = entries_left.wrapping_sub(1);
         let arch = vcpu.arch_mut()?;
         flush_if_moved(arch, aspace, seen_generation);
         if !arch.prepare(&self.shared.mailbox) {
             return Ok(Some(Stop::Again));
         }
-        let shared = &*self.shared;
-        arch::enter(vcpu, |kind, update| {
-            follow(timer, update);
-            let wanted = irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
-            if wanted || aspace.generation() != *seen_generation || *entries_left == 0 {
-                return false;
-            }
-            *entries_left = entries_left.wrapping_sub(1);
-            shared.stats.count_exit(kind);
-            true
-        })?;
-        let kind = vcpu.arch()?.exit_kind();
+        let mut between = Between {
+            vm: &self.vm,
+            irq_off,
+            aspace,
+            spare,
+            #[cfg(CONFIG_X86_64)]
+            again: Again { timer: &mut inner.timer, shared: &self.shared, entries_left, generation: *seen_generation },
+            is_memory: true,
+        };
+        let kind = arch::enter(vcpu, &mut between)?;
+        let is_memory = between.is_memory;
         if !matches!(vcpu.exit(), Exit::NestedPageFault { .. }) {
             self.shared.stats.count_exit(kind);
         }
@@ -262,24 +265,7 @@ impl Vcpu {
                 self.send_ipi(inner, target_cpu, vector);
                 None
             }
-            Exit::IoWrite { port, width, data } if self.vm.ioeventfds.port_write(port, width, data, irq_off) => None,
-            Exit::NestedPageFault { addr, access_flags } => {
-                if self.signals(inner, addr, access_flags, irq_off) {
-                    self.shared.stats.count_exit(ExitKind::Mmio);
-                    return Ok(None);
-                }
-                let Inner { aspace: Some(aspace), spare, .. } = inner else {
-                    return Err(AxError::NotSetUp);
-                };
-                match aspace.fault_in_place(addr, access_flags, spare, irq_off) {
-                    Some(Fault::Resolved) => {
-                        self.shared.stats.count_exit(ExitKind::PageFault);
-                        None
-                    }
-                    Some(Fault::NotMemory) => Some(Stop::Mmio),
-                    None => Some(Stop::Exit),
-                }
-            }
+            Exit::NestedPageFault { .. } => Some(if is_memory { Stop::Exit } else { Stop::Mmio }),
             Exit::InterruptEnd { vector: Some(vector) } if self.vm.irqfds.end(vector, irq_off, || ()) => None,
             // With interrupts disabled only NMI and INIT can end the halt: the user may want to know.
             Exit::Halt if inner.in_kernel_apic && inner.vcpu.arch()?.interrupts_enabled() => Some(Stop::Again),
@@ -311,9 +297,56 @@ impl Vcpu {
     }
 }
 
+/// What the backend's loop of entries needs of the module between two of them. Interrupts are off, and the vCPU is marked as in the
+/// guest.
+pub(crate) struct Between<'a> {
+    pub(crate) vm: &'a Vm,
+    pub(crate) irq_off: &'a IrqOff,
+    aspace: &'a AddressSpace,
+    spare: &'a mut Spare,
+    #[cfg(CONFIG_X86_64)]
+    pub(crate) again: Again<'a>,
+    /// The last nested page fault may be one of memory.
+    is_memory: bool,
+}
+
+/// For a backend that enters the guest again by itself: whether it may.
+#[cfg(CONFIG_X86_64)]
+pub(crate) struct Again<'a> {
+    pub(crate) timer: &'a mut Timer,
+    shared: &'a crate::shared::Shared,
+    entries_left: &'a mut u32,
+    /// The generation of the address space's translations that the guest was entered with.
+    generation: u64,
+}
+
+impl Between<'_> {
+    /// Whether the guest may be entered once more in this turn. If so, an exit of `kind` has been dealt with.
+    #[inline]
+    #[cfg(CONFIG_X86_64)]
+    pub(crate) fn may_go_on(&mut self, kind: ExitKind) -> bool {
+        let Again { shared, entries_left, generation, .. } = &mut self.again;
+        let wanted = self.irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
+        if wanted || self.aspace.generation() != *generation || **entries_left == 0 {
+            return false;
+        }
+        **entries_left = entries_left.wrapping_sub(1);
+        shared.stats.count_exit(kind);
+        true
+    }
+
+    /// Resolves a nested page fault, if that can be done right here.
+    #[inline]
+    pub(crate) fn fault(&mut self, addr: GuestPhysAddr, access: AccessFlags) -> Option<Fault> {
+        let fault = self.aspace.fault_in_place(addr, access, self.spare, self.irq_off);
+        self.is_memory = !matches!(fault, Some(Fault::NotMemory));
+        fault
+    }
+}
+
 /// Lets the host's timer do what the guest's asks of it.
 #[inline]
-fn follow(timer: &mut Timer, update: TimerUpdate) {
+pub(crate) fn follow(timer: &mut Timer, update: TimerUpdate) {
     match update {
         TimerUpdate::Unchanged => {}
         TimerUpdate::Cancel => timer.cancel(),

@@ -250,6 +250,12 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
         &self.exit
     }
 
+    /// The last exit has been dealt with: from now on it is [`Nothing`](AxVCpuExitReason::Nothing).
+    #[inline]
+    pub fn settle(&mut self) {
+        self.exit = AxVCpuExitReason::Nothing;
+    }
+
     /// Puts the vCPU to sleep: [`Free`](VCpuState::Free) to [`Blocked`](VCpuState::Blocked). It is the owner who lets the
     /// thread sleep, and who calls [`wake`](Self::wake) when it goes on.
     ///

@@ -7,25 +7,50 @@ use axvcpu_uapi::{
     run as abi_run,
     vcpu::ExitKind,
 };
-use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
+use vcpu_core::{AccessFlags, AxResult, AxVCpu};
 
-use super::{TimerUpdate, VCpu};
+use super::VCpu;
 use crate::{
+    aspace::Fault,
     ffi::IrqOff,
     hal::Host,
+    run::Between,
     vcpu::{Inner, Vcpu},
 };
 
-/// One entry: every exit is looked at by the caller.
+/// One entry, and what is done about a nested page fault. Gives the kind of the exit.
 ///
 /// # Errors
 /// As [`AxVCpu::run`].
 #[inline]
-pub(crate) fn enter(
-    vcpu: &mut AxVCpu<VCpu, Host>,
-    _go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
-) -> AxResult {
-    vcpu.run().map(|_| ())
+pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) -> AxResult<ExitKind> {
+    let Exit::NestedPageFault { addr, access_flags } = vcpu.run()? else {
+        return Ok(vcpu.arch()?.exit_kind());
+    };
+    let Between { vm, irq_off, .. } = *between;
+    // An access to the interrupt controller, or a store that signals an eventfd, is complete then.
+    let is_device = !access_flags.contains(AccessFlags::PRESENT) && {
+        let arch = vcpu.arch_mut()?;
+        let store = |width, data| vm.ioeventfds.store(addr.as_u64(), width, data, irq_off);
+        arch.gic_access(addr, |cpu| vm.wake(cpu)) || arch.complete_store(addr, store)
+    };
+    let kind = if is_device {
+        Some(ExitKind::Mmio)
+    } else {
+        matches!(between.fault(addr, access_flags), Some(Fault::Resolved)).then_some(ExitKind::PageFault)
+    };
+    if kind.is_some() {
+        vcpu.settle();
+    }
+    Ok(kind.unwrap_or(ExitKind::PageFault))
+}
+
+/// Makes everything known that the run page shows after an exit at an address that is no memory: it is already.
+///
+/// # Errors
+/// None.
+pub(crate) fn show_all(_inner: &mut Inner) -> AxResult {
+    Ok(())
 }
 
 impl Vcpu {
@@ -34,17 +59,6 @@ impl Vcpu {
         if let Some(gic) = self.vm.arch().gic.as_ref() {
             gic.send_sgi(self.shared.id as usize, value, group as u32, |cpu| self.vm.wake(cpu));
         }
-    }
-
-    /// Whether the nested page fault was an access to the interrupt controller, or a store that signals an eventfd, which is
-    /// complete then.
-    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, off: &IrqOff) -> bool {
-        if access.contains(AccessFlags::PRESENT) {
-            return false;
-        }
-        let Ok(arch) = inner.vcpu.arch_mut() else { return false };
-        let store = |width, data| self.vm.ioeventfds.store(addr.as_u64(), width, data, off);
-        arch.gic_access(addr, |cpu| self.vm.wake(cpu)) || arch.complete_store(addr, store)
     }
 
     /// Tells others what this vCPU has done to interrupts.

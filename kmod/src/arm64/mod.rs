@@ -16,7 +16,7 @@ use vcpu_core::{
     AxError, AxResult, HostPhysAddr,
 };
 
-pub(crate) use exits::enter;
+pub(crate) use exits::{enter, show_all};
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};

@@ -3,33 +3,77 @@
 //! what the run page shows.
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
-use vcpu_core::{AccessFlags, AxResult, AxVCpu, GuestPhysAddr};
-use x86_vcpu::apic::{Message, TimerUpdate};
+use vcpu_core::{AccessFlags, AccessWidth, AxResult, AxVCpu, GuestPhysAddr};
+use x86_vcpu::{
+    apic::{Message, TimerUpdate},
+    PageFault, Turns,
+};
 
 use super::VCpu;
 use crate::{
+    aspace::Fault,
     ffi::IrqOff,
     hal::Host,
+    run::{self, Between},
     vcpu::{Inner, Vcpu},
 };
 
-/// One entry, and more behind exits that concern nobody but the vCPU, as long as `go_on` agrees, which is told their kind and does what
-/// the timer is to do.
+/// One entry, and more behind exits that concern nobody but the vCPU or that `between` deals with. Gives the kind of the last exit.
 ///
 /// # Errors
 /// As [`AxVCpu::run`].
 #[inline]
-pub(crate) fn enter(
-    vcpu: &mut AxVCpu<VCpu, Host>,
-    mut go_on: impl FnMut(ExitKind, TimerUpdate) -> bool,
-) -> AxResult {
-    vcpu.run_by(|arch, entries, exit| {
-        arch.run_while(exit, |mut step| {
-            let again = go_on(step.kind(), step.timer_update());
-            *entries = entries.wrapping_add(again.into());
-            again
-        })
-    })
+pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) -> AxResult<ExitKind> {
+    vcpu.run_by(|arch, entries, exit| arch.run_while(exit, &mut Entries { between, entries }))?;
+    Ok(vcpu.arch()?.exit_kind())
+}
+
+/// Makes everything known that the run page shows after an exit at an address that is no memory.
+///
+/// # Errors
+/// As [`VCpu::synchronize`].
+pub(crate) fn show_all(inner: &mut Inner) -> AxResult {
+    inner.vcpu.arch_mut()?.synchronize()
+}
+
+/// Entries in a row, and their number.
+struct Entries<'a, 'b> {
+    between: &'a mut Between<'b>,
+    entries: &'a mut u64,
+}
+
+impl Turns for Entries<'_, '_> {
+    #[inline]
+    fn go_on(&mut self, kind: ExitKind, timer: TimerUpdate) -> bool {
+        run::follow(self.between.again.timer, timer);
+        let again = self.between.may_go_on(kind);
+        *self.entries = self.entries.wrapping_add(again.into());
+        again
+    }
+
+    #[inline]
+    fn port_write(&mut self, port: u16, width: AccessWidth, data: u64) -> bool {
+        self.between.vm.ioeventfds.port_write(port, width, data, self.between.irq_off)
+    }
+
+    #[inline]
+    fn page_fault(
+        &mut self,
+        addr: GuestPhysAddr,
+        access: AccessFlags,
+        skip_store: impl FnOnce() -> bool,
+    ) -> PageFault {
+        let written = access.contains(AccessFlags::WRITE) && !access.contains(AccessFlags::PAGE_WALK);
+        let Between { vm, irq_off, .. } = *self.between;
+        if written && vm.ioeventfds.memory_write(addr.as_u64(), irq_off, skip_store) {
+            return PageFault::Over(ExitKind::Mmio);
+        }
+        match self.between.fault(addr, access) {
+            Some(Fault::Resolved) => PageFault::Over(ExitKind::PageFault),
+            Some(Fault::NotMemory) => PageFault::User,
+            None => PageFault::Later,
+        }
+    }
 }
 
 impl Vcpu {
@@ -39,14 +83,6 @@ impl Vcpu {
         if let Some(message) = Message::from_icr(destination << 32 | command & 0xffff_ffff, true) {
             self.vm.route(&message, Some(arch.apic_id()));
         }
-    }
-
-    /// Whether the nested page fault was a write that signals an eventfd, and that is complete with that.
-    #[inline]
-    pub(crate) fn signals(&self, inner: &mut Inner, addr: GuestPhysAddr, access: AccessFlags, off: &IrqOff) -> bool {
-        let written = access.contains(AccessFlags::WRITE) && !access.contains(AccessFlags::PAGE_WALK);
-        let complete = || inner.vcpu.arch_mut().is_ok_and(VCpu::skip_store);
-        written && self.vm.ioeventfds.memory_write(addr.as_u64(), off, complete)
     }
 
     /// Tells others what this vCPU has done to interrupts: here exits do.

@@ -18,7 +18,7 @@ use vcpu_core::{
 };
 use x86_vcpu::{Capabilities, HostInterrupt, X86PerCpu, X86VCpu};
 
-pub(crate) use exits::enter;
+pub(crate) use exits::{enter, show_all};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};

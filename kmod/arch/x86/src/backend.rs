@@ -3,6 +3,7 @@
 //! [`Exited`]. Both backends speak of exits in these terms only; what is done about them is in `exit.rs`, once.
 
 use axvcpu_uapi::vcpu::ExitKind;
+use vcpu_core::npt::Format;
 use vcpu_core::{AccessFlags, AccessWidth, AxResult, GuestPhysAddr};
 
 use crate::apic::Effect;
@@ -16,6 +17,9 @@ use crate::vcpu::InsnInfo;
 pub(crate) trait Backend<H: X86Hal> {
     /// The registers that the control block holds.
     type Registers: Registers;
+
+    /// The format of the nested page table.
+    type Format: Format;
 
     /// The registers.
     fn regs(&self) -> &Self::Registers;
@@ -62,7 +66,7 @@ pub(crate) trait Backend<H: X86Hal> {
     }
 
     /// Completes the control block for an entry with the events of `plan`. True if it is good for any number of entries: as long
-    /// as nothing but [`simple`](Self::simple) exits come, [`again`](Self::again) is all that it needs between two of them.
+    /// as nothing but [`frequent`](Self::frequent) exits come, [`again`](Self::again) is all that it needs between two of them.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
@@ -74,15 +78,18 @@ pub(crate) trait Backend<H: X86Hal> {
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
     fn enter(&mut self) -> AxResult;
 
-    /// The last exit, if it is one of the frequent instructions, found with the least effort; and where the next one is. To be asked only if [`prepare`](Self::prepare) said so; `None` if
-    /// [`decode`](Self::decode) is to find out.
-    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)>;
+    /// The last exit, if it is one of the frequent ones, found with the least effort. To be asked only if
+    /// [`prepare`](Self::prepare) said so; `None` if [`decode`](Self::decode) is to find out.
+    fn frequent(&mut self, guest: &mut Guest<H>) -> Option<Frequent>;
 
-    /// Makes the control block ready for the entry behind a [`simple`](Self::simple) exit.
+    /// Makes the control block ready for the entry behind a [`frequent`](Self::frequent) exit.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
     fn again(&mut self, guest: &Guest<H>) -> AxResult;
+
+    /// The user of the last exit will want to see all registers when the guest has been [left](Self::leave).
+    fn show_all(&mut self) {}
 
     /// Puts into `guest.exited` how the last entry, which was prepared with `plan`, ended.
     ///
@@ -182,6 +189,15 @@ impl Exit {
             _ => ExitKind::Other,
         }
     }
+}
+
+/// An exit that comes often.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Frequent {
+    /// An instruction, and where the one behind it is.
+    Instruction(Simple, u64),
+    /// [`Exit::PageFault`]. No event was being delivered.
+    PageFault { addr: GuestPhysAddr, access: AccessFlags },
 }
 
 /// An instruction that exits often, and whose exit is easily dealt with.

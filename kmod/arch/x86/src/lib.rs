@@ -56,5 +56,5 @@ pub use mitigations::{HostFlags, L1dFlush, Mitigations};
 pub use percpu::X86PerCpu;
 pub use svm::PermissionMaps;
 pub use table::{new_table, NestedTable};
-pub use turn::Step;
+pub use turn::{PageFault, Turns};
 pub use vcpu::{load_cpuid, supported_cpuid, InsnInfo, X86CreateConfig, X86SetupConfig, X86VCpu};

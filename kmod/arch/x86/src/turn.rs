@@ -3,46 +3,63 @@
 //!
 //! An exit goes one of three ways, from the shortest on:
 //!
-//! 1. Frequent instructions ([`Backend::simple`]) that end here and leave nothing to inject: the control block stays as it is but
-//!    for RIP, and the next entry follows at once.
+//! 1. Frequent ones ([`Backend::frequent`]) that end here and leave nothing to inject: the control block stays as it is but for
+//!    RIP, and the next entry follows at once.
 //! 2. Others that end here, or leave something to inject: the next entry is prepared anew.
 //! 3. The rest is the caller's.
 //!
-//! Before each entry but the first the caller is asked whether the guest may go on; what it looks at is its own affair.
+//! Before each entry but the first the caller is asked whether the guest may go on; what it looks at is its own affair. It is
+//! also asked whether it knows what to do about a write to a port or a nested page fault right here: see [`Turns`].
 
 use axvcpu_uapi::vcpu::ExitKind;
-use vcpu_core::{AxError, AxResult, AxVCpuExitReason as Reason};
+use vcpu_core::{AccessFlags, AccessWidth, AxError, AxResult, AxVCpuExitReason as Reason, GuestPhysAddr};
 
 use crate::apic::TimerUpdate;
-use crate::backend::{Backend, Exited, Simple};
+use crate::backend::{Backend, Exited, Frequent, Simple};
 use crate::events::{Activity, Injection, Plan};
 use crate::hal::X86Hal;
 use crate::regs::{rflags, DR7_GD};
 use crate::state::{Guest, Registers};
 
-/// An exit that is over, and has changed nothing that anybody else looks at, but for the timer.
-pub struct Step<'a, H: X86Hal> {
-    guest: &'a mut Guest<H>,
-    /// [`Backend::watches_deadline`].
-    watched: bool,
+/// Who has the guest run: what is asked of the caller between two entries.
+pub trait Turns {
+    /// An exit of `kind` is over, and has changed nothing that anybody else looks at, but for the timer, which is to follow
+    /// `timer`: see [`X86VCpu::timer_update`](crate::X86VCpu::timer_update). Whether the guest may go on.
+    fn go_on(&mut self, kind: ExitKind, timer: TimerUpdate) -> bool;
+
+    /// The guest has written `data` to a port. Whether that was all, and is done.
+    fn port_write(&mut self, port: u16, width: AccessWidth, data: u64) -> bool;
+
+    /// The nested page table has not allowed an access. If it is a write by a plain store, `skip_store` goes on behind the
+    /// instruction, without the write, and says so; otherwise it does nothing.
+    fn page_fault(&mut self, addr: GuestPhysAddr, access: AccessFlags, skip_store: impl FnOnce() -> bool) -> PageFault;
 }
 
-impl<H: X86Hal> Step<'_, H> {
-    /// For the statistics.
-    #[inline]
-    pub fn kind(&self) -> ExitKind {
-        self.guest.exit_kind
+/// What has become of a nested page fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageFault {
+    /// It is over, and was an exit of this kind.
+    Over(ExitKind),
+    /// It is to be dealt with after the guest has been left.
+    Later,
+    /// It is for the user, who will want to see all registers.
+    User,
+}
+
+/// One entry, whatever comes.
+pub(crate) struct Once;
+
+impl Turns for Once {
+    fn go_on(&mut self, _kind: ExitKind, _timer: TimerUpdate) -> bool {
+        false
     }
 
-    /// What the host's timer is to do now: see [`X86VCpu::timer_update`](crate::X86VCpu::timer_update).
-    #[inline]
-    pub fn timer_update(&mut self) -> TimerUpdate {
-        // The other exits have nothing to do with it.
-        if self.guest.exit_kind == ExitKind::MsrWrite {
-            self.guest.timer_update(self.watched)
-        } else {
-            TimerUpdate::Unchanged
-        }
+    fn port_write(&mut self, _port: u16, _width: AccessWidth, _data: u64) -> bool {
+        false
+    }
+
+    fn page_fault(&mut self, _: GuestPhysAddr, _: AccessFlags, _: impl FnOnce() -> bool) -> PageFault {
+        PageFault::Later
     }
 }
 
@@ -65,7 +82,7 @@ impl<H: X86Hal> Guest<H> {
         &mut self,
         hw: &mut impl Backend<H>,
         exit: &mut Reason,
-        mut go_on: impl FnMut(Step<'_, H>) -> bool,
+        turns: &mut impl Turns,
     ) -> AxResult {
         if !self.bound {
             return Err(AxError::NotBound);
@@ -75,7 +92,7 @@ impl<H: X86Hal> Guest<H> {
                 *exit = reason;
                 return Ok(());
             }
-            match self.turns(hw, exit, &mut go_on) {
+            match self.turns(hw, exit, turns) {
                 Ok(Go::On) => {}
                 Ok(Go::Back) => return Ok(()),
                 Err(error) => {
@@ -107,12 +124,7 @@ impl<H: X86Hal> Guest<H> {
 
     /// Entries that need one preparation.
     #[inline(never)] // So that registers are enough for the loop.
-    fn turns(
-        &mut self,
-        hw: &mut impl Backend<H>,
-        exit: &mut Reason,
-        go_on: &mut impl FnMut(Step<'_, H>) -> bool,
-    ) -> AxResult<Go> {
+    fn turns(&mut self, hw: &mut impl Backend<H>, exit: &mut Reason, turns: &mut impl Turns) -> AxResult<Go> {
         if let Some(before) = hw.ready(self)? {
             self.exited = Exited { exit: before, interrupted: None };
             *exit = self.handle(hw.regs_mut(), &Plan::NOTHING);
@@ -123,24 +135,70 @@ impl<H: X86Hal> Guest<H> {
         loop {
             hw.enter()?;
             self.private = false;
-            let simple = if prepared_for_more { hw.simple(self) } else { None };
-            match simple {
-                Some((instruction, next)) => *exit = self.execute_simple(hw.regs_mut(), instruction, next),
+            let frequent = if prepared_for_more { hw.frequent(self) } else { None };
+            match frequent {
+                Some(Frequent::Instruction(instruction, next)) => {
+                    *exit = self.execute_simple(hw.regs_mut(), instruction, next);
+                }
+                Some(Frequent::PageFault { addr, access }) => {
+                    self.exit_kind = ExitKind::PageFault;
+                    *exit = Reason::NestedPageFault { addr, access_flags: access };
+                }
                 None => {
                     hw.decode(self, &plan)?;
                     *exit = self.handle(hw.regs_mut(), &plan);
                 }
             }
-            if !self.private || !go_on(Step { watched: hw.watches_deadline(), guest: self }) {
+            if !self.private && !self.settle(hw, exit, turns) {
                 return Ok(Go::Back);
             }
-            match simple {
-                Some((Simple::Cpuid | Simple::Rdmsr, _)) if !self.events.event_waits() => {}
-                Some((Simple::Wrmsr, _)) if !self.events.event_waits() && self.apic_rests(hw) => {}
-                _ => return Ok(Go::On),
+            // The other exits have nothing to do with it.
+            let timer = if self.exit_kind == ExitKind::MsrWrite {
+                self.timer_update(hw.watches_deadline())
+            } else {
+                TimerUpdate::Unchanged
+            };
+            if !turns.go_on(self.exit_kind, timer) {
+                return Ok(Go::Back);
+            }
+            match frequent {
+                None => return Ok(Go::On),
+                Some(_) if self.events.event_waits() => return Ok(Go::On),
+                Some(Frequent::Instruction(Simple::Wrmsr, _)) if !self.apic_rests(hw) => return Ok(Go::On),
+                Some(_) => {}
             }
             hw.again(self)?;
         }
+    }
+
+    /// Whether the last exit is one that only the caller can deal with, and is over by what it has done.
+    #[inline]
+    fn settle<B: Backend<H>>(&mut self, hw: &mut B, exit: &mut Reason, turns: &mut impl Turns) -> bool {
+        let over = match *exit {
+            Reason::IoWrite { port, width, data } => turns.port_write(port, width, data),
+            Reason::NestedPageFault { addr, access_flags } => {
+                match turns.page_fault(addr, access_flags, || self.skip_store::<B::Format>(hw.regs_mut())) {
+                    PageFault::Over(kind) => {
+                        self.exit_kind = kind;
+                        true
+                    }
+                    PageFault::Later => false,
+                    PageFault::User => {
+                        hw.show_all();
+                        false
+                    }
+                }
+            }
+            Reason::IoString { .. } => {
+                hw.show_all();
+                false
+            }
+            _ => false,
+        };
+        if over {
+            *exit = Reason::Nothing;
+        }
+        over
     }
 
     /// Whether the local APIC asks nothing of the next entry: it has no interrupt, and there is nobody else to be told what it has.

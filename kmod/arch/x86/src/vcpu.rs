@@ -4,7 +4,6 @@
 
 use axvcpu_uapi::vcpu::{Event, ExitKind};
 use axvcpu_uapi::x86::{Control, CpuidEntry, Debug, Events, General, LocalApic, Segments, EVENTS_INTERRUPT_SHADOW};
-use vcpu_core::npt::{Ept, Npt};
 use vcpu_core::{AxArchVCpu, AxError, AxResult, AxVCpuExitReason, GuestPhysAddr, HostPhysAddr};
 
 use crate::apic::{Mailbox, TimerUpdate};
@@ -20,7 +19,7 @@ use crate::pvclock::{ClockUpdate, TimeBase};
 use crate::regs::{check_debug, cr0, rflags, virtual_8086_in_long_mode};
 use crate::state::{Guest, Registers};
 use crate::svm::Svm;
-use crate::turn::Step;
+use crate::turn::{Once, Turns};
 use crate::vmx::Vmx;
 
 /// What [`AxArchVCpu::new`] needs.
@@ -115,7 +114,7 @@ impl<H: X86Hal> AxArchVCpu for X86VCpu<H> {
     #[inline]
     fn run(&mut self) -> AxResult<AxVCpuExitReason> {
         let mut exit = AxVCpuExitReason::Nothing;
-        self.run_while(&mut exit, |_| false)?;
+        self.run_while(&mut exit, &mut Once)?;
         Ok(exit)
     }
 
@@ -401,15 +400,15 @@ impl<H: X86Hal> X86VCpu<H> {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
     }
 
-    /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, has changed nothing that anybody
-    /// else looks at (who the local APIC is, the guest's clock), and `go_on` agrees. The last exit is not put to `go_on` if it is not
-    /// one of those. Why it came back is put into `exit`.
+    /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, or by what `turns` has done about it, has
+    /// changed nothing that anybody else looks at (who the local APIC is, the guest's clock), and `turns` agrees. Why it came back is
+    /// put into `exit`; if that is [`Nothing`](AxVCpuExitReason::Nothing), the exit was of [`exit_kind`](Self::exit_kind).
     ///
     /// # Errors
     /// As [`run`](AxArchVCpu::run).
     #[inline]
-    pub fn run_while(&mut self, exit: &mut AxVCpuExitReason, go_on: impl FnMut(Step<'_, H>) -> bool) -> AxResult {
-        on!(&mut self.hardware, hw => self.guest.run_while(hw, exit, go_on))
+    pub fn run_while(&mut self, exit: &mut AxVCpuExitReason, turns: &mut impl Turns) -> AxResult {
+        on!(&mut self.hardware, hw => self.guest.run_while(hw, exit, turns))
     }
 
     /// To be called before interrupts go on after [`run`](AxArchVCpu::run), on the same CPU: what a backend may have switched on
@@ -426,16 +425,6 @@ impl<H: X86Hal> X86VCpu<H> {
     #[inline]
     pub fn flush_tlb(&mut self) {
         on!(&mut self.hardware, hw => hw.regs_mut().flush_tlb());
-    }
-
-    /// Goes on behind the instruction of the last exit, a nested page fault by a write, if it is a plain store of 64-bit code:
-    /// one that does nothing but the write, which is to have no effect on memory. Otherwise does nothing. Returns whether it
-    /// was one. To be called after [`run`](AxArchVCpu::run), before interrupts go on.
-    pub fn skip_store(&mut self) -> bool {
-        match &mut self.hardware {
-            Hardware::Svm(hw) => self.guest.skip_store::<Npt>(hw.regs_mut()),
-            Hardware::Vmx(hw) => self.guest.skip_store::<Ept>(hw.regs_mut()),
-        }
     }
 
     /// The last exit's instruction, as far as the CPU has told it.

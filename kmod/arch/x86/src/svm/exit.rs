@@ -8,7 +8,7 @@ use vcpu_core::{AccessFlags, AccessWidth, AxError, AxResult, GuestPhysAddr};
 
 use super::vmcb::{int_control, SegmentRegister, Vmcb};
 use super::{Iret, Svm};
-use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Refusal, Simple};
+use crate::backend::{ControlAccess, Exit, Exited, Frequent, Instruction, Io, Refusal, Simple};
 use crate::cpu;
 use crate::events::{Injection, AC, DB};
 use crate::hal::X86Hal;
@@ -27,6 +27,10 @@ const CPUID: u64 = 0x72;
 const IO: u64 = 0x7b;
 /// Exit code of RDMSR, and with bit 0 of EXITINFO1 of WRMSR.
 const MSR: u64 = 0x7c;
+/// Exit code of a nested page fault.
+const NESTED_PAGE_FAULT: u64 = 0x400;
+/// Of EVENTINJ and EXITINTINFO: there is an event.
+const EVENT_VALID: u64 = 1 << 31;
 
 /// An exit code, understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +125,7 @@ impl Code {
             // RSM, INVLPGA; VMRUN, VMLOAD, VMSAVE, STGI, CLGI, SKINIT, RDTSCP; MONITOR, MWAIT (also armed), RDPRU; INVLPGB (also
             // illegal), INVPCID, MCOMMIT, TLBSYNC.
             0x73 | 0x7a | 0x80 | 0x82..=0x87 | 0x8a..=0x8c | 0x8e | 0xa0..=0xa4 => Self::Undefined,
-            0x400 => Self::NestedPageFault,
+            NESTED_PAGE_FAULT => Self::NestedPageFault,
             _ => Self::Other,
         }
     }
@@ -129,9 +133,8 @@ impl Code {
 
 /// An event in the format of EVENTINJ (APM vol. 2 section 15.20).
 pub(super) fn encode_event(event: Injection) -> u64 {
-    const VALID: u64 = 1 << 31;
     const HAS_CODE: u64 = 1 << 11;
-    let kind = |number: u64, vector: u8| VALID | number << 8 | u64::from(vector);
+    let kind = |number: u64, vector: u8| EVENT_VALID | number << 8 | u64::from(vector);
     match event {
         Injection::External(vector) => kind(0, vector),
         Injection::Nmi => kind(2, 2),
@@ -143,7 +146,7 @@ pub(super) fn encode_event(event: Injection) -> u64 {
 
 /// The event in EXITINTINFO, which has the same format.
 fn decode_event(info: u64) -> Option<Injection> {
-    if info >> 31 & 1 == 0 {
+    if info & EVENT_VALID == 0 {
         return None;
     }
     let vector = info as u8;
@@ -203,10 +206,10 @@ fn task_switch(info1: u64, info2: u64) -> Exit {
 }
 
 impl<H: X86Hal> Svm<H> {
-    /// The exit, if it is one that [`Backend::simple`](crate::backend::Backend::simple) is about. No event was to be delivered, so none
-    /// can have been interrupted, and no IRET is followed.
+    /// The exit, if it is one that [`Backend::frequent`](crate::backend::Backend::frequent) is about. No event was to be delivered, so an
+    /// instruction's exit has interrupted none, and no IRET is followed.
     #[inline]
-    pub(super) fn simple_exit(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+    pub(super) fn frequent_exit(&mut self, guest: &mut Guest<H>) -> Option<Frequent> {
         let vmcb = &self.regs.vmcb;
         let (opcode, instruction) = match vmcb.exit_code() {
             IO => {
@@ -215,7 +218,13 @@ impl<H: X86Hal> Svm<H> {
                     return None;
                 }
                 self.taken(guest);
-                return Some((Simple::Io(io), next));
+                return Some(Frequent::Instruction(Simple::Io(io), next));
+            }
+            // Not while the guest's own event was being delivered.
+            NESTED_PAGE_FAULT if vmcb.exit_int_info() & EVENT_VALID == 0 => {
+                let (access, addr) = (access_flags(vmcb.exit_info1())?, vmcb.exit_info2());
+                self.taken(guest);
+                return Some(Frequent::PageFault { addr: GuestPhysAddr::new(addr), access });
             }
             CPUID => (Opcode::Cpuid, Simple::Cpuid),
             MSR if vmcb.exit_info1() & 1 != 0 => (Opcode::Wrmsr, Simple::Wrmsr),
@@ -224,7 +233,7 @@ impl<H: X86Hal> Svm<H> {
         };
         let (next, _) = self.find(guest, opcode)?;
         self.taken(guest);
-        Some((instruction, next))
+        Some(Frequent::Instruction(instruction, next))
     }
 
     /// The CPU has entered the guest: the state is one that it takes, and the task priority is what the guest has made of it.

@@ -15,9 +15,10 @@ mod switch;
 mod vmcb;
 mod window;
 
+use vcpu_core::npt::Npt;
 use vcpu_core::{AxError, AxResult};
 
-use crate::backend::{Backend, Exit, Simple};
+use crate::backend::{Backend, Exit, Frequent};
 use crate::caps::Capabilities;
 use crate::cpuid::Feature;
 use crate::events::Plan;
@@ -124,6 +125,7 @@ pub(crate) struct Svm<H: X86Hal> {
 
 impl<H: X86Hal> Backend<H> for Svm<H> {
     type Registers = SvmRegisters<H>;
+    type Format = Npt;
 
     #[inline]
     fn regs(&self) -> &SvmRegisters<H> {
@@ -166,8 +168,8 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
     }
 
     #[inline]
-    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
-        self.simple_exit(guest)
+    fn frequent(&mut self, guest: &mut Guest<H>) -> Option<Frequent> {
+        self.frequent_exit(guest)
     }
 
     #[inline]

@@ -12,7 +12,7 @@ use super::switch;
 use super::vmcs::Vmcs;
 use super::Vmx;
 use crate::apic::Effect;
-use crate::backend::{ControlAccess, Exit, Exited, Instruction, Io, Simple};
+use crate::backend::{ControlAccess, Exit, Exited, Frequent, Instruction, Io, Simple};
 use crate::cpu;
 use crate::events::{Injection, Plan, AC, DB};
 use crate::hal::X86Hal;
@@ -38,6 +38,8 @@ const IO: u32 = 30;
 const RDMSR: u32 = 31;
 /// Basic exit reason of WRMSR.
 const WRMSR: u32 = 32;
+/// Basic exit reason of an access that the nested page table does not allow.
+const EPT_VIOLATION: u32 = 48;
 /// Exit reason: the entry has failed.
 pub(super) const ENTRY_FAILURE: u32 = 1 << 31;
 
@@ -125,7 +127,7 @@ impl Code {
             41 => Self::EntryMachineCheck,
             43 => Self::TaskPriority,
             45 => Self::EndOfInterrupt,
-            48 => Self::NestedPageFault,
+            EPT_VIOLATION => Self::NestedPageFault,
             52 => Self::PreemptionTimer,
             55 => Self::Xsetbv,
             56 => Self::ApicWrite,
@@ -272,10 +274,10 @@ const fn after_debug_exception(dr6: u64, qualification: u64) -> u64 {
 }
 
 impl<H: X86Hal> Vmx<H> {
-    /// The exit, if it is one that [`Backend::simple`](crate::backend::Backend::simple) is about. It is an instruction's own, so no
-    /// event was being delivered, and none was to be blocked.
+    /// The exit, if it is one that [`Backend::frequent`](crate::backend::Backend::frequent) is about. An instruction's own comes while no
+    /// event is being delivered; and no NMI was blocked.
     #[inline]
-    pub(super) fn simple_exit(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
+    pub(super) fn frequent_exit(&mut self, guest: &mut Guest<H>) -> Option<Frequent> {
         if self.regs.frame.result != switch::EXITED {
             return None;
         }
@@ -290,11 +292,18 @@ impl<H: X86Hal> Vmx<H> {
             CPUID => Simple::Cpuid,
             RDMSR => Simple::Rdmsr,
             WRMSR => Simple::Wrmsr,
+            EPT_VIOLATION if vmcs.read(Field::ExitVectoring) & u64::from(interruption::VALID) == 0 => {
+                let addr = GuestPhysAddr::new(vmcs.read(Field::ExitGuestPhysicalAddress));
+                let access = access_flags(vmcs.read(Field::ExitQualification));
+                self.taken(guest);
+                self.regs.read_exit(&vmcs, false);
+                return Some(Frequent::PageFault { addr, access });
+            }
             _ => return None,
         };
         self.taken(guest);
         self.regs.read_exit(&vmcs, false);
-        Some((instruction, self.next_rip(&vmcs)))
+        Some(Frequent::Instruction(instruction, self.next_rip(&vmcs)))
     }
 
     /// The CPU has entered the guest: the VMCS is launched, and the task priority is what the guest has made of it.
@@ -356,7 +365,6 @@ impl<H: X86Hal> Vmx<H> {
             Code::Interrupt => return Exit::Interrupt,
             Code::PreemptionTimer => return Exit::PreemptionTimer,
             Code::NestedPageFault => {
-                self.local.shown = true;
                 return Exit::PageFault {
                     addr: GuestPhysAddr::new(vmcs.read(Field::ExitGuestPhysicalAddress)),
                     access: access_flags(qualification()),
@@ -395,7 +403,6 @@ impl<H: X86Hal> Vmx<H> {
         };
         let next = self.next_rip(vmcs);
         if let Instruction::IoString(_) = instruction {
-            self.local.shown = true;
             self.local.string_next = next;
         }
         Exit::Instruction(instruction, next)

@@ -27,7 +27,7 @@ mod window;
 use vcpu_core::npt::Ept;
 use vcpu_core::{AccessFlags, AxError, AxResult, AxVCpuHal, GuestPhysAddr};
 
-use crate::backend::{Backend, Exit, Exited, Refusal, Simple};
+use crate::backend::{Backend, Exit, Exited, Frequent, Refusal};
 use crate::caps;
 use crate::cpu;
 use crate::events::{Injection, Plan};
@@ -102,6 +102,7 @@ pub(crate) struct Vmx<H: X86Hal> {
 
 impl<H: X86Hal> Backend<H> for Vmx<H> {
     type Registers = VmxRegisters<H>;
+    type Format = Ept;
 
     #[inline]
     fn regs(&self) -> &VmxRegisters<H> {
@@ -157,8 +158,8 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
     }
 
     #[inline]
-    fn simple(&mut self, guest: &mut Guest<H>) -> Option<(Simple, u64)> {
-        self.simple_exit(guest)
+    fn frequent(&mut self, guest: &mut Guest<H>) -> Option<Frequent> {
+        self.frequent_exit(guest)
     }
 
     #[inline]
@@ -177,6 +178,10 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
             self.decode_exit(guest, plan);
         }
         Ok(())
+    }
+
+    fn show_all(&mut self) {
+        self.local.shown = true;
     }
 
     fn delivers_interrupts(&self, guest: &Guest<H>) -> bool {
@@ -253,7 +258,6 @@ impl<H: X86Hal> Vmx<H> {
         // `run` returns, and the object is gone by then.
         let memory = unsafe { NestedMemory::<H, Ept>::new(guest.root, guest.caps.npt_levels) };
         if !memory.read(base, &mut table) {
-            self.local.shown = true;
             return Ok(Some(Exit::PageFault {
                 addr: GuestPhysAddr::new(base),
                 access: AccessFlags::READ.union(AccessFlags::PAGE_WALK),
