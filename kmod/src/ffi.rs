@@ -305,12 +305,12 @@ impl Drop for PreemptOff {
     }
 }
 
-/// Proof that interrupts are off on this CPU while it lives. They were on before.
+/// Proof that interrupts are off on this CPU while it lives, and so that the thread stays there. They were on before.
 pub(crate) struct IrqOff(core::marker::PhantomData<*mut ()>);
 
 impl IrqOff {
-    /// Turns interrupts off. They must be on.
-    pub(crate) fn new(_pinned: &PreemptOff) -> Self {
+    /// Turns interrupts off, and with them preemption. They must be on.
+    pub(crate) fn new() -> Self {
         // SAFETY: Balanced by `drop`.
         unsafe { raw::axvcpu_irq_disable() };
         Self(core::marker::PhantomData)

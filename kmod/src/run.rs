@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! `RUN`: the loop between the guest and its user.
 //!
-//! A *window* is a stretch with the vCPU bound to the CPU, preemption off, its FPU and debug state loaded. Inside it,
-//! interrupts stay off from the first entry on; an external interrupt ends the guest's turn and the window, and is taken
-//! by the host as soon as the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done
+//! A *window* is a stretch with the vCPU bound to the CPU, preemption off, its FPU and debug state loaded. In it interrupts are
+//! off, on AArch64 from the first entry on; an external interrupt ends the guest's turn and the window, and is taken by the host
+//! as soon as the host's state is back. What may sleep (signals, scheduling, page faults, `HLT`) is done
 //! between windows.
 //!
 //! Locks: the vCPU's own mutex is held all through `RUN`. No lock of the VM is taken for a vCPU's exits:
@@ -27,7 +27,7 @@ use crate::{
     abi,
     arch::{self, Reply, TimerUpdate},
     aspace::{AddressSpace, Fault},
-    ffi::{self, IrqOff, PreemptOff},
+    ffi::{self, IrqOff},
     hal::Host,
     shared::bump,
     tables::Spare,
@@ -110,7 +110,7 @@ impl Vcpu {
                 continue;
             }
             self.update_clock(inner);
-            let stop = self.window(inner)?;
+            let stop = arch::in_window(inner, |inner, irq_off| self.guest_turns(inner, irq_off))?;
             self.shared.set_spins(matches!(stop, Stop::Spin));
             match stop {
                 Stop::Again => {}
@@ -186,24 +186,11 @@ impl Vcpu {
         result.inspect_err(|_| self.report(inner, &Exit::Interrupted))
     }
 
-    /// One window.
-    fn window(&self, inner: &mut Inner) -> Result<Stop> {
-        let pinned = PreemptOff::new();
-        inner.vcpu.bind().map_err(abi::errno)?;
-        let stop = self.guest_turns(inner, &pinned);
-        let unbound = inner.vcpu.unbind().map_err(abi::errno);
-        drop(pinned);
-        let stop = stop?;
-        unbound?;
-        Ok(stop)
-    }
-
     /// Enters the guest again and again until something must be done outside the window.
-    fn guest_turns(&self, inner: &mut Inner, pinned: &PreemptOff) -> Result<Stop> {
-        let irq_off = IrqOff::new(pinned);
+    fn guest_turns(&self, inner: &mut Inner, irq_off: &IrqOff) -> Result<Stop> {
         let cpu = Host::cpu_id();
         self.shared.stats.last_cpu.store(cpu as u32, Ordering::Relaxed);
-        let in_guest = self.shared.enter(cpu, &irq_off);
+        let in_guest = self.shared.enter(cpu, irq_off);
         let mut entries_left = ENTRIES_IN_A_ROW;
         let stop = loop {
             // From here to the entry nothing may be added that posts to ourselves: posts made before are seen below, and posts
@@ -211,8 +198,8 @@ impl Vcpu {
             if irq_off.work_pending() || self.shared.kick_pending() || entries_left == 0 {
                 break Ok(Stop::Again);
             }
-            let turn = self.turn(inner, &irq_off, &mut entries_left);
-            self.tell(inner, &irq_off);
+            let turn = self.turn(inner, irq_off, &mut entries_left);
+            self.tell(inner, irq_off);
             match turn {
                 Ok(None) => {}
                 Ok(Some(stop)) => break Ok(stop),
@@ -221,9 +208,8 @@ impl Vcpu {
         };
         // A vCPU that has failed has left by itself, and cannot be asked to.
         let left = inner.vcpu.arch_mut().map_or(Ok(()), arch::VCpu::leave).map_err(abi::errno);
-        self.tell(inner, &irq_off);
+        self.tell(inner, irq_off);
         drop(in_guest);
-        arch::interrupts_on(irq_off);
         left.and(stop)
     }
 

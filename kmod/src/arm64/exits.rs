@@ -7,12 +7,14 @@ use axvcpu_uapi::{
     run as abi_run,
     vcpu::ExitKind,
 };
+use kernel::prelude::*;
 use vcpu_core::{AccessFlags, AxResult, AxVCpu};
 
 use super::VCpu;
 use crate::{
+    abi,
     aspace::Fault,
-    ffi::IrqOff,
+    ffi::{IrqOff, PreemptOff},
     hal::Host,
     run::Between,
     vcpu::{Inner, Vcpu},
@@ -43,6 +45,23 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) ->
         vcpu.settle();
     }
     Ok(kind.unwrap_or(ExitKind::PageFault))
+}
+
+/// One window. Interrupts are off only while the guest has the CPU: the kernel lends the FPU with interrupts on only.
+///
+/// # Errors
+/// Those of binding and unbinding, and of `turns`.
+pub(crate) fn in_window<T>(inner: &mut Inner, turns: impl FnOnce(&mut Inner, &IrqOff) -> Result<T>) -> Result<T> {
+    let pinned = PreemptOff::new();
+    inner.vcpu.bind().map_err(abi::errno)?;
+    let irq_off = IrqOff::new();
+    let result = turns(inner, &irq_off);
+    drop(irq_off);
+    let unbound = inner.vcpu.unbind().map_err(abi::errno);
+    drop(pinned);
+    let result = result?;
+    unbound?;
+    Ok(result)
 }
 
 /// Makes everything known that the run page shows after an exit at an address that is no memory: it is already.

@@ -16,7 +16,7 @@ use vcpu_core::{
     AxError, AxResult, HostPhysAddr,
 };
 
-pub(crate) use exits::{enter, show_all};
+pub(crate) use exits::{enter, in_window, show_all};
 pub(crate) use arm_vcpu::{barrier_for_tables as tables_changed, Mailbox, NestedTable, Reply, TimerUpdate};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
@@ -25,10 +25,7 @@ pub(crate) use vm::{message, new_vm, vm_ioctl, Message, VmState};
 
 use kernel::sync::Arc;
 
-use crate::{
-    ffi::{self, IrqOff},
-    hal::Host,
-};
+use crate::{ffi, hal::Host};
 
 /// A VM's interrupt controller.
 pub(crate) type Gic = arm_vcpu::gic::Gic<Host>;
@@ -95,11 +92,6 @@ pub(crate) const LARGEST_IN_PLACE: PageSize = PageSize::Size4K;
 /// None.
 pub(crate) fn new_mailbox() -> AxResult<Mailbox> {
     Ok(Mailbox::new())
-}
-
-/// Lets interrupts through again.
-pub(crate) fn interrupts_on(irq_off: IrqOff) {
-    drop(irq_off);
 }
 
 /// Whether there are ports.

@@ -3,14 +3,16 @@
 //! what the run page shows.
 
 use axvcpu_uapi::{exit::AxVCpuExitReason as Exit, run as abi_run, vcpu::ExitKind};
+use kernel::prelude::*;
 use vcpu_core::{AccessFlags, AccessWidth, AxResult, AxVCpu, GuestPhysAddr};
 use x86_vcpu::{
     apic::{Message, TimerUpdate},
-    PageFault, Turns,
+    HostInterrupt, PageFault, Turns,
 };
 
 use super::VCpu;
 use crate::{
+    abi,
     aspace::Fault,
     ffi::IrqOff,
     hal::Host,
@@ -26,6 +28,28 @@ use crate::{
 pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) -> AxResult<ExitKind> {
     vcpu.run_by(|arch, entries, exit| arch.run_while(exit, &mut Entries { between, entries }))?;
     Ok(vcpu.arch()?.exit_kind())
+}
+
+/// One window, with interrupts off from beginning to end: so no softirq can come between that would have to be kept from using the
+/// FPU, and what interrupts do is done with all of the host's state in place. The first may be one that an exit has taken from
+/// the local APIC.
+///
+/// # Errors
+/// Those of binding and unbinding, and of `turns`.
+pub(crate) fn in_window<T>(inner: &mut Inner, turns: impl FnOnce(&mut Inner, &IrqOff) -> Result<T>) -> Result<T> {
+    let irq_off = IrqOff::new();
+    inner.vcpu.bind().map_err(abi::errno)?;
+    let result = turns(inner, &irq_off);
+    let unbound = inner.vcpu.unbind().map_err(abi::errno);
+    match HostInterrupt::take::<Host>() {
+        // SAFETY: Interrupts are off and can go on, as the vCPU is unbound and with that has given back the host's state; a host
+        // without an IDT has no such interrupts.
+        Some(interrupt) => irq_off.end_by(|| unsafe { interrupt.deliver() }),
+        None => drop(irq_off),
+    }
+    let result = result?;
+    unbound?;
+    Ok(result)
 }
 
 /// Makes everything known that the run page shows after an exit at an address that is no memory.

@@ -16,9 +16,9 @@ use vcpu_core::{
     npt::{PageSize, TableMemory},
     AxResult, HostPhysAddr,
 };
-use x86_vcpu::{Capabilities, HostInterrupt, X86PerCpu, X86VCpu};
+use x86_vcpu::{Capabilities, X86PerCpu, X86VCpu};
 
-pub(crate) use exits::{enter, show_all};
+pub(crate) use exits::{enter, in_window, show_all};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
@@ -28,7 +28,7 @@ pub(crate) use x86_vcpu::{
     NestedTable, Reply,
 };
 
-use crate::{ffi::IrqOff, hal::Host};
+use crate::hal::Host;
 
 /// The backend of a vCPU.
 pub(crate) type VCpu = X86VCpu<Host>;
@@ -75,16 +75,6 @@ pub(crate) fn tables_changed() {}
 /// `NoMemory`.
 pub(crate) fn new_mailbox() -> AxResult<Mailbox> {
     VCpu::new_mailbox()
-}
-
-/// Lets interrupts through again, beginning with one that an exit has taken from the local APIC.
-pub(crate) fn interrupts_on(irq_off: IrqOff) {
-    match HostInterrupt::take::<Host>() {
-        // SAFETY: Interrupts are off and can go on, as the vCPU has left the guest and with it given back the host's state; a host
-        // without an IDT has no such interrupts.
-        Some(interrupt) => irq_off.end_by(|| unsafe { interrupt.deliver() }),
-        None => drop(irq_off),
-    }
 }
 
 /// Whether there are ports.
