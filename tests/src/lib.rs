@@ -11,6 +11,7 @@ pub mod abuse;
 pub mod code;
 #[cfg(target_arch = "x86_64")]
 pub mod cpus;
+pub mod eventfd;
 #[cfg(target_arch = "x86_64")]
 pub mod flaws;
 #[cfg(target_arch = "x86_64")]

@@ -4,6 +4,7 @@
 use super::arch::{KNOWN_WRITES, MSI, MSI_DATA, MSI_LEVEL, NOT_MSI};
 use super::files::{bare, orders};
 use super::Objects;
+use crate::eventfd::eventfd;
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{open_axvcpu, spin};
 use crate::{ensure_eq, raw, table};
@@ -14,7 +15,6 @@ use axvcpu_uapi::vm::{
     IoEventfd, Irqfd, IOEVENTFD_DATAMATCH, IOEVENTFD_DETACH, IOEVENTFD_PORT, IRQFD_DETACH, IRQFD_RESAMPLE,
 };
 use axvcpu_uapi::AbiStruct;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
@@ -26,10 +26,6 @@ pub(super) fn cases() -> Vec<Case> {
         "eventfds/limits" => limits;
         "eventfds/closed-in-every-order" => closed;
     }
-}
-
-fn eventfd() -> Result<EventFd, Stop> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?)
 }
 
 fn irqfd() -> CaseResult {

@@ -5,13 +5,13 @@
 //! Addresses that the kernel may store to, or hand to the guest, are those of one buffer, or are none.
 
 use super::{arch, Kind, CALLS};
-use crate::harness::{self, Case, CaseResult, Stop};
+use crate::eventfd::eventfd;
+use crate::harness::{self, Case, CaseResult};
 use crate::machine::open_axvcpu;
 use crate::random::{seed, Random};
 use crate::{ensure, raw, table};
 use axvcpu_uapi::client::{Backing, Errno, Memory};
 use axvcpu_uapi::ioctl;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -197,10 +197,6 @@ fn calls(files: &Files, current: &Current, arena: &Memory, random: &mut Random, 
     }
     ensure!(made.contains(&true), "no call on a vCPU ever succeeded");
     Ok(())
-}
-
-fn eventfd() -> Result<EventFd, Stop> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?)
 }
 
 /// Random calls from several threads, and one more that kicks every vCPU all the time.

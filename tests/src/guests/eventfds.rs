@@ -6,24 +6,10 @@ mod signals;
 
 use crate::harness::{Case, Stop};
 use crate::machine::{Machine, Mode, CODE};
-use axvcpu_uapi::client::{Apic, Errno};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use axvcpu_uapi::client::Apic;
 
 pub(super) fn cases() -> Vec<Case> {
     [interrupts::cases(), signals::cases()].into_iter().flatten().collect()
-}
-
-fn eventfd() -> Result<EventFd, Stop> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
-}
-
-/// Takes the count of an eventfd: 0 if it was not signalled.
-fn count(event: &EventFd) -> Result<u64, Stop> {
-    match event.read() {
-        Ok(count) => Ok(count),
-        Err(Errno::EAGAIN) => Ok(0),
-        Err(errno) => Err(errno.into()),
-    }
 }
 
 /// A machine whose APIC is enabled as soon as the code, an `enabling_code`, has run; vector 0x40 goes to CODE + 0x100.

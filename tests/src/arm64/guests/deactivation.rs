@@ -3,12 +3,12 @@
 //! another one, which runs at the same time.
 
 use super::smp::{all, machine};
+use crate::eventfd::eventfd;
 use crate::gic_code;
 use crate::harness::{Case, CaseResult};
 use crate::machine::{GICD, HOLE};
 use crate::{code, ensure_eq, table};
 use axvcpu_uapi::arm64::{GIC_CLEAR_SPI, GIC_SET_SPI};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::AsFd;
 
 /// The cases.
@@ -117,7 +117,6 @@ fn resampled() -> CaseResult {
         "hvc #0"
     );
     let (mut m, mut others) = machine(code, lowering(), 2)?;
-    let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
     let (event, resample, told) = (eventfd()?, eventfd()?, eventfd()?);
     m.vm.attach_interrupt(&event, GICD + GIC_SET_SPI, 40, Some(resample.as_fd()))?;
     let at = axvcpu_uapi::client::IoAddress::Memory(HOLE);

@@ -2,6 +2,7 @@
 //! Eventfds that the guest signals by a store: in the kernel, which goes by what the CPU tells of the store, or through the
 //! client library, for stores of which it tells nothing.
 
+use crate::eventfd::{count, eventfd};
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, HOLE};
 use crate::{code, ensure, ensure_eq, table};
@@ -10,7 +11,6 @@ use axvcpu_uapi::client::{Errno, Error, IoAddress, IoPattern};
 use axvcpu_uapi::exit::AccessWidth::{self, Byte, Dword, Qword, Word};
 use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason as Exit};
 use axvcpu_uapi::vcpu::ExitKind;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -21,19 +21,6 @@ pub(super) fn cases() -> Vec<Case> {
         "eventfds/other-stores-are-exits" => undecoded;
         "eventfds/stores-to-read-only-memory-are-exits" => read_only;
         "eventfds/table-replaced-while-the-guest-uses-it" => replaced;
-    }
-}
-
-fn eventfd() -> Result<EventFd, Stop> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
-}
-
-/// Takes the count of an eventfd: 0 if it was not signalled.
-fn count(event: &EventFd) -> Result<u64, Stop> {
-    match event.read() {
-        Ok(count) => Ok(count),
-        Err(Errno::EAGAIN) => Ok(0),
-        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Signals that interrupt the guest: an edge each, or a level that is sampled again when the guest has handled it.
 
-use super::{count, enabling_code, eventfd, machine};
+use super::{enabling_code, machine};
+use crate::eventfd::{count, eventfd};
 use crate::guests::x2apic::MSI;
 use crate::harness::{self, Case, CaseResult, Stop};
 use crate::{ensure, ensure_eq, table};

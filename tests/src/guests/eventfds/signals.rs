@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Writes of the guest that signal: to ports and addresses, by the kernel where it can tell the write, else by the client library.
 
-use super::{count, enabling_code, eventfd, machine};
+use super::{enabling_code, machine};
+use crate::eventfd::{count, eventfd};
 use crate::guests::x2apic::MSI;
 use crate::harness::{self, Case, CaseResult};
 use crate::machine::{Machine, Mode, CODE, HOLE};

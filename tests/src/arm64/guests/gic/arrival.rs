@@ -2,14 +2,14 @@
 //! How interrupts arrive: at a guest that runs or sleeps, of a level or an edge, by message or eventfd, and wherever the vCPU is.
 
 use super::{clear, expect, machine, ready, set, sleeping, told_code, EDGE_40, END, IPRIORITYR10, READY};
+use crate::eventfd::eventfd;
 use crate::guests::interrupts::{join, nothing_comes, when_asleep};
-use crate::harness::{Case, CaseResult, Stop};
+use crate::harness::{Case, CaseResult};
 use crate::machine::GICD;
 use crate::pin::{pin, Allowed, SELF};
 use crate::{ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::GIC_SET_SPI;
 use axvcpu_uapi::client::{Errno, Error};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
@@ -91,10 +91,6 @@ fn edge() -> CaseResult {
     expect(&mut m, 40, "the next")?;
     expect(&mut m, END, "its end")?;
     nothing_comes(&mut m)
-}
-
-fn eventfd() -> Result<EventFd, Stop> {
-    Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
 }
 
 fn eventfd_edge() -> CaseResult {
