@@ -196,7 +196,10 @@ fn remapped() -> CaseResult {
         Ok(())
     })?;
     ensure!(faults.load(Ordering::Relaxed) > 0, "no vCPU ever found the page gone");
-    ensure!(vm.stats()?.shootdowns > 0, "no vCPU was ever in the guest when the page went");
+    // On one CPU none can be: the thread that takes the page away is there.
+    if thread::available_parallelism().map_or(1, usize::from) > 1 {
+        ensure!(vm.stats()?.shootdowns > 0, "no vCPU was ever in the guest when the page went");
+    }
     drop((ram, slots));
     Ok(())
 }
