@@ -42,7 +42,10 @@ use crate::{
     vm::{Member, Vm},
 };
 
+mod leaf;
 mod log;
+
+use leaf::leaf_for;
 
 /// Regions per address space.
 pub(crate) const MAX_REGIONS: usize = 512;
@@ -197,27 +200,31 @@ impl AddressSpace {
         }
         let host = usize::try_from(region.host_of(page_addr)).ok()?;
         // SAFETY: The VM holds a reference to the structure, and the fault is one of the process itself.
-        let leaf = unsafe { HostLeaf::usable(self.vm.mm().as_raw(), host, irq_off) }?;
+        let host = unsafe { HostLeaf::usable(self.vm.mm().as_raw(), host, irq_off) }?;
         let mut perms = Permissions::from_bits(region.flags)?;
-        if !leaf.writable() {
+        if !host.writable() {
             perms = perms.intersection(READ_ONLY);
         }
-        if access.contains(AccessFlags::WRITE) && !leaf.writable()
-            || perms.contains(Permissions::WRITE) && !leaf.dirty()
+        if access.contains(AccessFlags::WRITE) && !host.writable()
+            || perms.contains(Permissions::WRITE) && !host.dirty()
         {
             return None;
         }
-        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, leaf.phys(), || leaf.shift());
-        let start = region.host_of(guest);
-        if size > arch::LARGEST_IN_PLACE || state.changes.is_under_way(&(start..start.saturating_add(size.bytes()))) {
+        let leaf = leaf_for(&state, &region, page_addr, host.phys(), || host.shift());
+        let (start, bytes) = (region.host_of(leaf.guest), leaf.size.bytes());
+        if leaf.size > arch::LARGEST_IN_PLACE || state.changes.is_under_way(&(start..start.saturating_add(bytes))) {
             return None;
         }
         let before = state.leaf_count();
         let State { table, retired, .. } = &mut *state;
         let table = table.as_mut()?;
+        if leaf.must_be_split(table, access) {
+            return None;
+        }
         let tables = table.table_count();
-        arch::prepare_memory(phys, size.bytes());
-        let mapped = table.map_empty(guest, phys, size, perms, MemoryType::WriteBack, &mut Memory { spare, retired });
+        arch::prepare_memory(leaf.phys, bytes);
+        let memory = &mut Memory { spare, retired };
+        let mapped = table.map_empty(leaf.guest, leaf.phys, leaf.size, perms, MemoryType::WriteBack, memory);
         if mapped != Ok(true) {
             return None;
         }
@@ -253,12 +260,12 @@ impl AddressSpace {
         if !page.writable() {
             perms = perms.intersection(READ_ONLY);
         }
-        let (guest, phys, size) = self.leaf_for(&state, &region, page_addr, page.phys(), || {
+        let leaf = leaf_for(&state, &region, page_addr, page.phys(), || {
             // SAFETY: The VM holds a reference to the structure, and the fault is one of the process itself.
             usize::try_from(host).map_or(0, |host| unsafe { ffi::host_leaf_shift(self.vm.mm().as_raw(), host) })
         });
-        let start = region.host_of(guest);
-        if state.changes.disturbed(snapshot, &(start..start.saturating_add(size.bytes()))) {
+        let (start, bytes) = (region.host_of(leaf.guest), leaf.size.bytes());
+        if state.changes.disturbed(snapshot, &(start..start.saturating_add(bytes))) {
             return Ok(Fault::Resolved);
         }
         let before = state.leaf_count();
@@ -274,21 +281,19 @@ impl AddressSpace {
         let State { table, retired, .. } = &mut *state;
         let table = table.as_mut().ok_or(EINVAL)?;
         let tables = table.table_count();
-        let replaces = !present.is_some_and(|old| old.size == size && old.hpa.align_down(size.bytes()) == phys);
+        let replaces = !present.is_some_and(|old| old.size == leaf.size && old.hpa.align_down(bytes) == leaf.phys);
         if arch::BREAK_BEFORE_MAKE && replaces {
-            let dropped = table.zap(guest, size.bytes(), &mut Memory { spare, retired });
+            let dropped = table.zap(leaf.guest, bytes, &mut Memory { spare, retired });
             if !dropped.is_empty() {
                 self.shoot_down(&mut state);
             }
         }
         if present.is_none() {
-            arch::prepare_memory(phys, size.bytes());
+            arch::prepare_memory(leaf.phys, bytes);
         }
         let State { table, retired, .. } = &mut *state;
         let table = table.as_mut().ok_or(EINVAL)?;
-        let flush = table
-            .map(guest, phys, size, perms, MemoryType::WriteBack, &mut Memory { spare, retired })
-            .map_err(abi::errno)?;
+        let flush = leaf.install(table, perms, access, &mut Memory { spare, retired }).map_err(abi::errno)?;
         let tables = table.table_count().wrapping_sub(tables);
         self.account(before, state.leaf_count(), tables);
         self.vm.stats.faults.fetch_add(1, Ordering::Relaxed);
@@ -296,33 +301,6 @@ impl AddressSpace {
             self.shoot_down(&mut state);
         }
         Ok(Fault::Resolved)
-    }
-
-    /// The largest leaf that may be mapped around `addr`, whose host page is at `phys`: as large as the host's own mapping, whose
-    /// size is `shift` as log2 of bytes, the region, the alignment and the dirty log allow. The lock is held; the answer holds if
-    /// nothing is changing there.
-    #[inline]
-    fn leaf_for(
-        &self,
-        state: &State,
-        region: &Region,
-        addr: GuestPhysAddr,
-        phys: HostPhysAddr,
-        shift: impl FnOnce() -> u32,
-    ) -> (GuestPhysAddr, HostPhysAddr, PageSize) {
-        let small = (addr, phys, PageSize::Size4K);
-        let large = PageSize::Size2M.bytes();
-        let guest = addr.align_down(large);
-        let host = region.host_of(addr);
-        let inside = region.contains(guest)
-            && guest.checked_add(large - 1).is_some_and(|last| region.contains(last))
-            && (host ^ addr.as_u64()) & (large - 1) == 0
-            && (phys.as_u64() ^ addr.as_u64()) & (large - 1) == 0
-            && !state.log.as_ref().is_some_and(|log| log.touches(guest, PageSize::Size2M));
-        if !inside || shift() < large.trailing_zeros() {
-            return small;
-        }
-        (guest, phys.align_down(large), PageSize::Size2M)
     }
 
     /// Drops the mappings of a guest range and makes sure that no vCPU uses them. The lock is held.

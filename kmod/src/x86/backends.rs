@@ -44,7 +44,8 @@ impl Backends {
     }
 }
 
-/// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation.
+/// Says what is done so that guests, and host and guest, learn nothing of each other by the CPU's speculation, and cannot stop
+/// the machine.
 fn tell_mitigations() {
     let Mitigations {
         clear_buffers,
@@ -56,11 +57,12 @@ fn tell_mitigations() {
         clear_history,
         rewrite_spec_ctrl,
         flush_l1d,
+        small_code,
     } = Host::mitigations();
     let word = |wanted: bool, word: &'static str| if wanted { word } else { "" };
     let ibpb = |wanted: bool| word(wanted && Capabilities::host().branch_barrier, " IBPB");
     pr_info!(
-        "at a change of vCPU:{} after the host:{} before entry:{}{} after exit:{}{}{}{}{} before userspace:{}\n",
+        "at a change of vCPU:{} after the host:{} before entry:{}{} after exit:{}{}{}{}{} before userspace:{}{}\n",
         ibpb(branch_barrier),
         word(flush_l1d == L1dFlush::AfterHost, " L1D-flush"),
         word(flush_l1d == L1dFlush::Always, " L1D-flush"),
@@ -71,6 +73,7 @@ fn tell_mitigations() {
         word(rewrite_spec_ctrl, " IBRS"),
         word(clear_history, " BHB-clearing"),
         ibpb(barrier_before_user),
+        word(small_code, "; no code in large pages"),
     );
     if Mitigations::leaves_l1d_to_siblings(ffi::host_flags()) {
         pr_warn!(

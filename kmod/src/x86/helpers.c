@@ -91,7 +91,8 @@ unsigned int axvcpu_host_flags(void)
 	       boot_cpu_has_bug(X86_BUG_L1TF) << 7 |
 	       axvcpu_skips_l1d_flush() << 8 |
 	       cpu_mitigations_off() << 9 |
-	       sched_smt_active() << 10;
+	       sched_smt_active() << 10 |
+	       boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT) << 11;
 }
 
 unsigned int axvcpu_tsc_khz(void)

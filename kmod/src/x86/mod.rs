@@ -16,7 +16,7 @@ use vcpu_core::{
     npt::{PageSize, TableMemory},
     AxResult, HostPhysAddr,
 };
-use x86_vcpu::{Capabilities, X86PerCpu, X86VCpu};
+use x86_vcpu::{Capabilities, X86Hal, X86PerCpu, X86VCpu};
 
 pub(crate) use exits::{enter, in_window, show_all};
 pub(crate) use backends::Backends;
@@ -45,7 +45,8 @@ pub(crate) type PerCpu = X86PerCpu<Host>;
 /// `NoMemory`, or that there is no backend.
 pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable, u64)> {
     let caps = Capabilities::host();
-    let table = x86_vcpu::new_table(x86_vcpu::detect()?, caps.npt_levels, memory)?;
+    let small_code = Host::mitigations().small_code;
+    let table = x86_vcpu::new_table(x86_vcpu::detect()?, caps.npt_levels, small_code, memory)?;
     Ok((table, 1u64.checked_shl(caps.guest_phys_bits).unwrap_or(0).min(caps.npt_levels.limit())))
 }
 

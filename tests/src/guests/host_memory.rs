@@ -38,6 +38,9 @@ pub(super) fn cases() -> Vec<Case> {
         "host-memory/truncated-file" => files::truncated [abi];
         "host-memory/reserved-huge-pages" => huge::huge [abi];
         "host-memory/transparent-huge-page-split-by-the-host" => huge::split [abi];
+        "host-memory/huge-page-executed" => huge::executed [abi];
+        "host-memory/huge-page-not-to-be-executed" => huge::not_executable [abi];
+        "host-memory/huge-page-executed-and-protected-again-and-again" => huge::executed_and_protected [abi];
         "host-memory/merged-and-written" => merged [abi], in 60;
         "host-memory/accounted-to-the-control-group" => accounted [abi], in 60;
     }

@@ -41,6 +41,20 @@ impl<A: Format, B: Format> EitherTable<A, B> {
         NestedPageTable::new(levels, memory).map(Self::B)
     }
 
+    /// See [`NestedPageTable::with_small_code`].
+    #[must_use]
+    pub fn with_small_code(self) -> Self {
+        match self {
+            Self::A(table) => Self::A(table.with_small_code()),
+            Self::B(table) => Self::B(table.with_small_code()),
+        }
+    }
+
+    /// See [`NestedPageTable::has_small_code`].
+    pub fn has_small_code(&self) -> bool {
+        on!(self, table => table.has_small_code())
+    }
+
     /// Address of the root.
     pub fn root(&self) -> HostPhysAddr {
         on!(self, table => table.root())
@@ -106,6 +120,14 @@ impl<A: Format, B: Format> EitherTable<A, B> {
         memory: &mut impl TableMemory,
     ) -> AxResult<Flush> {
         on!(self, table => table.restrict(gpa, size, perms, memory))
+    }
+
+    /// Splits the leaf around `gpa` until the page around `gpa` has `size`.
+    ///
+    /// # Errors
+    /// As [`NestedPageTable::split`].
+    pub fn split(&mut self, gpa: GuestPhysAddr, size: PageSize, memory: &mut impl TableMemory) -> AxResult<Flush> {
+        on!(self, table => table.split(gpa, size, memory))
     }
 
     /// What is mapped at `gpa`.

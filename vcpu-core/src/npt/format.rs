@@ -12,14 +12,29 @@ use crate::HostPhysAddr;
 pub struct Leaf {
     /// Host physical address, a multiple of the page's size below 2^52.
     pub hpa: HostPhysAddr,
-    /// What the guest may do; contains [`Permissions::READ`].
+    /// What the entry allows the guest; contains [`Permissions::READ`].
     pub perms: Permissions,
+    /// The page may be executed, but [`Permissions::EXECUTE`] is not in `perms`, since only smaller leaves may have it (see
+    /// [`NestedPageTable::with_small_code`](super::NestedPageTable::with_small_code)). The hardware ignores the bit.
+    pub withheld: bool,
     /// How the CPU caches it.
     pub memory_type: MemoryType,
     /// Accessed through this entry since it was written.
     pub accessed: bool,
     /// Written through this entry since it was written.
     pub dirty: bool,
+}
+
+impl Leaf {
+    /// What the page allows the guest, by this leaf or by smaller ones in its place.
+    #[inline]
+    pub const fn rights(self) -> Permissions {
+        if self.withheld {
+            self.perms.union(Permissions::EXECUTE)
+        } else {
+            self.perms
+        }
+    }
 }
 
 /// A decoded entry.
@@ -81,10 +96,12 @@ impl Npt {
     const DIRTY: u64 = 1 << 6;
     /// Bit 7, PS: a leaf at levels 2 and 3 (section 5.3.3). At level 1 it is bit 2 of the PAT index, which stays 0.
     const PAGE_SIZE: u64 = 1 << 7;
+    /// Bit 9, free for software (section 5.4.1, "AVL"): execution is withheld.
+    const WITHHELD: u64 = 1 << 9;
     /// Bit 63, NX: no instruction fetches; the levels' bits are ORed (section 5.6.1). Host EFER.NXE must be set, as
     /// it is under Linux.
     const NO_EXECUTE: u64 = 1 << 63;
-    // Bit 8, G, has no meaning in nested tables (section 15.25.5); bits 11:9 and 58:52 are free for software; bits 62:59
+    // Bit 8, G, has no meaning in nested tables (section 15.25.5); bits 11:10 and 58:52 are free for software; bits 62:59
     // are the protection key with CR4.PKE. They stay 0.
 }
 
@@ -110,6 +127,7 @@ impl Format for Npt {
             // A large leaf has bit 2 of the PAT index in bit 12, below its address.
             hpa: HostPhysAddr::new(entry & ADDRESS).align_down(size.bytes()),
             perms,
+            withheld: entry & Self::WITHHELD != 0,
             memory_type: if entry & (Self::PWT | Self::PCD) == 0 {
                 MemoryType::WriteBack
             } else {
@@ -130,6 +148,7 @@ impl Format for Npt {
             | Self::USER
             | flag(leaf.perms.contains(Permissions::WRITE), Self::WRITABLE)
             | flag(!leaf.perms.contains(Permissions::EXECUTE), Self::NO_EXECUTE)
+            | flag(leaf.withheld, Self::WITHHELD)
             | flag(leaf.memory_type == MemoryType::Uncacheable, Self::PWT | Self::PCD)
             | flag(leaf.accessed, Self::ACCESSED)
             | flag(leaf.dirty, Self::DIRTY)
@@ -168,9 +187,11 @@ impl Ept {
     const ACCESSED: u64 = 1 << 8;
     /// Bit 9 of a leaf: dirty, likewise.
     const DIRTY: u64 = 1 << 9;
+    /// Bit 11, ignored: execution is withheld.
+    const WITHHELD: u64 = 1 << 11;
     // Bit 10 allows user-mode fetches under mode-based execute control; bit 57 is "verify guest paging", 58
     // "paging-write access", 60 "supervisor shadow stack", 61 "sub-page write permissions", 63 "suppress #VE": each means
-    // something only under a VM-execution control of its own. Bits 11, 56:52, 59 and 62 are ignored. They stay 0.
+    // something only under a VM-execution control of its own. Bits 56:52, 59 and 62 are ignored. They stay 0.
 }
 
 impl Format for Ept {
@@ -195,6 +216,7 @@ impl Format for Ept {
         Entry::Leaf(Leaf {
             hpa: HostPhysAddr::new(entry & ADDRESS).align_down(size.bytes()),
             perms,
+            withheld: entry & Self::WITHHELD != 0,
             memory_type: if entry & Self::TYPE == Self::TYPE_WRITE_BACK {
                 MemoryType::WriteBack
             } else {
@@ -211,6 +233,7 @@ impl Format for Ept {
             | flag(leaf.perms.contains(Permissions::READ), Self::READ)
             | flag(leaf.perms.contains(Permissions::WRITE), Self::WRITE)
             | flag(leaf.perms.contains(Permissions::EXECUTE), Self::EXECUTE)
+            | flag(leaf.withheld, Self::WITHHELD)
             // UC is type 0. With PAT not ignored, a guest may make it WC (SDM volume 3A, "Effective Memory Types").
             | flag(leaf.memory_type == MemoryType::WriteBack, Self::TYPE_WRITE_BACK | Self::IGNORE_PAT)
             | flag(leaf.accessed, Self::ACCESSED)
@@ -261,6 +284,8 @@ mod stage2 {
     const ACCESSED: u64 = 1 << 55;
     /// Bit 56, free for software: dirty.
     const DIRTY: u64 = 1 << 56;
+    /// Bit 57, free for software: execution is withheld.
+    const WITHHELD: u64 = 1 << 57;
 
     pub(super) fn decode(entry: u64, level: Level, address: HostPhysAddr) -> Entry {
         if entry & VALID == 0 {
@@ -283,6 +308,7 @@ mod stage2 {
         Entry::Leaf(Leaf {
             hpa: address.align_down(size.bytes()),
             perms,
+            withheld: entry & WITHHELD != 0,
             memory_type: if entry & MEM_ATTR == WRITE_BACK { MemoryType::WriteBack } else { MemoryType::Uncacheable },
             accessed: entry & ACCESSED != 0,
             dirty: entry & DIRTY != 0,
@@ -298,6 +324,7 @@ mod stage2 {
             | flag(leaf.perms.contains(Permissions::WRITE), WRITE)
             | ACCESS_FLAG
             | flag(!leaf.perms.contains(Permissions::EXECUTE), NO_EXECUTE)
+            | flag(leaf.withheld, WITHHELD)
             | flag(leaf.accessed, ACCESSED)
             | flag(leaf.dirty, DIRTY)
     }

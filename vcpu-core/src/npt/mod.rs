@@ -280,6 +280,13 @@ impl Permissions {
     pub const fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
+
+    /// What is in this set and not in `other`.
+    #[must_use]
+    #[inline]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
 }
 
 impl fmt::Debug for Permissions {
@@ -309,6 +316,9 @@ pub struct Mapping {
     pub size: PageSize,
     /// What the guest may do.
     pub perms: Permissions,
+    /// It may execute the page as well, but not through a leaf of this size:
+    /// [`split`](NestedPageTable::split) gives the permission. See [`NestedPageTable::with_small_code`].
+    pub withheld: bool,
     /// How it is cached.
     pub memory_type: MemoryType,
     /// The CPU has accessed the page. A hint, see the [module](self).
@@ -325,6 +335,7 @@ impl Mapping {
             hpa: HostPhysAddr::new(leaf.hpa.as_u64() | (gpa & (size.bytes() - 1))),
             size,
             perms: leaf.perms,
+            withheld: leaf.withheld,
             memory_type: leaf.memory_type,
             accessed: leaf.accessed,
             dirty: leaf.dirty,
@@ -399,6 +410,11 @@ impl Flush {
     /// Whether it is [`Needed`](Self::Needed).
     pub const fn is_needed(self) -> bool {
         matches!(self, Self::Needed)
+    }
+
+    /// What two changes need together.
+    pub const fn or(self, other: Self) -> Self {
+        Self::needed_if(self.is_needed() || other.is_needed())
     }
 
     const fn needed_if(needed: bool) -> Self {

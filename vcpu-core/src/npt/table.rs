@@ -21,10 +21,12 @@ use crate::{AxError, AxResult, GuestPhysAddr, HostPhysAddr};
 /// # Invariants
 /// - Each table but the root is linked exactly once, and has an entry that is not empty.
 /// - The counts are those of the tables linked.
+/// - With `small_code`, no leaf larger than 4 KiB has [`Permissions::EXECUTE`], whatever the moment. Without it none is withheld.
 #[derive(Debug)]
 pub struct NestedPageTable<F> {
     root: HostPhysAddr,
     levels: Levels,
+    small_code: bool,
     leaves: LeafCount,
     tables: u64,
     format: PhantomData<fn() -> F>,
@@ -44,7 +46,26 @@ impl<F: Format> NestedPageTable<F> {
     /// [`AxError::NoMemory`].
     pub fn new<M: TableMemory>(levels: Levels, mem: &mut M) -> AxResult<Self> {
         let root = mem.alloc_root(levels.root_order()).ok_or(AxError::NoMemory)?;
-        Ok(Self { root, levels, leaves: LeafCount::default(), tables: 1 << levels.root_order(), format: PhantomData })
+        let tables = 1 << levels.root_order();
+        Ok(Self { root, levels, small_code: false, leaves: LeafCount::default(), tables, format: PhantomData })
+    }
+
+    /// The same with code in leaves of 4 KiB only, for CPUs that must not fetch instructions through a larger one. It must be
+    /// empty.
+    ///
+    /// A larger leaf that is given [`Permissions::EXECUTE`] does not have it, and remembers that it is
+    /// [`withheld`](Mapping::withheld): when the guest wants to execute, [`split`](Self::split) the leaf, whose parts have it,
+    /// or map the page itself.
+    #[must_use]
+    pub fn with_small_code(self) -> Self {
+        debug_assert!(self.leaves.is_empty());
+        // INVARIANT: There is no leaf.
+        Self { small_code: true, ..self }
+    }
+
+    /// Whether code is in leaves of 4 KiB only.
+    pub fn has_small_code(&self) -> bool {
+        self.small_code
     }
 
     /// The root table, or the first of them, for the hardware and for [`walk`](super::walk). It stays the same.
@@ -102,7 +123,8 @@ impl<F: Format> NestedPageTable<F> {
     ) -> AxResult<Flush> {
         self.check(gpa, hpa, size, perms)?;
         let slot = self.slot(gpa.as_u64(), size.level(), mem);
-        let mut leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
+        let wanted = Leaf { hpa, perms, withheld: false, memory_type, accessed: false, dirty: false };
+        let mut leaf = self.fitted(wanted, size);
         let flush = match slot.entry {
             Entry::Empty => Flush::NotNeeded,
             Entry::Leaf(large) => {
@@ -114,7 +136,7 @@ impl<F: Format> NestedPageTable<F> {
                     leaf.accessed = old.accessed;
                     leaf.dirty = old.dirty;
                 }
-                let grown = old.hpa == hpa && old.memory_type == memory_type && perms.contains(old.perms);
+                let grown = old.hpa == hpa && old.memory_type == memory_type && leaf.perms.contains(old.perms);
                 Flush::needed_if(!grown || slot.level > size.level())
             }
             Entry::Table(_) => Flush::Needed,
@@ -142,7 +164,7 @@ impl<F: Format> NestedPageTable<F> {
         if slot.entry != Entry::Empty {
             return Ok(false);
         }
-        let leaf = Leaf { hpa, perms, memory_type, accessed: false, dirty: false };
+        let leaf = Leaf { hpa, perms, withheld: false, memory_type, accessed: false, dirty: false };
         self.place(slot, gpa.as_u64(), leaf, size, mem)?;
         Ok(true)
     }
@@ -221,7 +243,7 @@ impl<F: Format> NestedPageTable<F> {
     }
 
     /// Splits the leaf around `gpa` until the page around `gpa` has `size`. Does nothing if leaves there are not larger.
-    /// Translations do not change.
+    /// Translations do not change, and permissions only in that what was [`withheld`](Mapping::withheld) no longer is.
     ///
     /// # Errors
     /// Nothing has changed then.
@@ -245,7 +267,8 @@ impl<F: Format> NestedPageTable<F> {
 
     /// Replaces the 512 leaves of the next smaller size around `gpa` by one of `size` (2 MiB or 1 GiB) and frees their table, if
     /// they are all there, contiguous in host memory, aligned to `size`, and equal in permissions and memory type.
-    /// Otherwise does nothing. Translations do not change.
+    /// Otherwise does nothing. Translations do not change, and permissions only in that one may now be
+    /// [`withheld`](Mapping::withheld).
     ///
     /// Returns [`Flush::Needed`] if it has merged.
     pub fn merge<M: TableMemory>(&mut self, gpa: GuestPhysAddr, size: PageSize, mem: &mut M) -> Flush {
@@ -298,6 +321,20 @@ impl<F: Format> NestedPageTable<F> {
         }
     }
 
+    /// `leaf` as it may be at `size`: with the right to execute withheld, or not.
+    #[inline]
+    fn fitted(&self, leaf: Leaf, size: PageSize) -> Leaf {
+        let rights = leaf.rights();
+        let withheld = self.small_code && size != PageSize::Size4K && rights.contains(Permissions::EXECUTE);
+        Leaf { perms: if withheld { rights.without(Permissions::EXECUTE) } else { rights }, withheld, ..leaf }
+    }
+
+    /// The entry for `leaf`. Every leaf that is written comes from here.
+    #[inline]
+    fn entry_of(&self, leaf: Leaf, size: PageSize) -> u64 {
+        F::encode_leaf(self.fitted(leaf, size), size)
+    }
+
     #[inline]
     fn slot<M: TableMemory>(&self, gpa: u64, lowest: Level, mem: &M) -> Slot {
         descend::<F>(self.root, self.levels, |table, index| mem.read(table, index), gpa, lowest)
@@ -307,7 +344,7 @@ impl<F: Format> NestedPageTable<F> {
     /// happens or, without frames, nothing.
     fn place<M: TableMemory>(&mut self, slot: Slot, gpa: u64, leaf: Leaf, size: PageSize, mem: &mut M) -> AxResult {
         let entry = if slot.level == size.level() {
-            F::encode_leaf(leaf, size)
+            self.entry_of(leaf, size)
         } else {
             self.place_below(slot, gpa, leaf, size, mem)?
         };
@@ -343,14 +380,14 @@ impl<F: Format> NestedPageTable<F> {
 
         // From the bottom: each table gets its entry for `gpa`, and around it the pieces of the large leaf, if that is what
         // the tables replace.
-        let mut entry = F::encode_leaf(leaf, size);
+        let mut entry = self.entry_of(leaf, size);
         let mut level = size.level();
         for &table in frames.iter().flatten() {
             if let (Entry::Leaf(large), Some(piece_size)) = (slot.entry, level.page_size()) {
                 let mut at = gpa & !(level.span() * ENTRIES as u64 - 1);
                 for index in 0..ENTRIES {
                     if index != level.index(gpa) {
-                        mem.write(table, index, F::encode_leaf(piece(large, slot.level, at), piece_size));
+                        mem.write(table, index, self.entry_of(piece(large, slot.level, at), piece_size));
                     }
                     at = at.wrapping_add(level.span());
                 }
@@ -403,7 +440,7 @@ impl<F: Format> NestedPageTable<F> {
     /// Puts `leaf` of `size` into the entry at `slot` and frees the tables below.
     fn fold<M: TableMemory>(&mut self, slot: Slot, leaf: Leaf, size: PageSize, mem: &mut M) {
         let old = F::decode(mem.read(slot.table, slot.index), slot.level);
-        mem.write(slot.table, slot.index, F::encode_leaf(leaf, size));
+        mem.write(slot.table, slot.index, self.entry_of(leaf, size));
         self.leaves.add(size, 1);
         if let (Entry::Table(table), Some(below)) = (old, slot.level.below()) {
             self.release(table, below, mem);
@@ -432,15 +469,16 @@ impl<F: Format> NestedPageTable<F> {
             return Err(AxError::InvalidInput);
         }
         // A leaf that keeps its permissions need not be split.
-        let split = self.cut(span, |leaf| new(leaf.perms) != leaf.perms, mem)?;
+        let split = self.cut(span, |leaf| new(leaf.rights()) != leaf.rights(), mem)?;
         let mut lost = false;
         self.sweep(span, mem, |leaf, _| {
-            let perms = new(leaf.perms);
-            if perms == leaf.perms {
+            let perms = new(leaf.rights());
+            if perms == leaf.rights() {
                 return Action::Keep;
             }
+            // A right that is withheld is none that a CPU could know of, and as it was, so it stays.
             lost |= !perms.contains(leaf.perms);
-            Action::Set(Leaf { perms, ..leaf })
+            Action::Set(Leaf { perms, withheld: false, ..leaf })
         });
         Ok(Flush::needed_if(lost || split))
     }
@@ -460,7 +498,7 @@ impl<F: Format> NestedPageTable<F> {
                 match (F::decode(mem.read(table, index), level), level.page_size()) {
                     (Entry::Leaf(leaf), Some(size)) => match decide(leaf, size) {
                         Action::Keep => {}
-                        Action::Set(leaf) => mem.write(table, index, F::encode_leaf(leaf, size)),
+                        Action::Set(leaf) => mem.write(table, index, self.entry_of(leaf, size)),
                         Action::Drop => {
                             mem.write(table, index, 0);
                             self.leaves.sub(size, 1);
@@ -512,7 +550,7 @@ impl<F: Format> NestedPageTable<F> {
 
 /// Whether two leaves differ in nothing but what the CPU has noted in them.
 fn same_translation(a: Leaf, b: Leaf) -> bool {
-    a.hpa == b.hpa && a.perms == b.perms && a.memory_type == b.memory_type
+    a.hpa == b.hpa && a.perms == b.perms && a.withheld == b.withheld && a.memory_type == b.memory_type
 }
 
 /// The part of `large`, a leaf of `level`, that begins at `gpa`.

@@ -35,6 +35,8 @@ impl HostFlags {
     pub const MITIGATIONS_OFF: u32 = 1 << 9;
     /// Threads of a core share its L1 data cache, and more than one of them is in use.
     pub const SMT_ACTIVE: u32 = 1 << 10;
+    /// `X86_BUG_ITLB_MULTIHIT`.
+    pub const ITLB_MULTIHIT: u32 = 1 << 11;
 
     const fn has(self, flag: u32) -> bool {
         self.0 & flag != 0
@@ -70,7 +72,7 @@ impl L1dFlush {
     }
 }
 
-/// Measures against speculative execution attacks. The default is all that a host need not know of.
+/// Measures against speculative execution attacks, and one against a guest that would stop the machine. The default is all that a host need not know of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mitigations {
     /// Clear the CPU's buffers by VERW before each entry.
@@ -94,6 +96,9 @@ pub struct Mitigations {
     pub rewrite_spec_ctrl: bool,
     /// When to flush the L1 data cache.
     pub flush_l1d: L1dFlush,
+    /// Have code in leaves of 4 KiB only, on VMX (iTLB multihit, CVE-2018-12207): the condition of KVM's parameter
+    /// `nx_huge_pages` where it is left to itself.
+    pub small_code: bool,
 }
 
 impl Mitigations {
@@ -109,6 +114,7 @@ impl Mitigations {
             clear_history: host.has(HostFlags::CLEAR_BHB_VMEXIT),
             rewrite_spec_ctrl: host.has(HostFlags::KERNEL_IBRS),
             flush_l1d: L1dFlush::new(host, l1d_flush),
+            small_code: host.has(HostFlags::ITLB_MULTIHIT) && !host.has(HostFlags::MITIGATIONS_OFF),
         }
     }
 
@@ -142,11 +148,12 @@ mod tests {
         clear_history: false,
         rewrite_spec_ctrl: false,
         flush_l1d: L1dFlush::Never,
+        small_code: false,
     };
 
     #[test]
     fn each_flag_has_its_own_consequence() {
-        let consequences: [Consequence; 10] = [
+        let consequences: [Consequence; 12] = [
             (HostFlags::CLEAR_CPU_BUF_VM, |m| m.clear_buffers = true),
             (HostFlags::RSB_VMEXIT, |m| m.refill_rsb = true),
             (HostFlags::UNRET, |m| m.untrain_returns = true),
@@ -156,6 +163,8 @@ mod tests {
             (HostFlags::KERNEL_IBRS, |m| m.rewrite_spec_ctrl = true),
             (HostFlags::L1TF, |m| m.flush_l1d = L1dFlush::AfterHost),
             (HostFlags::SMT_ACTIVE, |_| {}),
+            (HostFlags::ITLB_MULTIHIT, |m| m.small_code = true),
+            (HostFlags::ITLB_MULTIHIT | HostFlags::MITIGATIONS_OFF, |_| {}),
             (0, |_| {}),
         ];
         for (flag, change) in consequences {

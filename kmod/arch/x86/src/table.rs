@@ -9,15 +9,22 @@ use crate::caps::Backend;
 /// A nested page table: [`Npt`] for SVM, [`Ept`] for VMX.
 pub type NestedTable = EitherTable<Npt, Ept>;
 
-/// An empty table for `backend`.
+/// An empty table for `backend`; with `small_code` it has code in leaves of 4 KiB only (see
+/// [`Mitigations::small_code`](crate::Mitigations::small_code)).
 ///
 /// # Errors
 /// As [`NestedPageTable::new`](vcpu_core::npt::NestedPageTable::new).
-pub fn new_table(backend: Backend, levels: Levels, memory: &mut impl TableMemory) -> AxResult<NestedTable> {
-    match backend {
-        Backend::Svm => EitherTable::new_a(levels, memory),
-        Backend::Vmx => EitherTable::new_b(levels, memory),
-    }
+pub fn new_table(
+    backend: Backend,
+    levels: Levels,
+    small_code: bool,
+    memory: &mut impl TableMemory,
+) -> AxResult<NestedTable> {
+    let table = match backend {
+        Backend::Svm => EitherTable::new_a(levels, memory)?,
+        Backend::Vmx => EitherTable::new_b(levels, memory)?,
+    };
+    Ok(if small_code { table.with_small_code() } else { table })
 }
 
 #[cfg(test)]
@@ -56,7 +63,7 @@ mod tests {
         // Present, writable, user for SVM; read, write, execute, and the type write-back, for VMX.
         for (backend, leaf) in [(Backend::Svm, 0x1000 | 7), (Backend::Vmx, 0x1000 | 7 | 6 << 3 | 1 << 6)] {
             let mut frames = Frames::default();
-            let mut table = new_table(backend, Levels::Four, &mut frames).unwrap();
+            let mut table = new_table(backend, Levels::Four, false, &mut frames).unwrap();
             let page = HostPhysAddr::new(0x1000);
             let write_back = MemoryType::WriteBack;
             let at = GuestPhysAddr::new(0);
@@ -70,6 +77,25 @@ mod tests {
             assert_eq!(table.zap(at, 4096, &mut frames).size_4k, 1);
             table.free_all(&mut frames);
             assert!(frames.0.is_empty());
+        }
+    }
+
+    #[test]
+    fn large_leaves_have_code_unless_that_is_ruled_out() {
+        for backend in [Backend::Svm, Backend::Vmx] {
+            for small_code in [false, true] {
+                let mut frames = Frames::default();
+                let mut table = new_table(backend, Levels::Four, small_code, &mut frames).unwrap();
+                let (at, page) = (GuestPhysAddr::new(0), HostPhysAddr::new(0x20_0000));
+                let write_back = MemoryType::WriteBack;
+                let flush = table.map(at, page, PageSize::Size2M, Permissions::ALL, write_back, &mut frames).unwrap();
+                assert!(!flush.is_needed());
+                let perms = table.query(at, &frames).unwrap().perms;
+                assert_eq!(perms.contains(Permissions::EXECUTE), !small_code);
+                assert_eq!(table.has_small_code(), small_code);
+                assert!(table.split(at, PageSize::Size4K, &mut frames).unwrap().is_needed());
+                assert_eq!(table.query(at, &frames).unwrap().perms, Permissions::ALL);
+            }
         }
     }
 }

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guest memory in huge pages, which are mapped as one, and which the host takes away or splits.
 
-use super::mapping::{map, Mapping, BASE, LARGE, PAGE};
-use super::writer;
+use super::mapping::{map, Mapping, BASE, BOTH, LARGE, PAGE};
+use super::{disturbed, scribbler, writer};
 use crate::harness::{CaseResult, Stop};
 use crate::machine::{Machine, Mode};
-use crate::{ensure, ensure_eq};
+use crate::{code, ensure, ensure_eq};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::Permissions;
+use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason::NestedPageFault};
 use nix::sys::mman::{mprotect, MapFlags, MmapAdvise, ProtFlags};
+use std::fs;
 use std::sync::Arc;
 
 pub(super) fn huge() -> CaseResult {
@@ -34,28 +36,131 @@ pub(super) fn huge() -> CaseResult {
 /// The host splits a huge page when the rights of a part of it change: the guest's leaf goes, and small ones come.
 pub(super) fn split() -> CaseResult {
     let mut m = Machine::new(Mode::Long, writer())?;
-    let memory = Mapping::anonymous(2 * LARGE, MapFlags::MAP_PRIVATE)?;
-    let start = memory.start.as_ptr() as usize;
-    let offset = start.next_multiple_of(LARGE) - start;
-    memory.advise(0, memory.size, MmapAdvise::MADV_HUGEPAGE)?;
-    memory.set(offset, 3);
-    memory.set(offset + 5 * PAGE, 5);
-    let memory = Arc::new(memory);
-    let at = GuestPhysAddr::new(BASE);
-    let slot = m.space.map(at, Arc::clone(&memory), offset, LARGE, Permissions::RWX)?;
+    let memory = Mapping::huge_page()?;
+    memory.set(0, 3);
+    memory.set(5 * PAGE, 5);
+    let (memory, slot) = map(&m, memory)?;
     m.expect_mark(0x80)?;
     let stats = m.vm.stats()?;
     if stats.pages_2m == 0 {
         return Err(Stop::Skip("the host gave no huge page".into()));
     }
     // SAFETY: The page belongs to the test, and the program only reads it.
-    unsafe { mprotect(memory.address(offset + 5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
+    unsafe { mprotect(memory.address(5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
     ensure_eq!(m.vm.stats()?.pages_2m, stats.pages_2m - 1, "large leaves after the host has split its page");
     m.expect_marks(&[0x80, 0x80])?;
     let now = m.vm.stats()?;
     ensure_eq!(now.pages_2m, stats.pages_2m - 1, "large leaves after the guest has come back");
     ensure!(now.pages_4k > stats.pages_4k, "no small leaf has come in its place");
-    ensure_eq!([memory.get(offset), memory.get(offset + 5 * PAGE)], [0x11, 5], "the program's view");
+    ensure_eq!([memory.get(0), memory.get(5 * PAGE)], [0x11, 5], "the program's view");
+    drop(slot);
+    Ok(())
+}
+
+/// Writes at BASE, goes to BASE + 0x3000 and back, and goes to BASE + 0x1ff000 and back and writes again.
+fn visitor() -> &'static [u8] {
+    code!(
+        visitor,
+        64,
+        "mov ebx, 0x1000000",
+        "mov qword ptr [rbx], 5",
+        "out 0x80, al",
+        "lea rdi, [rbx + 0x3000]",
+        "lea rsi, [rip + 2f]",
+        "jmp rdi",
+        "2: out 0x80, al",
+        "lea rdi, [rbx + 0x1ff000]",
+        "lea rsi, [rip + 3f]",
+        "jmp rdi",
+        "3: mov [rbx + 0x100000], rbx",
+        "out 0x80, al",
+        "hlt",
+    )
+}
+
+/// `jmp rsi`.
+const GO_BACK: u64 = 0xe6ff;
+
+/// Whether the kernel takes the CPU for one that must not fetch instructions through large leaves.
+fn multihit() -> Result<bool, Stop> {
+    match fs::read_to_string("/sys/devices/system/cpu/vulnerabilities/itlb_multihit") {
+        Ok(state) => Ok(state.trim() != "Not affected"),
+        Err(_) => Err(Stop::Skip("the kernel does not say whether the CPU has iTLB multihit".into())),
+    }
+}
+
+/// Where the CPU must not fetch instructions through large leaves, one stays large while it is only written, and is split,
+/// once and all of it, when it is executed from. Elsewhere it stays large.
+pub(super) fn executed() -> CaseResult {
+    let multihit = multihit()?;
+    let mut m = Machine::new(Mode::Long, visitor())?;
+    let memory = Mapping::huge_page()?;
+    memory.set(3 * PAGE, GO_BACK);
+    memory.set(511 * PAGE, GO_BACK);
+    let (memory, slot) = map(&m, memory)?;
+    let before = m.vm.stats()?;
+    m.expect_mark(0x80)?;
+    let written = m.vm.stats()?;
+    if written.pages_2m == before.pages_2m {
+        return Err(Stop::Skip("the host gave no huge page".into()));
+    }
+    m.expect_mark(0x80)?;
+    let executed = m.vm.stats()?;
+    let split = u64::from(multihit);
+    ensure_eq!(executed.pages_2m, written.pages_2m - split, "large leaves after code was executed there");
+    ensure_eq!(executed.pages_4k, written.pages_4k + 512 * split, "small leaves");
+    ensure_eq!(executed.faults, written.faults + split, "faults");
+    m.expect_mark(0x80)?;
+    ensure_eq!(m.vm.stats()?.faults, executed.faults, "faults after more code and data in the same page");
+    ensure_eq!([memory.get(0), memory.get(256 * PAGE)], [5, BASE], "the program's view");
+    drop(slot);
+    Ok(())
+}
+
+/// Memory that the program does not let the guest execute is not executed, in large pages neither, and stays large.
+pub(super) fn not_executable() -> CaseResult {
+    let mut m = Machine::new(Mode::Long, visitor())?;
+    let memory = Mapping::huge_page()?;
+    memory.set(3 * PAGE, GO_BACK);
+    let rights = Permissions::RW;
+    let slot = m.space.map_all(GuestPhysAddr::new(BASE), Arc::new(memory), rights)?;
+    m.expect_mark(0x80)?;
+    let written = m.vm.stats()?;
+    for _ in 0..2 {
+        let exit = m.run()?;
+        let expected = GuestPhysAddr::new(BASE + 3 * PAGE as u64);
+        ensure!(
+            matches!(exit.reason, NestedPageFault { addr, access_flags }
+                if addr == expected && access_flags.contains(AccessFlags::EXECUTE)),
+            "exit {:x?}",
+            exit.reason
+        );
+    }
+    let now = m.vm.stats()?;
+    ensure_eq!((now.pages_2m, now.pages_4k), (written.pages_2m, written.pages_4k), "leaves");
+    drop(slot);
+    Ok(())
+}
+
+/// A guest executes from a huge page and writes all over it, while the host takes the right to write away and gives it back: its
+/// leaves go, come large or small, are split, and get more rights, over and over.
+pub(super) fn executed_and_protected() -> CaseResult {
+    let code = code!(into_the_huge_page, 64, "mov ebx, 0x1007800", "jmp rbx");
+    let mut m = Machine::new(Mode::Long, code)?;
+    let memory = Mapping::huge_page()?;
+    for (index, word) in scribbler().chunks(8).enumerate() {
+        let mut bytes = [0x90; 8];
+        bytes[..word.len()].copy_from_slice(word);
+        memory.set(7 * PAGE + 0x800 + 8 * index, u64::from_le_bytes(bytes));
+    }
+    let (memory, slot) = map(&m, memory)?;
+    disturbed(&mut m, &memory, 100, true, || {
+        for protection in [ProtFlags::PROT_READ, BOTH] {
+            // SAFETY: The range belongs to the test, and is not written by the program meanwhile.
+            unsafe { mprotect(memory.address(0), memory.size, protection) }?;
+        }
+        Ok(())
+    })?;
     drop(slot);
     Ok(())
 }

@@ -57,6 +57,17 @@ impl Mapping {
         Ok(Self { start: start.cast(), size })
     }
 
+    /// One huge page, if the host has one to give when it is first touched.
+    pub(super) fn huge_page() -> Result<Self, Stop> {
+        let whole = std::mem::ManuallyDrop::new(Self::anonymous(2 * LARGE, MapFlags::MAP_PRIVATE)?);
+        let before = whole.start.as_ptr().align_offset(LARGE);
+        let parts = [(0, before), (before, LARGE), (before + LARGE, LARGE - before)];
+        // SAFETY: Inside the mapping, which is given up in favour of its parts.
+        let [_, page, _] = parts.map(|(offset, size)| Self { start: unsafe { whole.start.add(offset) }, size });
+        page.advise(0, LARGE, MmapAdvise::MADV_HUGEPAGE)?;
+        Ok(page)
+    }
+
     /// Of a file, shared or private.
     pub(super) fn file(file: &fs::File, size: usize, flags: MapFlags) -> Result<Self, Stop> {
         let length = NonZeroUsize::new(size).ok_or(Stop::Fail("no size".into()))?;

@@ -4,7 +4,7 @@
 use super::*;
 
 fn leaf(addr: u64, perms: Permissions, memory_type: MemoryType) -> Leaf {
-    Leaf { hpa: hpa(addr), perms, memory_type, accessed: false, dirty: false }
+    Leaf { hpa: hpa(addr), perms, withheld: false, memory_type, accessed: false, dirty: false }
 }
 
 fn assert_leaf<F: Format>(leaf: Leaf, size: PageSize, entry: u64) {
@@ -58,6 +58,17 @@ fn stage2_leaves() {
     assert_leaf::<Stage2Lpa2>(leaf(0x1234_5000, RWX, WB), K4, 0x1234_54ff);
     assert_leaf::<Stage2Lpa2>(leaf(0x000d_ffff_ffff_f000, RWX, WB), K4, 0x0001_ffff_ffff_f7ff);
     assert_leaf::<Stage2Lpa2>(leaf(0x000b_0000_0020_0000, RX, WB), M2, 0x0003_0000_0020_067d);
+}
+
+#[test]
+fn what_is_withheld_is_noted_where_the_hardware_does_not_look() {
+    let leaf = Leaf { withheld: true, ..leaf(0x20_0000, RW, WB) };
+    assert_eq!(leaf.rights(), RWX);
+    // Bit 9 and NX; bit 11 without X; bit 57 and XN.
+    assert_leaf::<Npt>(leaf, M2, 0x8000_0000_0020_0287);
+    assert_leaf::<Ept>(leaf, M2, 0x20_08f3);
+    assert_leaf::<Stage2>(leaf, M2, 0x0240_0000_0020_07fd);
+    assert_leaf::<Stage2Lpa2>(leaf, M2, 0x0240_0000_0020_04fd);
 }
 
 #[test]

@@ -305,6 +305,84 @@ fn split_and_merge_are_inverse() {
     assert_eq!(assert_sound(&table, &mem), whole);
 }
 
+/// A table with code in small leaves only, and a frame of 2 MiB in it that may be executed.
+fn small_code() -> (Table, Frames) {
+    let (table, mut mem) = four();
+    let mut table = table.with_small_code();
+    assert_eq!(table.map(gpa(0), hpa(0x4000_0000), M2, RWX, WB, &mut mem), Ok(Flush::NotNeeded));
+    (table, mem)
+}
+
+fn query(table: &Table, mem: &Frames, at: u64) -> (PageSize, Permissions, bool) {
+    let found = table.query(gpa(at), mem).unwrap();
+    assert_eq!(found.hpa, hpa(0x4000_0000 + at));
+    (found.size, found.perms, found.withheld)
+}
+
+#[test]
+fn a_large_leaf_withholds_execution_and_its_parts_give_it() {
+    let (mut table, mut mem) = small_code();
+    assert_eq!(query(&table, &mem, 0x5000), (M2, RW, true));
+    // Again, or with permissions that go and come: it stays withheld.
+    assert_eq!(table.map(gpa(0), hpa(0x4000_0000), M2, RWX, WB, &mut mem), Ok(Flush::NotNeeded));
+    assert_eq!(table.restrict(gpa(0), M2.bytes(), RX, &mut mem), Ok(Flush::Needed), "write permission lost");
+    assert_eq!(query(&table, &mem, 0x5000), (M2, R, true));
+    assert_eq!(table.protect(gpa(0), M2.bytes(), RWX, &mut mem), Ok(Flush::NotNeeded));
+    assert_eq!(query(&table, &mem, 0x5000), (M2, RW, true));
+    assert_eq!(table.split(gpa(0x5000), K4, &mut mem), Ok(Flush::Needed));
+    for page in [0, 0x5000, 0x1f_f000] {
+        assert_eq!(query(&table, &mem, page), (K4, RWX, false));
+    }
+    assert_eq!(table.merge(gpa(0), M2, &mut mem), Flush::Needed);
+    assert_eq!(query(&table, &mem, 0x5000), (M2, RW, true));
+    assert_sound(&table, &mem);
+}
+
+#[test]
+fn a_small_page_mapped_for_execution_splits_a_large_leaf_that_withholds_it() {
+    let (mut table, mut mem) = small_code();
+    // Otherwise the same translation: without this the guest would fault for ever.
+    assert_eq!(table.map(gpa(0x5000), hpa(0x4000_5000), K4, RWX, WB, &mut mem), Ok(Flush::Needed));
+    assert_eq!(query(&table, &mem, 0x5000), (K4, RWX, false));
+    assert_eq!(query(&table, &mem, 0x6000), (K4, RWX, false));
+    // What is not allowed is not withheld, and comes with no part.
+    let (mut table, mut mem) = small_code();
+    assert_eq!(table.protect(gpa(0), M2.bytes(), RW, &mut mem), Ok(Flush::NotNeeded), "what it had not is not lost");
+    assert_eq!(query(&table, &mem, 0), (M2, RW, false));
+    assert_eq!(table.split(gpa(0), K4, &mut mem), Ok(Flush::Needed));
+    assert_eq!(query(&table, &mem, 0), (K4, RW, false));
+    // Half of the way is not enough.
+    let (mut table, mut mem) = four();
+    table = table.with_small_code();
+    let _ = table.map(gpa(0), hpa(0x4000_0000), G1, RX, WB, &mut mem).unwrap();
+    assert_eq!(table.split(gpa(0), M2, &mut mem), Ok(Flush::Needed));
+    assert_eq!(query(&table, &mem, 0x20_0000), (M2, R, true));
+    assert_sound(&table, &mem);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "walks at each of thousands of stores: minutes under Miri, and nothing here is unsafe")]
+fn no_large_leaf_can_be_executed_at_any_moment() {
+    let (mut table, mut mem) = small_code();
+    let root = table.root();
+    mem.observer = Some(Box::new(move |mem| {
+        let mut census = Census::default();
+        census.visit::<Npt>(root, Levels::Four.top(), 0, mem);
+        assert_code_is_small(&census, true);
+    }));
+    let _ = table.split(gpa(0), K4, &mut mem).unwrap();
+    let _ = table.merge(gpa(0), M2, &mut mem);
+    let _ = table.map(gpa(0), hpa(0), G1, RX, WB, &mut mem).unwrap();
+    let _ = table.protect(gpa(0x1000), 0x20_0000, RWX, &mut mem).unwrap();
+    mem.budget = Some(1);
+    assert_eq!(table.unmap(gpa(0x40_1000), 0x20_0000, &mut mem), Err(AxError::NoMemory));
+    mem.budget = None;
+    touch(&table, &mut mem, 0x80_0000, true);
+    assert!(table.clear_accessed(gpa(0x80_0000), 1, &mut mem));
+    mem.observer = None;
+    assert_sound(&table, &mem);
+}
+
 #[test]
 fn merge_refuses_what_is_not_one_page() {
     let full = |skew: u64| {

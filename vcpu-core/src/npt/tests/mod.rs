@@ -156,6 +156,7 @@ fn assert_sound<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Census {
         leaves.add(leaf.size, 1);
     }
     assert_eq!(table.leaf_count(), leaves, "leaf count");
+    assert_code_is_small(&census, table.has_small_code());
     if cfg!(miri) {
         // The iterator starts at the root for every entry: too slow there, and covered by the tests of its own.
         return census;
@@ -163,6 +164,17 @@ fn assert_sound<F: Format>(table: &NestedPageTable<F>, mem: &Frames) -> Census {
     let listed = table.leaves(GuestPhysAddr::new(0), u64::MAX, mem).map(|(gpa, leaf)| (gpa.as_u64(), leaf));
     assert!(listed.eq(census.leaves.iter().copied()), "iteration misses or invents a leaf");
     census
+}
+
+/// Asserts that code is in small leaves only, if it should be, and that nothing is withheld without need.
+#[track_caller]
+fn assert_code_is_small(census: &Census, small_code: bool) {
+    for (at, leaf) in &census.leaves {
+        let large = leaf.size > PageSize::Size4K;
+        let executable = leaf.perms.contains(Permissions::EXECUTE);
+        assert!(!(small_code && large && executable), "{at:#x} can be executed through a leaf of {:?}", leaf.size);
+        assert!(!leaf.withheld || (small_code && large), "{at:#x}: execution is withheld for no reason");
+    }
 }
 
 const K4: PageSize = PageSize::Size4K;
