@@ -7,12 +7,16 @@ pub(super) const UNUSED: u32 = u32::MAX;
 
 /// CPUID signatures of CPUs whose preemption timer counts at another rate than IA32_VMX_MISC says: specification updates of
 /// Xeon 3500 (AAM126), Xeon 5500 (AAK139) and Core i7-900 (AAJ124), Xeon 3400 (AAO95), Core i7-800 (AAN92), Core i7-600 and
-/// its kin (AAT59, AAU65), Xeon 7500 (BA86), and Xeon E3-1200 v2 before its last stepping.
+/// its kin (AAT59, AAU65), Xeon L3406 (AAX65), Xeon 7500 (BA86), and Xeon E3-1220 v2 before its last stepping. The same as Linux
+/// knows (arch/x86/kvm/vmx/vmx.c, `cpu_has_broken_vmx_preemption_timer`).
 const WRONG_RATE: [u32; 9] = [0x106a0, 0x106a1, 0x106a4, 0x106a5, 0x106e5, 0x2_0652, 0x2_0655, 0x2_06e6, 0x3_06a8];
+
+/// Bits of the signature that are reserved (SDM vol. 2A, CPUID, "Version Information Returned by CPUID in EAX").
+const RESERVED: u32 = 0xf << 28 | 3 << 14;
 
 /// Whether a CPU with this signature (CPUID 1 EAX) has a timer that can be relied on, if it has one.
 pub(super) fn reliable(signature: u32) -> bool {
-    !WRONG_RATE.contains(&signature)
+    !WRONG_RATE.contains(&(signature & !RESERVED))
 }
 
 /// The field's value with which the timer expires when `ticks` of the TSC have passed since it read `now`: not earlier, and
@@ -74,7 +78,7 @@ mod tests {
 
     #[test]
     fn cpus_with_the_erratum_are_known() {
-        assert!(!reliable(0x106a5) && !reliable(0x306a8));
+        assert!(!reliable(0x106a5) && !reliable(0x306a8) && !reliable(0x106a5 | 1 << 31 | 1 << 14));
         assert!(reliable(0x306a9) && reliable(0x706e5));
     }
 }
