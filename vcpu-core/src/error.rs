@@ -75,6 +75,8 @@ errors! {
     DisabledByFirmware => 1 "the firmware has disabled the CPU's virtualization extension",
     /// The extension went away while it was in use. `EIO`.
     HardwareLost => 5 "the CPU's virtualization extension was switched off under a running vCPU",
+    /// The CPU has left the host's state where the guest's was. `EUCLEAN`.
+    StateLost => 117 "the CPU has overwritten the guest's state with the host's",
     /// Not offered by this backend. `EOPNOTSUPP`.
     Unsupported => 95 "not supported by this backend",
     /// The event slot is taken. `EAGAIN`.

@@ -236,6 +236,10 @@ impl Error {
             (Self::Run(_), Errno::EIO) => {
                 "the virtualization extension was switched off under the running guest by other software"
             }
+            (Self::Run(_), Errno::EUCLEAN) => {
+                "the CPU has overwritten the guest's state with the host's, which only a defective or an emulated one does; \
+                 the guest must be started anew"
+            }
             (Self::Run(_), Errno::ENOTRECOVERABLE) => "the vCPU failed earlier and must be created anew",
             (Self::Run(_), Errno::EALREADY) => "the vCPU is being run by another thread",
             (

@@ -75,7 +75,7 @@ pub(crate) trait Backend<H: X86Hal> {
     /// One entry. How it ended is for the next two to say.
     ///
     /// # Errors
-    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).
+    /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost); [`AxError::StateLost`](vcpu_core::AxError::StateLost).
     fn enter(&mut self) -> AxResult;
 
     /// The last exit, if it is one of the frequent ones, found with the least effort. To be asked only if

@@ -286,18 +286,37 @@ macro_rules! function_return {
     };
 }
 
-// Tells objtool that the call at label 880 stays in the function (ANNOTYPE_INTRA_FUNCTION_CALL of Linux'
-// include/linux/objtool_types.h).
+// Tells objtool something of the instruction at a label (Linux include/linux/objtool_types.h).
 #[cfg(axvcpu_kernel)]
-macro_rules! annotate_call {
-    () => {
-        ".pushsection .discard.annotate_insn,\"M\",@progbits,8\n.long 880b - .\n.long 7\n.popsection"
+macro_rules! annotate {
+    ($label:literal, $what:literal) => {
+        concat!(
+            ".pushsection .discard.annotate_insn,\"M\",@progbits,8\n.long ",
+            $label,
+            " - .\n.long ",
+            $what,
+            "\n.popsection"
+        )
     };
 }
 #[cfg(not(axvcpu_kernel))]
+macro_rules! annotate {
+    ($label:literal, $what:literal) => {
+        ""
+    };
+}
+
+// The call at label 880 stays in the function (ANNOTYPE_INTRA_FUNCTION_CALL).
 macro_rules! annotate_call {
     () => {
-        ""
+        crate::switch::annotate!("880b", 7)
+    };
+}
+
+// Nobody jumps to label 774, whose address is taken (ANNOTYPE_NOENDBR).
+macro_rules! annotate_place {
+    () => {
+        crate::switch::annotate!("774b", 1)
     };
 }
 
@@ -317,6 +336,6 @@ macro_rules! untrain_returns {
 }
 
 pub(crate) use {
-    annotate_call, begin, clear_buffers, clear_history, end, function_return, load_registers, load_spec_ctrl,
-    restore_speculation, save_registers, speculate, untrain_returns,
+    annotate, annotate_call, annotate_place, begin, clear_buffers, clear_history, end, function_return, load_registers,
+    load_spec_ctrl, restore_speculation, save_registers, speculate, untrain_returns,
 };

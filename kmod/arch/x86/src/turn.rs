@@ -76,7 +76,7 @@ impl<H: X86Hal> Guest<H> {
     /// [`X86VCpu::run_while`](crate::X86VCpu::run_while). The vCPU is bound, and interrupts are off.
     ///
     /// # Errors
-    /// [`AxError::NotBound`]; [`AxError::HardwareLost`], with the CPU left.
+    /// [`AxError::NotBound`]; [`AxError::HardwareLost`] and [`AxError::StateLost`], with the CPU left.
     #[inline]
     pub(crate) fn run_while(
         &mut self,

@@ -317,6 +317,7 @@ impl<H: X86Hal> Svm<H> {
     fn refused(&mut self, guest: &Guest<H>) -> AxResult<Refusal> {
         if !self.regs.unchecked {
             // The state came from the CPU itself, which now finds something else wrong, and there is no copy.
+            self.regs.forget_state();
             return Err(AxError::HardwareLost);
         }
         let before = self.local.before;

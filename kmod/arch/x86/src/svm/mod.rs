@@ -164,6 +164,10 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
         if unsafe { switch::enter(self.regs.frame.as_ptr()) } != 0 {
             return Err(AxError::HardwareLost);
         }
+        if self.regs.holds_the_host() {
+            self.regs.forget_state();
+            return Err(AxError::StateLost);
+        }
         Ok(())
     }
 

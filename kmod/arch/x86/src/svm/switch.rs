@@ -8,7 +8,8 @@
 use core::arch::global_asm;
 
 use crate::switch::{
-    begin, clear_buffers, end, load_registers, load_spec_ctrl, restore_speculation, save_registers, speculate,
+    annotate_place, begin, clear_buffers, end, function_return, load_registers, load_spec_ctrl, restore_speculation,
+    save_registers, speculate,
 };
 
 /// What the world switch works on. The assembly knows the offsets.
@@ -28,14 +29,19 @@ const _: () = {
     assert!(core::mem::offset_of!(Frame, host_vmcb) == 160);
 };
 
-extern "C" {
+// SAFETY: These are the signatures of the two functions below.
+unsafe extern "C" {
     /// Enters the guest and returns at its exit: 0, or 1 if SVM has been switched off under us and the guest was not entered.
     ///
     /// # Safety
     /// On the CPU whose state `host_vmcb` holds, with EFER.SVME set, VM_HSAVE_PA ours and interrupts off. `frame` and the
     /// VMCB at `vmcb` are valid and nobody else's.
     #[link_name = "axvcpu_svm_enter"]
-    pub(crate) fn enter(frame: *mut Frame) -> u32;
+    pub(crate) unsafe fn enter(frame: *mut Frame) -> u32;
+
+    /// The address behind VMRUN, where the host goes on after an exit.
+    #[link_name = "axvcpu_svm_behind_vmrun"]
+    pub(crate) safe fn behind_vmrun() -> u64;
 }
 
 global_asm!(
@@ -57,6 +63,8 @@ global_asm!(
     "sti",
     "vmrun rax",
     // GIF is 0 again.
+    "774:",
+    annotate_place!(),
     "cli",
     "push rdi",
     "mov rdi, [rsp + 8]",
@@ -83,5 +91,12 @@ global_asm!(
     ".long 1",
     ".popsection",
     ".size axvcpu_svm_enter, . - axvcpu_svm_enter",
+    ".balign 16",
+    ".global axvcpu_svm_behind_vmrun",
+    ".type axvcpu_svm_behind_vmrun, @function",
+    "axvcpu_svm_behind_vmrun:",
+    "lea rax, [rip + 774b]",
+    function_return!(),
+    ".size axvcpu_svm_behind_vmrun, . - axvcpu_svm_behind_vmrun",
     ".popsection",
 );
