@@ -13,7 +13,10 @@ use axvmm::vm::{self, Options};
 use axvmm::{doctor, terminal};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{fmt, Layer as _};
 
 /// Runs a virtual machine described by a TOML file, using /dev/axvcpu or KVM
 #[derive(Debug, Parser)]
@@ -76,10 +79,11 @@ fn main() -> Status {
             .into_status();
         }
     };
-    let Ok(filter) = EnvFilter::try_new(&cli.log) else {
+    let Ok(filter) = cli.log.parse::<Targets>() else {
         return complain(ExitCode::Usage, &format!("{:?} is no log filter: try warn, info, debug or trace", cli.log));
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let messages = fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_filter(filter);
+    tracing_subscriber::registry().with(messages).init();
     match cli.command {
         None if cli.run.config.is_none() => complain(
             ExitCode::Usage,
