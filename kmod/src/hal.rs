@@ -4,7 +4,7 @@
 use kernel::bindings;
 use vcpu_core::{AxVCpuHal, HostPhysAddr};
 
-use crate::ffi;
+use crate::{arch, ffi};
 
 /// Linux.
 pub(crate) enum Host {}
@@ -27,6 +27,16 @@ impl AxVCpuHal for Host {
     fn now_ns() -> u64 {
         // SAFETY: Callable from any context.
         unsafe { bindings::ktime_get_mono_fast_ns() }
+    }
+
+    #[inline]
+    fn ticks() -> u64 {
+        arch::ticks().unwrap_or_else(Self::now_ns)
+    }
+
+    #[inline]
+    fn ticks_to_ns(ticks: u64) -> u64 {
+        arch::ticks_to_ns(ticks)
     }
 
     #[inline]

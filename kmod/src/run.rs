@@ -94,16 +94,20 @@ impl Vcpu {
 
     /// Runs the guest until its user must see why it stopped, and shows it.
     fn run_until_exit(&self, inner: &mut Inner) -> Result {
+        // The window looks for work before the guest is entered, so there is no need to look before it.
+        let mut work = false;
         loop {
             let kicked = self.shared.take_kick();
             let arch = inner.vcpu.arch_mut().map_err(abi::errno)?;
             // Also before a kick is answered: whoever kicks finds in the register sets what was posted before.
-            let runnable = arch.prepare(&self.shared.mailbox);
+            let runnable = !kicked && arch.is_executing() || arch.prepare(&self.shared.mailbox);
             if kicked {
                 self.report(inner, &Exit::Interrupted);
                 return Ok(());
             }
-            ffi::handle_work().inspect_err(|_| self.report(inner, &Exit::Interrupted))?;
+            if work || !runnable {
+                ffi::handle_work().inspect_err(|_| self.report(inner, &Exit::Interrupted))?;
+            }
             if !runnable {
                 self.set_timer(inner);
                 self.sleep(inner)?;
@@ -112,6 +116,7 @@ impl Vcpu {
             self.update_clock(inner);
             let stop = arch::in_window(inner, |inner, irq_off| self.guest_turns(inner, irq_off))?;
             self.shared.set_spins(matches!(stop, Stop::Spin));
+            work = matches!(stop, Stop::Again);
             match stop {
                 Stop::Again => {}
                 Stop::Spin => self.vm.yield_for(&self.shared),

@@ -122,7 +122,7 @@ impl FdObject for Vcpu {
             ioctl::VCPU_STATS => return abi::write(arg, this.shared.stats.snapshot()).map(|()| 0),
             _ => this.vm.check_process()?,
         }
-        let mut inner = this.inner.try_lock().ok_or(abi::errno(AxError::Running))?;
+        let mut inner = this.inner.try_lock().ok_or_else(|| abi::errno(AxError::Running))?;
         let inner = &mut *inner;
         match cmd {
             ioctl::RUN => this.run(inner),

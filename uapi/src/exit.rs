@@ -290,6 +290,7 @@ const fn width_code(width: AccessWidth) -> u64 {
 
 impl AxVCpuExitReason {
     /// The fixed form. Reason numbers are part of the ABI: 1 is `Hypercall`, and so on in the order of the enum.
+    #[inline]
     pub const fn encode(&self) -> ExitRecord {
         let (reason, data): (u32, [u64; 7]) = match *self {
             Self::Hypercall { nr, args: [a, b, c, d, e, f] } => (1, [nr, a, b, c, d, e, f]),

@@ -19,6 +19,19 @@ pub trait AxVCpuHal: Sized + 'static {
     /// Nanoseconds of the host's monotonic clock.
     fn now_ns() -> u64;
 
+    /// A clock that takes little to read, for lengths of time: it goes on evenly, from anywhere, and those of different CPUs differ by
+    /// little.
+    #[inline]
+    fn ticks() -> u64 {
+        Self::now_ns()
+    }
+
+    /// The nanoseconds of a number of [`ticks`](Self::ticks).
+    #[inline]
+    fn ticks_to_ns(ticks: u64) -> u64 {
+        ticks
+    }
+
     /// Index of the current CPU. Meaningful while preemption is off.
     fn cpu_id() -> usize;
 

@@ -36,8 +36,8 @@ pub enum VCpuState {
     Failed,
 }
 
-/// Where and for how long a vCPU ran. Times are in nanoseconds of the host's monotonic clock
-/// ([`AxVCpuHal::now_ns`]); a period that has not ended yet is not in them. Counters wrap.
+/// Where and for how long a vCPU ran. Times are in nanoseconds of the host's clock for lengths of time
+/// ([`AxVCpuHal::ticks`]); a period that has not ended yet is not in them. Counters wrap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulingRecord {
     /// The CPU that the vCPU is bound to.
@@ -62,6 +62,14 @@ pub struct SchedulingRecord {
     pub exit_requested: bool,
 }
 
+/// How long a vCPU was in its states, in the host's ticks.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spent {
+    bound: u64,
+    free: u64,
+    blocked: u64,
+}
+
 /// A virtual CPU: the backend `A` under the rules of its trait, on the host `H`.
 ///
 /// A call that the state does not allow is refused with an error of its own, before the backend hears of it, and changes
@@ -75,9 +83,13 @@ pub struct AxVCpu<A: AxArchVCpu, H: AxVCpuHal> {
     state: VCpuState,
     entry_set: bool,
     ept_root_set: bool,
-    /// Start of the period that the present state began, see [`Self::lap`].
-    since_ns: u64,
+    /// Start of the period that the present state began, in ticks, see [`Self::lap`].
+    since: u64,
+    spent: Spent,
+    /// But for its times, which [`record`](Self::record) fills in.
     record: SchedulingRecord,
+    /// [`SchedulingRecord::last_run_ns`], in ticks.
+    last_run: Option<u64>,
     /// Why the last run came back.
     exit: AxVCpuExitReason,
     exit_request: AtomicBool,
@@ -95,8 +107,10 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
             state: VCpuState::Created,
             entry_set: false,
             ept_root_set: false,
-            since_ns: 0,
+            since: 0,
+            spent: Spent::default(),
             record: SchedulingRecord::default(),
+            last_run: None,
             exit: AxVCpuExitReason::Nothing,
             exit_request: AtomicBool::new(false),
             host: PhantomData,
@@ -150,7 +164,7 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
             return Err(AxError::EptRootNotSet);
         }
         self.arch.setup(config)?;
-        self.since_ns = H::now_ns();
+        self.since = H::ticks();
         self.state = VCpuState::Free;
         Ok(())
     }
@@ -167,8 +181,8 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
         self.arch.bind()?;
         let cpu = H::cpu_id();
         let waited = self.lap();
+        self.spent.free = self.spent.free.wrapping_add(waited);
         let record = &mut self.record;
-        record.wait_ns = record.wait_ns.wrapping_add(waited);
         record.windows = record.windows.wrapping_add(1);
         if record.last_cpu.is_some_and(|last| last != cpu) {
             record.migrations = record.migrations.wrapping_add(1);
@@ -197,8 +211,8 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
         self.require_this_cpu()?;
         let result = self.arch.unbind();
         let ran = self.lap();
-        self.record.run_ns = self.record.run_ns.wrapping_add(ran);
-        self.record.last_run_ns = Some(self.since_ns);
+        self.spent.bound = self.spent.bound.wrapping_add(ran);
+        self.last_run = Some(self.since);
         self.record.bound_cpu = None;
         if self.state == VCpuState::Ready {
             self.state = VCpuState::Free;
@@ -265,7 +279,7 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
     pub fn block(&mut self) -> AxResult {
         self.require_free()?;
         let waited = self.lap();
-        self.record.wait_ns = self.record.wait_ns.wrapping_add(waited);
+        self.spent.free = self.spent.free.wrapping_add(waited);
         self.state = VCpuState::Blocked;
         Ok(())
     }
@@ -277,7 +291,7 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
             return false;
         }
         let slept = self.lap();
-        self.record.halt_ns = self.record.halt_ns.wrapping_add(slept);
+        self.spent.blocked = self.spent.blocked.wrapping_add(slept);
         self.state = VCpuState::Free;
         true
     }
@@ -315,8 +329,16 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
     }
 
     /// The scheduling record, as it is now.
+    #[inline]
     pub fn record(&self) -> SchedulingRecord {
-        SchedulingRecord { exit_requested: self.exit_request.load(Ordering::Relaxed), ..self.record }
+        SchedulingRecord {
+            exit_requested: self.exit_request.load(Ordering::Relaxed),
+            last_run_ns: self.last_run.map(H::ticks_to_ns),
+            run_ns: H::ticks_to_ns(self.spent.bound),
+            wait_ns: H::ticks_to_ns(self.spent.free),
+            halt_ns: H::ticks_to_ns(self.spent.blocked),
+            ..self.record
+        }
     }
 
     /// The backend, to look at. A failed vCPU can be looked at too.
@@ -393,10 +415,11 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
 
     /// Ends the present period and begins the next. Returns the length of the ended one. CPUs' clocks may differ by a
     /// little after a migration: a period that would be negative counts as empty.
+    #[inline]
     fn lap(&mut self) -> u64 {
-        let now = H::now_ns();
-        let length = now.saturating_sub(self.since_ns);
-        self.since_ns = now;
+        let now = H::ticks();
+        let length = now.saturating_sub(self.since);
+        self.since = now;
         length
     }
 }

@@ -11,7 +11,7 @@ use kernel::prelude::*;
 use vcpu_core::AxError;
 use x86_vcpu::{Backend, Capabilities, L1dFlush, Mitigations, PermissionMaps, X86Hal};
 
-use super::ffi;
+use super::{ffi, ticks};
 use crate::{abi, hal::Host, percpu::PerCpu};
 
 /// The permission maps of SVM, while [`Backends`] exists there.
@@ -39,6 +39,7 @@ impl Backends {
             }
         };
         tell_mitigations();
+        ticks::start();
         let svm_maps = if backend == Backend::Svm { Some(SvmMaps::new()?) } else { None };
         Ok(Some(Self { _svm_maps: svm_maps, _per_cpu: PerCpu::new()? }))
     }

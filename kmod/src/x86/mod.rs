@@ -8,6 +8,7 @@ mod ffi;
 mod hal;
 pub(crate) mod regs;
 mod system;
+mod ticks;
 mod vcpu;
 mod vm;
 
@@ -21,6 +22,7 @@ use x86_vcpu::{Capabilities, X86Hal, X86PerCpu, X86VCpu};
 pub(crate) use exits::{enter, in_window, show_all};
 pub(crate) use backends::Backends;
 pub(crate) use system::{describe, system_ioctl, usable};
+pub(crate) use ticks::{ticks, ticks_to_ns};
 pub(crate) use vcpu::{create_config, vcpu_ioctl, GENERAL_REGISTERS};
 pub(crate) use vm::{message, new_vm, vm_ioctl, VmState};
 pub(crate) use x86_vcpu::{

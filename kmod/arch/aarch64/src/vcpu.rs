@@ -325,6 +325,12 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         interrupts.prepare(mailbox, interface, || window::timer_of(system).is_due(now))
     }
 
+    /// Whether the guest executes instructions, as far as that is known without [`prepare`](Self::prepare): not if it may wait in
+    /// the kernel.
+    pub fn is_executing(&self) -> bool {
+        self.interrupts.is_none()
+    }
+
     /// Whether something that the kernel knows of can end the wait of a guest that waits in the kernel: WFI ends with an
     /// interrupt that is masked, too.
     pub fn interrupts_enabled(&self) -> bool {

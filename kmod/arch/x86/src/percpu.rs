@@ -7,6 +7,7 @@ use crate::caps::{self, Backend, Capabilities};
 use crate::hal::X86Hal;
 use crate::mitigations::Mitigations;
 use crate::svm::SvmCpu;
+use crate::switch::Frame;
 use crate::vmx::VmxCpu;
 
 /// The record of one CPU.
@@ -14,6 +15,8 @@ pub struct X86PerCpu<H: X86Hal> {
     cpu: usize,
     /// What is to be done on it against speculative execution attacks.
     pub(crate) mitigations: Mitigations,
+    /// [`Frame::flags_for`] them.
+    pub(crate) flags: u32,
     hardware: Hardware<H>,
     /// Identity of the vCPU that was bound last; 0 for none.
     pub(crate) last_vcpu: u64,
@@ -77,7 +80,8 @@ impl<H: X86Hal> AxArchPerCpu for X86PerCpu<H> {
                 Hardware::Vmx(VmxCpu::new(&vmx, mitigations.flush_l1d, Capabilities::host().flush_l1d)?)
             }
         };
-        Ok(Self { cpu: cpu_id, mitigations, hardware, last_vcpu: 0, host_interrupt: None })
+        let flags = Frame::flags_for(&Capabilities::host(), &mitigations);
+        Ok(Self { cpu: cpu_id, mitigations, flags, hardware, last_vcpu: 0, host_interrupt: None })
     }
 
     fn is_enabled(&self) -> bool {

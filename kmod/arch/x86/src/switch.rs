@@ -56,30 +56,32 @@ impl Frame {
         Self { gpr: [0; 16], guest_spec_ctrl: 0, host_spec_ctrl: 0, flags: 0, result: 0 }
     }
 
-    /// Sets the flags for a window.
-    ///
-    /// # Safety
-    /// At CPL 0, on the CPU of the window.
-    pub(crate) unsafe fn open(&mut self, caps: &Capabilities, mitigations: &Mitigations) {
-        self.flags = 0;
-        if caps.spec_ctrl && !caps.virtual_spec_ctrl {
-            if mitigations.rewrite_spec_ctrl {
-                self.flags |= REWRITE_SPEC_CTRL;
-            }
-            // SAFETY: The caller's promise, and the CPU has it.
-            self.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
-            self.set_spec_ctrl(self.guest_spec_ctrl);
-        }
-        for (wanted, flag) in [
+    /// The flags that a CPU with these mitigations has in every window.
+    pub(crate) fn flags_for(caps: &Capabilities, mitigations: &Mitigations) -> u32 {
+        [
             (mitigations.refill_rsb, REFILL_RSB),
             (mitigations.clear_buffers, CLEAR_BUFFERS),
             (mitigations.untrain_returns, UNTRAIN_RETURNS),
             (caps.branch_barrier && mitigations.barrier_at_exit, BARRIER_AT_EXIT),
             (mitigations.clear_history, CLEAR_HISTORY),
-        ] {
-            if wanted {
-                self.flags |= flag;
-            }
+            (caps.spec_ctrl && !caps.virtual_spec_ctrl && mitigations.rewrite_spec_ctrl, REWRITE_SPEC_CTRL),
+        ]
+        .into_iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(0, |flags, (_, flag)| flags | flag)
+    }
+
+    /// Begins a window, with `flags` of [`flags_for`](Self::flags_for).
+    ///
+    /// # Safety
+    /// At CPL 0, on the CPU of the window.
+    #[inline]
+    pub(crate) unsafe fn open(&mut self, caps: &Capabilities, flags: u32) {
+        self.flags = flags;
+        if caps.spec_ctrl && !caps.virtual_spec_ctrl {
+            // SAFETY: The caller's promise, and the CPU has it.
+            self.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
+            self.set_spec_ctrl(self.guest_spec_ctrl);
         }
     }
 

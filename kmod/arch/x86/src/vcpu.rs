@@ -11,6 +11,7 @@ use crate::backend::Backend as _;
 use crate::caps::{detect, Backend, Capabilities};
 use crate::cpu;
 use crate::cpuid::{self, CpuidTable};
+use crate::events::Activity;
 use crate::exit::Reply;
 use crate::frame::Framed;
 use crate::hal::X86Hal;
@@ -398,6 +399,12 @@ impl<H: X86Hal> X86VCpu<H> {
     #[inline(always)] // Mostly it finds nothing to do.
     pub fn prepare(&mut self, mailbox: &Mailbox<H>) -> bool {
         on!(&mut self.hardware, hw => self.guest.prepare(hw, mailbox))
+    }
+
+    /// Whether the guest executes instructions: it is not halted, and does not wait for a start-up IPI.
+    #[inline]
+    pub fn is_executing(&self) -> bool {
+        self.guest.events.activity() == Activity::Running
     }
 
     /// As [`run`](AxArchVCpu::run), and again as long as the exit is one that is over here, or by what `turns` has done about it, has

@@ -5,6 +5,7 @@
 use crate::cpu;
 use crate::hal::X86Hal;
 use crate::msr::{PRED_CMD, PRED_CMD_IBPB};
+use crate::percpu::X86PerCpu;
 use crate::state::Guest;
 use crate::switch;
 
@@ -18,13 +19,12 @@ pub(crate) struct HostState {
 }
 
 impl<H: X86Hal> Guest<H> {
-    /// Opens the window: loads the guest's FPU state, and sets `frame`'s flags. Gives the CPU's number. Preemption is off from
-    /// here until [`close_window`](Self::close_window).
-    pub(crate) fn open_window(&mut self, frame: &mut switch::Frame) -> usize {
+    /// Opens the window: loads the guest's FPU state, and sets `frame`'s flags. `per_cpu` is the CPU's record. Preemption is off
+    /// until [`close_window`](Self::close_window).
+    #[inline]
+    pub(crate) fn open_window(&mut self, frame: &mut switch::Frame, per_cpu: &mut X86PerCpu<H>) {
         H::fpu_begin();
-        // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
-        let per_cpu = unsafe { H::per_cpu().as_mut() };
-        let mitigations = per_cpu.mitigations;
+        let mitigations = &per_cpu.mitigations;
         let caps = &self.caps;
         let host = &mut self.host;
         host.barrier = caps.branch_barrier && mitigations.barrier_before_user;
@@ -42,13 +42,13 @@ impl<H: X86Hal> Guest<H> {
             if self.xcr0 != host.xcr0 {
                 cpu::set_xcr0(self.xcr0);
             }
-            frame.open(caps, &mitigations);
+            frame.open(caps, per_cpu.flags);
         }
         per_cpu.last_vcpu = self.identity;
-        per_cpu.cpu()
     }
 
     /// Closes the window.
+    #[inline]
     pub(crate) fn close_window(&mut self) {
         let host = self.host;
         // SAFETY: Kernel context, on the CPU and in the window of `open_window`, whose values these are.

@@ -30,9 +30,11 @@ impl<H: X86Hal> Svm<H> {
     /// Takes the CPU.
     pub(super) fn open_window(&mut self, guest: &mut Guest<H>) -> AxResult {
         let frame = &mut *self.regs.frame;
-        self.local.cpu = guest.open_window(&mut frame.common);
         // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
-        let enabled = unsafe { H::per_cpu().as_mut() }.svm().and_then(|svm| {
+        let per_cpu = unsafe { H::per_cpu().as_mut() };
+        self.local.cpu = per_cpu.cpu();
+        guest.open_window(&mut frame.common, per_cpu);
+        let enabled = per_cpu.svm().and_then(|svm| {
             svm.enable()?;
             Ok(svm.host_vmcb())
         });

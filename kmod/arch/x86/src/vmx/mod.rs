@@ -120,7 +120,10 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
     }
 
     fn open(&mut self, guest: &mut Guest<H>) -> AxResult {
-        self.local.cpu = guest.open_window(&mut self.regs.frame);
+        // SAFETY: Preemption is off, so the record is this CPU's, and nobody else uses it until it is on again.
+        let per_cpu = unsafe { H::per_cpu().as_mut() };
+        self.local.cpu = per_cpu.cpu();
+        guest.open_window(&mut self.regs.frame, per_cpu);
         Ok(())
     }
 
