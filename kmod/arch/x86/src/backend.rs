@@ -65,8 +65,9 @@ pub(crate) trait Backend<H: X86Hal> {
         false
     }
 
-    /// Completes the control block for an entry with the events of `plan`. True if it is good for any number of entries: as long
-    /// as nothing but [`frequent`](Self::frequent) exits come, [`again`](Self::again) is all that it needs between two of them.
+    /// Completes the control block for an entry with the events of `plan`. True if it is good for any number of entries, all but the
+    /// first without an event: as long as nothing but [`frequent`](Self::frequent) exits come, [`again`](Self::again) is all that it
+    /// needs between two of them.
     ///
     /// # Errors
     /// [`AxError::HardwareLost`](vcpu_core::AxError::HardwareLost).

@@ -57,6 +57,12 @@ impl Plan {
     /// No event, and no wish.
     pub(crate) const NOTHING: Self =
         Self { inject: None, address: None, acknowledge: false, interrupt_window: false, nmi_window: false };
+
+    /// Whether an exit is to tell of something.
+    #[inline]
+    pub(crate) fn has_wish(&self) -> bool {
+        self.interrupt_window || self.nmi_window
+    }
 }
 
 /// The events of one vCPU.

@@ -130,7 +130,7 @@ impl<H: X86Hal> Guest<H> {
             *exit = self.handle(hw.regs_mut(), &Plan::NOTHING);
             return Ok(Go::Back);
         }
-        let plan = self.plan(hw);
+        let mut plan = self.plan(hw);
         let prepared_for_more = hw.prepare(self, &plan)?;
         loop {
             hw.enter()?;
@@ -166,6 +166,9 @@ impl<H: X86Hal> Guest<H> {
                 Some(_) if self.events.event_waits() => return Ok(Go::On),
                 Some(Frequent::Instruction(Simple::Wrmsr, _)) if !self.apic_rests(hw) => return Ok(Go::On),
                 Some(_) => {}
+            }
+            if plan.inject.is_some() {
+                plan = Plan::NOTHING;
             }
             hw.again(self)?;
         }

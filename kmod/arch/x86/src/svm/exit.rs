@@ -206,8 +206,8 @@ fn task_switch(info1: u64, info2: u64) -> Exit {
 }
 
 impl<H: X86Hal> Svm<H> {
-    /// The exit, if it is one that [`Backend::frequent`](crate::backend::Backend::frequent) is about. No event was to be delivered, so an
-    /// instruction's exit has interrupted none, and no IRET is followed.
+    /// The exit, if it is one that [`Backend::frequent`](crate::backend::Backend::frequent) is about. An instruction's
+    /// exit comes while no event is being delivered, and no IRET is followed.
     #[inline]
     pub(super) fn frequent_exit(&mut self, guest: &mut Guest<H>) -> Option<Frequent> {
         let vmcb = &self.regs.vmcb;

@@ -178,8 +178,9 @@ impl<H: X86Hal> Backend<H> for Svm<H> {
 
     #[inline]
     fn again(&mut self, _guest: &Guest<H>) -> AxResult {
-        // What `prepare` had flushed is.
+        // What `prepare` had flushed is, and what it had injected has been delivered.
         self.regs.vmcb.set_tlb_control(asid::FLUSH_NOTHING);
+        self.regs.vmcb.set_event_injection(0);
         Ok(())
     }
 
@@ -282,7 +283,7 @@ impl<H: X86Hal> Svm<H> {
             self.local.before = self.regs.vmcb.hardware_state();
         }
         self.hide_long_mode_enable();
-        Ok(*plan == Plan::NOTHING && !masked && !pass_cr0 && self.local.hidden_efer == 0)
+        Ok(!plan.has_wish() && !masked && !pass_cr0 && self.local.hidden_efer == 0)
     }
 
     /// Keeps EFER.LME from the hardware while it means nothing: without paging, and without PAE, which paging would need. The

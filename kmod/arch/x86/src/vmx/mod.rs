@@ -142,7 +142,9 @@ impl<H: X86Hal> Backend<H> for Vmx<H> {
 
     fn prepare(&mut self, guest: &mut Guest<H>, plan: &Plan) -> AxResult<bool> {
         self.prepare_entry(guest, plan)?;
-        Ok(*plan == Plan::NOTHING && !guest.events.nmi_masked() && !guest.debug.loaded())
+        // The CPU takes what is injected out of the VMCS by itself.
+        let length_restored = self.local.injected_length == 0;
+        Ok(!plan.has_wish() && length_restored && !guest.events.nmi_masked() && !guest.debug.loaded())
     }
 
     #[inline]
