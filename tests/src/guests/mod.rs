@@ -21,6 +21,7 @@ mod memory;
 mod mmio;
 mod modes;
 mod msr;
+mod promptness;
 mod registers;
 mod smp;
 mod spaces;
@@ -55,6 +56,7 @@ pub fn cases() -> Vec<Case> {
         dirty::cases(),
         spaces::cases(),
         threads::cases(),
+        promptness::cases(),
         smp::cases(),
         allocation::cases(),
     ]
