@@ -10,6 +10,7 @@
 mod bitmaps;
 pub(crate) mod capabilities;
 mod check;
+mod decode;
 mod exit;
 mod fields;
 mod instructions;
@@ -289,7 +290,7 @@ impl<H: X86Hal> Vmx<H> {
         self.local.injected_length = 0;
         // Each exit leaves the field invalid, as it was when the VMCS was made.
         if let Some(event) = plan.inject {
-            let event = exit::encode_event(event, self.regs.cr0() & cr0::PE != 0);
+            let event = decode::encode_event(event, self.regs.cr0() & cr0::PE != 0);
             vmcs.write(Field::ControlEntryInterruption, event.info.into());
             vmcs.write(Field::ControlEntryErrorCode, event.error_code.into());
             if event.software {
@@ -421,7 +422,7 @@ impl<H: X86Hal> Vmx<H> {
         };
         let field = state.first_fault(cr0_fixed, cr4_fixed).map_or(0, Field::encoding);
         self.undo_injected_length();
-        let refusal = if exit::Code::decode(reason) == exit::Code::EntryMachineCheck {
+        let refusal = if decode::Code::decode(reason) == decode::Code::EntryMachineCheck {
             // SAFETY: Kernel context with the host's IDT: FRED hosts have no VMX backend.
             unsafe { cpu::raise_machine_check() };
             Refusal::MachineCheck
