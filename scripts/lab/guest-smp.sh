@@ -19,14 +19,14 @@ same() {
 }
 
 # What the host compares with its own clocks: hundredths of a second since boot,
-# and the time by the kernel and by the machine's clock. Several times, since a line
-# may be late.
+# and the time by the kernel and by the machine's clock. A line each, since what is
+# read before it makes the next late, and several times, since a line may be late.
 tick() {
 	sleep 1 # what was printed before is read by then
 	for _ in 1 2 3 4 5; do
-		# shellcheck disable=SC2046 # two words
-		echo tick $(sed 's/ .*//;s/\.//' /proc/uptime) $(date +%s) \
-			"$(date -D '%a %b %e %H:%M:%S %Y' -d "$(hwclock -u | cut -c1-24)" +%s)"
+		echo "tick date $(date +%s)"
+		echo "tick hwclock $(date -D '%a %b %e %H:%M:%S %Y' -d "$(hwclock -u | cut -c1-24)" +%s)"
+		echo "tick uptime $(sed 's/ .*//;s/\.//' /proc/uptime)"
 		usleep 100000
 	done
 	echo ticked

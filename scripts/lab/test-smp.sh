@@ -37,15 +37,25 @@ within() {
 	fi
 }
 
-# smp_tick HUNDREDTHS TIME CLOCK: the guest's clocks against ours, now. Whatever delays
+# smp_tick CLOCK VALUE: one of the guest's clocks against ours, now. Whatever delays
 # the line makes ours later, so the smallest differences are the right ones; and no
 # process is started here.
 smp_tick() {
 	IFS='. ' read -r seconds hundredths _ </proc/uptime
-	set -- $((seconds * 100 + ${hundredths#0} - $1)) $((host_epoch + seconds - $2)) $((host_epoch + seconds - $3))
-	[ -n "$uptime_off" ] && [ "$uptime_off" -le "$1" ] || uptime_off=$1
-	[ -n "$date_off" ] && [ "$date_off" -le "$2" ] || date_off=$2
-	[ -n "$clock_off" ] && [ "$clock_off" -le "$3" ] || clock_off=$3
+	case $1 in
+	uptime)
+		set -- $((seconds * 100 + ${hundredths#0} - $2))
+		[ -n "$uptime_off" ] && [ "$uptime_off" -le "$1" ] || uptime_off=$1
+		;;
+	date)
+		set -- $((host_epoch + seconds - $2))
+		[ -n "$date_off" ] && [ "$date_off" -le "$1" ] || date_off=$1
+		;;
+	hwclock)
+		set -- $((host_epoch + seconds - $2))
+		[ -n "$clock_off" ] && [ "$clock_off" -le "$1" ] || clock_off=$1
+		;;
+	esac
 }
 
 # smp_ticked NAME: the last tick of a series has come.
