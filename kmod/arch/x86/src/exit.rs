@@ -15,7 +15,7 @@ use crate::hal::X86Hal;
 use crate::length::{self, Found, MAX_LENGTH};
 use crate::linear::Paging;
 use crate::msr::{Access, Written, PRED_CMD, PRED_CMD_IBPB, TSC_AUX};
-use crate::nested::NestedMemory;
+use crate::nested::{NestedMemory, Recorded};
 use crate::regs::{cr0, rflags, DR6_BS};
 use crate::state::{is_long_code, Guest, Registers};
 
@@ -185,14 +185,25 @@ impl<H: X86Hal> Guest<H> {
         // SAFETY: The root is the module's nested page table of `npt_levels` levels, in the backend's format (`set_ept_root`);
         // interrupts are off until the caller has the answer, and the object is gone by then.
         let memory = unsafe { NestedMemory::<H, F>::new(self.root, self.caps.npt_levels) };
-        let mut bytes = [0; MAX_LENGTH];
         let paging = Paging { cr0: regs.cr0(), cr3: regs.cr3(), cr4: regs.cr4(), efer: regs.efer() };
-        let count = paging.read(&memory, regs.rip(), u64::MAX, &mut bytes);
-        let found = bytes.get(..count).and_then(|bytes| length::find(bytes, true, length::Instruction::Store));
-        if let Some(Found { length, .. }) = found {
-            self.advance(regs, regs.rip().wrapping_add(length.into()));
-        }
-        found.is_some()
+        let rip = regs.rip();
+        // SAFETY: Interrupts have been off since the exit, and were before: the TLB had been flushed for all translations that had
+        // been taken away, and with that the store forgotten.
+        let known = self.store.as_ref().and_then(|store| unsafe { store.length::<H>(rip, &paging) });
+        let Some(length) = known.or_else(|| self.measure_store(&memory, rip, paging)) else { return false };
+        self.advance(regs, rip.wrapping_add(length.into()));
+        true
+    }
+
+    /// The length of the plain store at `rip`, if there is one, which is remembered.
+    #[inline(never)]
+    fn measure_store<F: Format>(&mut self, memory: &NestedMemory<H, F>, rip: u64, paging: Paging) -> Option<u8> {
+        let mut bytes = [0; MAX_LENGTH];
+        let recorded = Recorded::new(memory);
+        let count = paging.read(&recorded, rip, u64::MAX, &mut bytes);
+        let Found { length, .. } = length::find(bytes.get(..count)?, true, length::Instruction::Store)?;
+        self.store = recorded.known(rip, paging, bytes, length);
+        Some(length)
     }
 
     /// #GP(0) at the current instruction.

@@ -2,13 +2,15 @@
 //! Reads guest memory through the nested page table, in the short time after an exit in which the module guarantees that no
 //! mapping is taken away: interrupts are off, and whoever takes one away waits until they are on again.
 
+use core::cell::Cell;
 use core::marker::PhantomData;
 use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 
 use vcpu_core::npt::{self, Format, Levels, Permissions};
 use vcpu_core::{AxVCpuHal, GuestPhysAddr, HostPhysAddr};
 
-use crate::linear::GuestMemory;
+use crate::length::MAX_LENGTH;
+use crate::linear::{GuestMemory, Paging};
 
 /// The memory behind a nested page table.
 ///
@@ -27,28 +29,266 @@ impl<H: AxVCpuHal, F: Format> NestedMemory<H, F> {
         // INVARIANT: The caller's promise.
         Self { root, levels, hal: PhantomData }
     }
-}
 
-impl<H: AxVCpuHal, F: Format> GuestMemory for NestedMemory<H, F> {
-    fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
+    /// Where the host has the byte at `gpa`, if it is mapped.
+    fn locate(&self, gpa: u64) -> Option<HostPhysAddr> {
         let read_entry = |table: HostPhysAddr, index: usize| {
             // SAFETY: By the type invariant `table` is a live table of 512 entries, and the walk's index is below that. Others
             // change entries at the same time, so the load is atomic.
             unsafe { AtomicU64::from_ptr(H::phys_to_virt(table).cast::<u64>().add(index & 511)) }
                 .load(Ordering::Acquire)
         };
-        let Some(mapping) = npt::walk::<F>(self.root, self.levels, read_entry, GuestPhysAddr::new(gpa)) else {
-            return false;
-        };
-        if !mapping.perms.contains(Permissions::READ) {
-            return false;
-        }
-        let from = H::phys_to_virt(mapping.hpa);
+        let mapping = npt::walk::<F>(self.root, self.levels, read_entry, GuestPhysAddr::new(gpa))?;
+        mapping.perms.contains(Permissions::READ).then_some(mapping.hpa)
+    }
+
+    /// Fills `buffer` from `at`.
+    ///
+    /// # Safety
+    /// [`locate`](Self::locate) would give `at` for some address, and the buffer does not run over the end of that page.
+    #[inline]
+    unsafe fn load(at: HostPhysAddr, buffer: &mut [u8]) {
+        let from = H::phys_to_virt(at);
         for (offset, byte) in buffer.iter_mut().enumerate() {
             // SAFETY: The page is mapped, so it stays (type invariant); the caller's buffer does not run over its end. Other
             // vCPUs may write it at the same time, so each byte is loaded atomically.
             *byte = unsafe { AtomicU8::from_ptr(from.add(offset)) }.load(Ordering::Relaxed);
         }
+    }
+}
+
+impl<H: AxVCpuHal, F: Format> GuestMemory for NestedMemory<H, F> {
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
+        let Some(at) = self.locate(gpa) else { return false };
+        // SAFETY: Just located, and the caller's buffer stays in the page.
+        unsafe { Self::load(at, buffer) };
         true
+    }
+}
+
+/// Words of guest memory that are read on the way to an instruction: an entry of each level of the guest's page tables.
+const MAX_WORDS: usize = 5;
+
+/// An instruction that has been read, and what that depended on.
+///
+/// Drivers kick their devices by the same store each time, and reading it takes a walk of the guest's page tables, of which each
+/// step takes one of the nested page table. What is found is a function of the registers and of what is read; and as long as
+/// the nested page table has lost no translation, it would be read in the same places. So if registers and contents are the
+/// same, so is the instruction.
+///
+/// # Invariants
+/// The addresses were [located](NestedMemory::locate), and no translation has been taken away since.
+#[derive(Clone, Copy)]
+pub(crate) struct Known {
+    rip: u64,
+    paging: Paging,
+    words: [(HostPhysAddr, u64); MAX_WORDS],
+    count: usize,
+    code: HostPhysAddr,
+    bytes: [u8; MAX_LENGTH],
+    length: u8,
+}
+
+impl Known {
+    /// The length of the instruction at `rip`, if it is this one.
+    ///
+    /// # Safety
+    /// Interrupts are off, and have been since a time at which the invariant held.
+    #[inline]
+    pub(crate) unsafe fn length<H: AxVCpuHal>(&self, rip: u64, paging: &Paging) -> Option<u8> {
+        if self.rip != rip || self.paging != *paging {
+            return None;
+        }
+        let load = |at: HostPhysAddr| H::phys_to_virt(at);
+        for &(at, value) in self.words.get(..self.count)? {
+            // SAFETY: Entries of page tables are aligned. The page is there: it was mapped, by the type invariant, and whoever has
+            // taken that away since the interrupts are off waits until they are on.
+            if unsafe { AtomicU64::from_ptr(load(at).cast()) }.load(Ordering::Relaxed).to_le() != value {
+                return None;
+            }
+        }
+        for (offset, &byte) in self.bytes.get(..self.length.into())?.iter().enumerate() {
+            // SAFETY: As above; the instruction was read in one piece, so it is all in this page.
+            if unsafe { AtomicU8::from_ptr(load(self.code).add(offset)) }.load(Ordering::Relaxed) != byte {
+                return None;
+            }
+        }
+        Some(self.length)
+    }
+}
+
+/// Guest memory, with a record of what is read of it.
+pub(crate) struct Recorded<'a, H: AxVCpuHal, F: Format> {
+    memory: &'a NestedMemory<H, F>,
+    words: [Cell<(HostPhysAddr, u64)>; MAX_WORDS],
+    count: Cell<usize>,
+    code: Cell<Option<HostPhysAddr>>,
+}
+
+impl<'a, H: AxVCpuHal, F: Format> Recorded<'a, H, F> {
+    /// Nothing has been read yet.
+    pub(crate) fn new(memory: &'a NestedMemory<H, F>) -> Self {
+        Self {
+            memory,
+            words: [const { Cell::new((HostPhysAddr::new(0), 0)) }; MAX_WORDS],
+            count: Cell::new(0),
+            code: Cell::new(None),
+        }
+    }
+
+    /// The instruction at `rip`, for which all has been read: it is `length` long and begins with `bytes`. `None` if it is not in one
+    /// piece.
+    pub(crate) fn known(&self, rip: u64, paging: Paging, bytes: [u8; MAX_LENGTH], length: u8) -> Option<Known> {
+        let (code, count) = (self.code.get()?, self.count.get());
+        // INVARIANT: Located in this stretch with interrupts off.
+        let words = core::array::from_fn(|index| self.words.get(index).map_or((code, 0), Cell::get));
+        (count <= MAX_WORDS).then_some(Known { rip, paging, words, count, code, bytes, length })
+    }
+}
+
+impl<H: AxVCpuHal, F: Format> GuestMemory for Recorded<'_, H, F> {
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
+        let Some(at) = self.memory.locate(gpa) else { return false };
+        // SAFETY: Just located, and the caller's buffer stays in the page.
+        unsafe { NestedMemory::<H, F>::load(at, buffer) };
+        match <[u8; 8]>::try_from(&*buffer) {
+            Ok(word) => {
+                if let Some(slot) = self.words.get(self.count.get()) {
+                    slot.set((at, u64::from_le_bytes(word)));
+                }
+                self.count.set(self.count.get().saturating_add(1));
+            }
+            Err(_) => self.code.set((buffer.len() == MAX_LENGTH).then_some(at)),
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::regs::{cr0, cr4, efer};
+    use crate::testing::TestHal;
+    use std::vec::Vec;
+    use vcpu_core::npt::{MemoryType, NestedPageTable, Npt, PageSize, TableMemory};
+
+    /// Guest page tables in the guest's first pages, and the page behind them; all in frames of their own.
+    struct Machine {
+        frames: Vec<HostPhysAddr>,
+        table: NestedPageTable<Npt>,
+    }
+
+    struct Tables(Vec<HostPhysAddr>);
+
+    fn word(at: HostPhysAddr, index: usize) -> *mut u64 {
+        TestHal::phys_to_virt(at).cast::<u64>().wrapping_add(index)
+    }
+
+    impl TableMemory for Tables {
+        fn alloc(&mut self) -> Option<HostPhysAddr> {
+            let frame = TestHal::alloc_frames(0)?;
+            self.0.push(frame);
+            Some(frame)
+        }
+        fn free(&mut self, _table: HostPhysAddr) {}
+        fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
+            // SAFETY: An entry of a frame.
+            unsafe { word(table, index).read() }
+        }
+        fn write(&mut self, table: HostPhysAddr, index: usize, entry: u64) {
+            // SAFETY: As above.
+            unsafe { word(table, index).write(entry) }
+        }
+    }
+
+    impl Machine {
+        /// Four levels in pages 0 to 3, which translate the addresses of page 4 to it; there is `code`.
+        fn new(code: &[u8]) -> Self {
+            let mut tables = Tables(Vec::new());
+            let mut table = NestedPageTable::new(Levels::Four, &mut tables).unwrap();
+            let mut frames = Vec::new();
+            for page in 0..5u64 {
+                let frame = TestHal::alloc_frames(0).unwrap();
+                let gpa = GuestPhysAddr::new(page * 4096);
+                let (size, perms) = (PageSize::Size4K, Permissions::ALL);
+                let _ = table.map(gpa, frame, size, perms, MemoryType::WriteBack, &mut tables).unwrap();
+                frames.push(frame);
+            }
+            for (page, index) in [(0, 0), (1, 0), (2, 0), (3, 4)] {
+                // SAFETY: An entry of a frame.
+                unsafe { word(frames[page], index).write(((page as u64 + 1) * 4096) | 7) };
+            }
+            for (offset, byte) in code.iter().enumerate() {
+                // SAFETY: In a frame.
+                unsafe { TestHal::phys_to_virt(frames[4]).add(offset).write(*byte) };
+            }
+            Self { frames: [frames, tables.0].concat(), table }
+        }
+
+        fn known(&self) -> Known {
+            // SAFETY: The table stays as it is.
+            let memory = unsafe { NestedMemory::<TestHal, Npt>::new(self.table.root(), Levels::Four) };
+            let recorded = Recorded::new(&memory);
+            let mut bytes = [0; MAX_LENGTH];
+            assert_eq!(PAGING.read(&recorded, 0x4000, u64::MAX, &mut bytes), MAX_LENGTH);
+            recorded.known(0x4000, PAGING, bytes, 2).unwrap()
+        }
+    }
+
+    impl Drop for Machine {
+        fn drop(&mut self) {
+            self.frames.drain(..).for_each(|frame| TestHal::free_frames(frame, 0));
+        }
+    }
+
+    const PAGING: Paging = Paging { cr0: cr0::PG, cr3: 0, cr4: cr4::PAE, efer: efer::LMA };
+
+    fn length(known: &Known, rip: u64, paging: &Paging) -> Option<u8> {
+        // SAFETY: The table stays as it is.
+        unsafe { known.length::<TestHal>(rip, paging) }
+    }
+
+    #[test]
+    fn an_instruction_is_known_again_until_something_that_led_to_it_changes() {
+        let machine = Machine::new(&[0x89, 0x03, 0x90]);
+        let known = machine.known();
+        assert_eq!(length(&known, 0x4000, &PAGING), Some(2));
+        assert_eq!(length(&known, 0x4002, &PAGING), None, "elsewhere");
+        assert_eq!(length(&known, 0x4000, &Paging { cr3: 0x1000, ..PAGING }), None, "by other tables");
+        for (page, index) in [(0, 0), (1, 0), (2, 0), (3, 4)] {
+            let entry = word(machine.frames[page], index);
+            // SAFETY: An entry of a frame.
+            unsafe {
+                let old = entry.read();
+                entry.write(old ^ (1 << 5));
+                assert_eq!(length(&known, 0x4000, &PAGING), None, "an entry of page {page}");
+                entry.write(old);
+            }
+        }
+        for (offset, expected) in [(0, None), (1, None), (2, Some(2))] {
+            // SAFETY: In a frame.
+            unsafe {
+                let byte = TestHal::phys_to_virt(machine.frames[4]).add(offset);
+                let old = byte.read();
+                byte.write(!old);
+                assert_eq!(length(&known, 0x4000, &PAGING), expected, "byte {offset}");
+                byte.write(old);
+            }
+        }
+        assert_eq!(length(&known, 0x4000, &PAGING), Some(2));
+    }
+
+    #[test]
+    fn an_instruction_on_two_pages_is_not_remembered() {
+        let machine = Machine::new(&[]);
+        // SAFETY: The table stays as it is.
+        let memory = unsafe { NestedMemory::<TestHal, Npt>::new(machine.table.root(), Levels::Four) };
+        for rip in 0x4ff2..0x5000 {
+            let recorded = Recorded::new(&memory);
+            let mut bytes = [0; MAX_LENGTH];
+            // The page behind is not mapped.
+            assert_eq!(PAGING.read(&recorded, rip, u64::MAX, &mut bytes) as u64, 0x5000 - rip);
+            assert!(recorded.known(rip, PAGING, bytes, 2).is_none(), "{rip:#x}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use crate::fpu::Fpu;
 use crate::hal::X86Hal;
 use crate::msr::{Msrs, Offered};
 use crate::mtrr::Mtrr;
+use crate::nested::Known;
 use crate::pvclock::PvClock;
 use crate::regs::{rflags, xcr0, Limits};
 use crate::vcpu::X86SetupConfig;
@@ -72,6 +73,8 @@ pub(crate) struct Guest<H: X86Hal> {
     /// What is added to the host's TSC.
     pub(crate) tsc_offset: u64,
     pub(crate) pending: Pending,
+    /// The store that was stepped over last. Forgotten when the TLB is to be flushed of what the nested page table has lost.
+    pub(crate) store: Option<Known>,
     /// An interrupt command that an access to the xAPIC page has left, for [`take_ipi`](Self::take_ipi).
     ipi: Option<u64>,
     /// How the last entry ended.
@@ -115,6 +118,7 @@ impl<H: X86Hal> Guest<H> {
             host: HostState::default(),
             tsc_offset: 0,
             pending: Pending::None,
+            store: None,
             ipi: None,
             exited: Exited::NEVER,
             exit_kind: ExitKind::Other,

@@ -428,9 +428,11 @@ impl<H: X86Hal> X86VCpu<H> {
         on!(&mut self.hardware, hw => hw.leave(&mut self.guest))
     }
 
-    /// Has everything flushed before the next entry that the CPU has cached of the guest's translations.
+    /// Has everything flushed before the next entry that the CPU has cached of the guest's translations. To be called before the
+    /// next entry if the nested page table has lost one.
     #[inline]
     pub fn flush_tlb(&mut self) {
+        self.guest.store = None;
         on!(&mut self.hardware, hw => hw.regs_mut().flush_tlb());
     }
 
