@@ -15,6 +15,8 @@
 host_lab=qemu   # or bochs
 host_kernel=    # release; the main kernel if empty
 host_cpu=       # CPU model of an aarch64 host; if empty, neoverse-n1
+host_board=     # what an aarch64 host is, if not EL2 and a GICv3: properties of "virt"
+host_options=   # more for the kernel's command line
 host_cpus=      # if empty, what suits the lab
 host_memory=    # MiB, the same
 host_share=     # directory to show at /share
@@ -122,7 +124,7 @@ host_machine_words() {
 	aarch64)
 		# Here EL2 is always emulated.
 		host_cmdline='console=ttyAMA0'
-		host_machine=(-accel tcg -machine "virt,virtualization=on,gic-version=3"
+		host_machine=(-accel tcg -machine "virt,${host_board:-virtualization=on,gic-version=3}"
 			-cpu "${host_cpu:-neoverse-n1}")
 		# The counter's frequency, so that it counts instructions, too.
 		[[ -z $host_icount ]] || host_machine=("${host_machine[@]},cntfrq=1000000000" -icount "shift=0,sleep=off")
@@ -141,7 +143,7 @@ host_run_qemu() {
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
 		-smp "${host_cpus:=2}" -m "${host_memory:=2048}"
 		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
-		-append "$host_cmdline loglevel=7 panic=-1 oops=panic"
+		-append "$host_cmdline loglevel=7 panic=-1 oops=panic $host_options"
 		-chardev "file,id=log,path=$host_log" -serial chardev:log
 		-device virtio-serial-pci
 		-device "virtconsole,chardev=session"

@@ -56,7 +56,8 @@ fn at_el2() -> bool {
 pub fn missing_feature() -> Option<&'static str> {
     if !at_el2() {
         return Some(
-            "a kernel that runs at EL2 (it was started at EL1, or the CPU has no Virtualization Host Extensions)",
+            "a kernel that runs at EL2 (it was started at EL1, has left EL2 by kvm-arm.mode, or the CPU has no Virtualization \
+             Host Extensions)",
         );
     }
     // ID_AA64PFR0_EL1.GIC, bits 27:24.

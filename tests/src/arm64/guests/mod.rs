@@ -7,6 +7,7 @@ mod calls;
 mod deactivation;
 mod eventfds;
 mod gic;
+mod host;
 mod interrupts;
 mod memory;
 mod mmio;
@@ -17,10 +18,10 @@ mod threads;
 mod timer;
 
 /// Code with `same move, source`: by that instruction X2 takes what is at the source, and goes on at the label 4 unless it is
-/// X1.
+/// X1. Of another kind than [`code!`](crate::code) by that macro's name and `!` before the code's name.
 macro_rules! watchful_code {
-    ($name:ident, $($line:literal),+ $(,)?) => {
-        $crate::code!(
+    ($kind:ident! $name:ident, $($line:literal),+ $(,)?) => {
+        $crate::$kind!(
             $name,
             ".macro same move, source:vararg",
             "\\move x2, \\source",
@@ -30,6 +31,9 @@ macro_rules! watchful_code {
             $($line,)+
             ".purgem same"
         )
+    };
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        watchful_code!(code! $name, $($line),+)
     };
 }
 use watchful_code;
@@ -50,6 +54,7 @@ pub fn cases() -> Vec<Case> {
         eventfds::cases(),
         timer::cases(),
         smp::cases(),
+        host::cases(),
         beside::cases(),
     ]
     .into_iter()
