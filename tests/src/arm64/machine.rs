@@ -18,7 +18,7 @@ use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::arm64::{General, Gic, System as Registers, PSTATE_DAIF, PSTATE_EL1H};
 use axvcpu_uapi::client::{AddressSpace, Apic, Exit, Memory, Permissions, Slot, System, Vcpu, Vm};
 use axvcpu_uapi::exit::AxVCpuExitReason;
-use axvcpu_uapi::system::{ARCH_AARCH64, BACKEND_NONE, STATUS_READY};
+use axvcpu_uapi::system::{ARCH_AARCH64, BACKEND_NONE, STATUS_READY, STATUS_TOO_OLD};
 use std::sync::Arc;
 
 /// Size of the RAM, in bytes.
@@ -99,6 +99,9 @@ pub fn open() -> Result<System, Stop> {
     ensure_eq!(info.arch, ARCH_AARCH64, "architecture");
     if info.backend == BACKEND_NONE {
         return Err(Stop::Skip("the host kernel does not run at EL2".into()));
+    }
+    if info.status == STATUS_TOO_OLD {
+        return Err(Stop::Skip("the host lacks something that the module needs".into()));
     }
     ensure_eq!(info.status, STATUS_READY, "status of the module");
     Ok(system)

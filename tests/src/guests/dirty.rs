@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The dirty log: it tells each page that the guest has written, once, and loses none.
+//! The dirty log: it tells each page that the guest has written, once, and loses none. The same on every architecture:
+//! what the guests run is in `programs`.
 
-use crate::flaws;
+use super::programs;
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::hypervisor::Vcpu;
-use crate::machine::{Machine, Mode, CODE};
+use crate::machine::Machine;
 use crate::random::{seed, Random};
-use crate::{code, ensure, ensure_eq, table};
+use crate::{ensure, ensure_eq, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::DIRTY_LOG_GRANULE;
 use axvcpu_uapi::client::{AddressSpace, Backing, Errno, Error, Memory, Permissions, Slot};
@@ -20,7 +20,6 @@ pub(super) fn cases() -> Vec<Case> {
         "dirty-log/tells-each-written-page-once" => once [abi];
         "dirty-log/survives-the-mapping" => survives [abi];
         "dirty-log/large-pages-split-and-come-back" => large [abi];
-        "dirty-log/tells-what-the-module-writes" => clock [abi];
         "dirty-log/needs-little-memory" => memory [abi];
         "dirty-log/no-write-is-lost" => small_pages [abi], in 60;
         "dirty-log/no-write-is-lost-in-large-pages" => large_pages [abi], in 60;
@@ -28,15 +27,15 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Where the logged memory is.
-const BASE: u64 = 0x100_0000;
+pub(super) const BASE: u64 = 0x100_0000;
 const LARGE: usize = 2 << 20;
 
-fn gpa(addr: u64) -> GuestPhysAddr {
+pub(super) fn gpa(addr: u64) -> GuestPhysAddr {
     GuestPhysAddr::new(addr)
 }
 
 /// Memory at [`BASE`], in huge pages where the host has them.
-fn map(m: &Machine, size: usize, huge: bool) -> Result<Slot<Memory>, Stop> {
+pub(super) fn map(m: &Machine, size: usize, huge: bool) -> Result<Slot<Memory>, Stop> {
     let memory = Arc::new(Memory::anonymous(size + LARGE)?);
     if huge {
         memory.prefer_huge_pages()?;
@@ -47,7 +46,7 @@ fn map(m: &Machine, size: usize, huge: bool) -> Result<Slot<Memory>, Stop> {
 }
 
 /// The dirty pages of `words` granules at [`BASE`], by number.
-fn read(space: &AddressSpace, words: usize) -> Result<Vec<u64>, Stop> {
+pub(super) fn read(space: &AddressSpace, words: usize) -> Result<Vec<u64>, Stop> {
     let mut bitmap = vec![u64::MAX; words];
     let count = space.read_dirty_log(gpa(BASE), &mut bitmap)?;
     let pages: Vec<u64> = (0..words as u64 * 64).filter(|i| bitmap[(i / 64) as usize] >> (i % 64) & 1 != 0).collect();
@@ -55,18 +54,13 @@ fn read(space: &AddressSpace, words: usize) -> Result<Vec<u64>, Stop> {
     Ok(pages)
 }
 
-/// Writes at RBX and announces it, for ever.
-fn writer() -> &'static [u8] {
-    code!(writer, 64, "2: inc qword ptr [rbx]", "out 0x80, al", "jmp 2b")
-}
-
 fn write_at(m: &mut Machine, page: u64) -> CaseResult {
-    m.modify(|general| (general.gpr[3], general.rip) = (BASE + page * 0x1000, CODE))?;
-    m.expect_mark(0x80).map(drop)
+    programs::start_writing(m, BASE + page * 0x1000)?;
+    programs::marked(m)
 }
 
 fn once() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::incrementer())?;
     let slot = map(&m, 6 << 20, false)?;
     let space = m.space.clone();
     ensure_eq!(read(&space, 1).is_err(), true, "reading without a log");
@@ -98,7 +92,7 @@ fn once() -> CaseResult {
 
 /// What was written stays in the log when the memory goes away, and what comes into its place is logged as well.
 fn survives() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::incrementer())?;
     let slot = map(&m, 1 << 20, false)?;
     let space = m.space.clone();
     space.start_dirty_log(gpa(BASE), 1 << 20)?;
@@ -120,7 +114,7 @@ fn survives() -> CaseResult {
 }
 
 fn large() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::incrementer())?;
     let slot = map(&m, 4 * LARGE, true)?;
     slot.memory().write_u64(slot.offset(), 0)?;
     write_at(&mut m, 0)?;
@@ -153,23 +147,9 @@ fn large() -> CaseResult {
     Ok(())
 }
 
-/// The paravirtual clock is written by the module.
-fn clock() -> CaseResult {
-    let code =
-        code!(clock, 64, "mov ecx, 0x4b564d01", "mov eax, 0x1003001", "xor edx, edx", "wrmsr", "out 0x80, al", "hlt");
-    let mut m = Machine::new(Mode::Long, code)?;
-    let slot = map(&m, 1 << 20, false)?;
-    m.space.start_dirty_log(gpa(BASE), 1 << 20)?;
-    m.expect_mark(0x80)?;
-    ensure!(slot.memory().read_u64(slot.offset() + 0x3000)? != 0, "the guest has no clock");
-    ensure_eq!(read(&m.space, 4)?, [3], "pages written");
-    drop(slot);
-    Ok(())
-}
-
 /// A log of a TiB takes a page for each 128 MiB in which something was written, and gives it back.
 fn memory() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::incrementer())?;
     let slot = map(&m, 4 << 20, false)?;
     m.space.start_dirty_log(gpa(0), 1 << 40)?;
     ensure_eq!(m.vm.stats()?.log_pages, 0, "pages of a log in which nothing is");
@@ -188,34 +168,6 @@ fn memory() -> CaseResult {
 /// Pages that the guest below writes.
 const PAGES: usize = 1024;
 
-/// Increments a word of random pages: RBX the first page, R9 the offset in pages, R8 the state of the random numbers.
-fn scribbler() -> &'static [u8] {
-    code!(
-        scribbler,
-        64,
-        "2: mov ecx, 500",
-        "3: mov rax, r8",
-        "shl rax, 13",
-        "xor r8, rax",
-        "mov rax, r8",
-        "shr rax, 7",
-        "xor r8, rax",
-        "mov rax, r8",
-        "shl rax, 17",
-        "xor r8, rax",
-        "mov rax, r8",
-        "and eax, 0x3ff",
-        "shl rax, 12",
-        "add rax, rbx",
-        "inc qword ptr [rax + r9]",
-        "inc r10",
-        "dec ecx",
-        "jnz 3b",
-        "out 0x80, al",
-        "jmp 2b",
-    )
-}
-
 fn small_pages() -> CaseResult {
     scribble(false)
 }
@@ -227,15 +179,13 @@ fn large_pages() -> CaseResult {
 /// Three vCPUs write random pages while the log is read and cleared all the time and the pages that it tells are copied. When
 /// the vCPUs have stopped and the log has been read once more the copy is the memory.
 fn scribble(huge: bool) -> CaseResult {
-    let mut m = Machine::new(Mode::Long, scribbler())?;
+    let mut m = programs::machine(programs::scribbler())?;
     let slot = map(&m, PAGES * 0x1000, huge)?;
     let mut random = Random::new(seed()?);
-    let mut vcpus = vec![m.add_vcpu(1)?, m.add_vcpu(2)?];
+    let mut vcpus = vec![programs::another(&mut m, 1)?, programs::another(&mut m, 2)?];
     vcpus.push(m.vcpu);
     for (index, vcpu) in (0u64..).zip(&mut vcpus) {
-        let mut general: axvcpu_uapi::x86::General = vcpu.get()?;
-        (general.gpr[3], general.gpr[8], general.gpr[9]) = (BASE, random.word() | 1, 8 * index);
-        vcpu.set(&general)?;
+        programs::start_scribbling(vcpu, BASE, PAGES as u64, random.word() | 1, 8 * index)?;
     }
     let words = |page: usize| -> Result<[u64; 3], Stop> {
         let at = slot.offset() + page * 0x1000;
@@ -245,26 +195,16 @@ fn scribble(huge: bool) -> CaseResult {
     m.space.start_dirty_log(gpa(BASE), (PAGES * 0x1000) as u64)?;
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| -> CaseResult {
-        let run = |mut vcpu: Vcpu| -> Result<u64, Stop> {
+        let run = |mut vcpu: programs::Vcpu| -> Result<u64, Stop> {
             loop {
                 harness::check_time()?;
-                let exit = vcpu.run().or_else(|error| {
-                    if error.errno() == Some(Errno::EUCLEAN) {
-                        flaws::STATE_LOST.skip()?;
+                match programs::run(&mut vcpu)?.reason {
+                    reason if programs::is_mark(&reason) && stop.load(Ordering::Relaxed) => {
+                        return Ok(programs::written(&vcpu));
                     }
-                    Err(Stop::from(error))
-                })?;
-                match exit.reason {
-                    AxVCpuExitReason::IoWrite { port: 0x80, .. } if stop.load(Ordering::Relaxed) => {
-                        return Ok(vcpu.general().gpr[10]);
-                    }
-                    AxVCpuExitReason::IoWrite { port: 0x80, .. } => rounds.fetch_add(1, Ordering::Relaxed),
+                    reason if programs::is_mark(&reason) => rounds.fetch_add(1, Ordering::Relaxed),
                     AxVCpuExitReason::Interrupted => continue,
-                    other => {
-                        let general: axvcpu_uapi::x86::General = vcpu.get()?;
-                        let control: axvcpu_uapi::x86::Control = vcpu.get()?;
-                        return Err(Stop::Fail(format!("exit {other:x?} {general:x?} {control:x?}")));
-                    }
+                    other => return Err(Stop::Fail(format!("exit {other:x?} {}", programs::describe(&vcpu)?))),
                 };
             }
         };

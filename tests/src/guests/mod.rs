@@ -4,6 +4,7 @@
 
 mod allocation;
 mod apic;
+mod clock;
 mod control;
 mod cpuid;
 mod delivery;
@@ -21,6 +22,7 @@ mod memory;
 mod mmio;
 mod modes;
 mod msr;
+mod programs;
 mod promptness;
 mod registers;
 mod smp;
@@ -54,6 +56,7 @@ pub fn cases() -> Vec<Case> {
         stale::cases(),
         host_memory::cases(),
         dirty::cases(),
+        clock::cases(),
         spaces::cases(),
         threads::cases(),
         promptness::cases(),

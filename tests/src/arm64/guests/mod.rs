@@ -5,12 +5,17 @@
 mod beside;
 mod calls;
 mod deactivation;
+#[path = "../../guests/dirty.rs"]
+mod dirty;
 mod eventfds;
 mod gic;
 mod host;
+#[path = "../../guests/host_memory/mod.rs"]
+mod host_memory;
 mod interrupts;
 mod memory;
 mod mmio;
+mod programs;
 mod registers;
 mod smp;
 mod sysregs;
@@ -46,6 +51,8 @@ pub fn cases() -> Vec<Case> {
         calls::cases(),
         mmio::cases(),
         memory::cases(),
+        host_memory::cases(),
+        dirty::cases(),
         sysregs::cases(),
         registers::cases(),
         threads::cases(),

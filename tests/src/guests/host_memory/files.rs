@@ -2,10 +2,9 @@
 //! Guest memory that is a file's: shared, private, and cut off.
 
 use super::mapping::{map, Mapping, PAGE};
-use super::writer;
 use crate::ensure_eq;
+use crate::guests::programs;
 use crate::harness::{CaseResult, Stop};
-use crate::machine::{Machine, Mode};
 use nix::sys::mman::MapFlags;
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -27,15 +26,15 @@ fn file_word(file: &fs::File) -> Result<u64, Stop> {
 pub(super) fn shared_file() -> CaseResult {
     let file = temporary_file(PAGE)?;
     file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::writer())?;
     let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 7, "what the guest reads of the file");
+    programs::marked(&mut m)?;
     ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
     file.write_all_at(&8u64.to_le_bytes(), 0)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 8, "what the guest reads after the file has changed");
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 8, "what the guest reads after the file has changed");
     drop(slot);
     Ok(())
 }
@@ -44,14 +43,14 @@ pub(super) fn shared_file() -> CaseResult {
 pub(super) fn private_file() -> CaseResult {
     let file = temporary_file(PAGE)?;
     file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::writer())?;
     let (memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_PRIVATE)?)?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 7, "what the guest reads of the file");
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 7, "what the guest reads of the file");
+    programs::marked(&mut m)?;
     ensure_eq!([file_word(&file)?, memory.get(0)], [7, 0x11], "file and memory after the guest has written");
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 0x11, "what the guest reads of its own copy");
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 0x11, "what the guest reads of its own copy");
     drop(slot);
     Ok(())
 }
@@ -60,16 +59,16 @@ pub(super) fn private_file() -> CaseResult {
 pub(super) fn truncated() -> CaseResult {
     let file = temporary_file(PAGE)?;
     file.write_all_at(&7u64.to_le_bytes(), 0)?;
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::writer())?;
     let (_memory, slot) = map(&m, Mapping::file(&file, PAGE, MapFlags::MAP_SHARED)?)?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     file.set_len(0)?;
     match m.run() {
         Err(Stop::Fail(why)) if why.contains("EFAULT") => {}
         other => return Err(Stop::Fail(format!("a write beyond the end of a file gave {other:x?}"))),
     }
     file.set_len(PAGE as u64)?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     ensure_eq!(file_word(&file)?, 0x11, "the file after the guest has written");
     drop(slot);
     Ok(())

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guest memory in huge pages, which are mapped as one, and which the host takes away or splits.
 
+use super::disturbed;
 use super::mapping::{map, Mapping, BASE, BOTH, LARGE, PAGE};
-use super::{disturbed, scribbler, writer};
+use crate::guests::programs::{self, GO_BACK};
 use crate::harness::{CaseResult, Stop};
-use crate::machine::{Machine, Mode};
-use crate::{code, ensure, ensure_eq};
+use crate::{ensure, ensure_eq};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::client::Permissions;
 use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason::NestedPageFault};
@@ -14,33 +14,33 @@ use std::fs;
 use std::sync::Arc;
 
 pub(super) fn huge() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::writer())?;
     let memory = match Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB) {
         Ok(memory) => memory,
         Err(_) => return Err(Stop::Skip("the host has no reserved huge pages".into())),
     };
     let before = m.vm.stats()?.pages_2m;
     let (memory, slot) = map(&m, memory)?;
-    m.expect_marks(&[0x80, 0x80])?;
+    programs::marked_twice(&mut m)?;
     ensure_eq!(m.vm.stats()?.pages_2m, before + 1, "large leaves");
     ensure_eq!(memory.get(0), 0x11, "the program's view");
     // The page goes back to the reserve, and another one comes.
     memory.advise(0, LARGE, MmapAdvise::MADV_DONTNEED)?;
     ensure_eq!(m.vm.stats()?.pages_2m, before, "large leaves after the page has gone");
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 0, "what the guest reads of a fresh page");
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 0, "what the guest reads of a fresh page");
     drop(slot);
     Ok(())
 }
 
 /// The host splits a huge page when the rights of a part of it change: the guest's leaf goes, and small ones come.
 pub(super) fn split() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, writer())?;
+    let mut m = programs::machine(programs::writer())?;
     let memory = Mapping::huge_page()?;
     memory.set(0, 3);
     memory.set(5 * PAGE, 5);
     let (memory, slot) = map(&m, memory)?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     let stats = m.vm.stats()?;
     if stats.pages_2m == 0 {
         return Err(Stop::Skip("the host gave no huge page".into()));
@@ -48,7 +48,7 @@ pub(super) fn split() -> CaseResult {
     // SAFETY: The page belongs to the test, and the program only reads it.
     unsafe { mprotect(memory.address(5 * PAGE), PAGE, ProtFlags::PROT_READ) }?;
     ensure_eq!(m.vm.stats()?.pages_2m, stats.pages_2m - 1, "large leaves after the host has split its page");
-    m.expect_marks(&[0x80, 0x80])?;
+    programs::marked_twice(&mut m)?;
     let now = m.vm.stats()?;
     ensure_eq!(now.pages_2m, stats.pages_2m - 1, "large leaves after the guest has come back");
     ensure!(now.pages_4k > stats.pages_4k, "no small leaf has come in its place");
@@ -56,30 +56,6 @@ pub(super) fn split() -> CaseResult {
     drop(slot);
     Ok(())
 }
-
-/// Writes at BASE, goes to BASE + 0x3000 and back, and goes to BASE + 0x1ff000 and back and writes again.
-fn visitor() -> &'static [u8] {
-    code!(
-        visitor,
-        64,
-        "mov ebx, 0x1000000",
-        "mov qword ptr [rbx], 5",
-        "out 0x80, al",
-        "lea rdi, [rbx + 0x3000]",
-        "lea rsi, [rip + 2f]",
-        "jmp rdi",
-        "2: out 0x80, al",
-        "lea rdi, [rbx + 0x1ff000]",
-        "lea rsi, [rip + 3f]",
-        "jmp rdi",
-        "3: mov [rbx + 0x100000], rbx",
-        "out 0x80, al",
-        "hlt",
-    )
-}
-
-/// `jmp rsi`.
-const GO_BACK: u64 = 0xe6ff;
 
 /// Whether the kernel takes the CPU for one that must not fetch instructions through large leaves.
 fn multihit() -> Result<bool, Stop> {
@@ -93,24 +69,24 @@ fn multihit() -> Result<bool, Stop> {
 /// once and all of it, when it is executed from. Elsewhere it stays large.
 pub(super) fn executed() -> CaseResult {
     let multihit = multihit()?;
-    let mut m = Machine::new(Mode::Long, visitor())?;
+    let mut m = programs::machine(programs::visitor())?;
     let memory = Mapping::huge_page()?;
     memory.set(3 * PAGE, GO_BACK);
     memory.set(511 * PAGE, GO_BACK);
     let (memory, slot) = map(&m, memory)?;
     let before = m.vm.stats()?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     let written = m.vm.stats()?;
     if written.pages_2m == before.pages_2m {
         return Err(Stop::Skip("the host gave no huge page".into()));
     }
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     let executed = m.vm.stats()?;
     let split = u64::from(multihit);
     ensure_eq!(executed.pages_2m, written.pages_2m - split, "large leaves after code was executed there");
     ensure_eq!(executed.pages_4k, written.pages_4k + 512 * split, "small leaves");
     ensure_eq!(executed.faults, written.faults + split, "faults");
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     ensure_eq!(m.vm.stats()?.faults, executed.faults, "faults after more code and data in the same page");
     ensure_eq!([memory.get(0), memory.get(256 * PAGE)], [5, BASE], "the program's view");
     drop(slot);
@@ -119,12 +95,12 @@ pub(super) fn executed() -> CaseResult {
 
 /// Memory that the program does not let the guest execute is not executed, in large pages neither, and stays large.
 pub(super) fn not_executable() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, visitor())?;
+    let mut m = programs::machine(programs::visitor())?;
     let memory = Mapping::huge_page()?;
     memory.set(3 * PAGE, GO_BACK);
     let rights = Permissions::RW;
     let slot = m.space.map_all(GuestPhysAddr::new(BASE), Arc::new(memory), rights)?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     let written = m.vm.stats()?;
     for _ in 0..2 {
         let exit = m.run()?;
@@ -145,10 +121,9 @@ pub(super) fn not_executable() -> CaseResult {
 /// A guest executes from a huge page and writes all over it, while the host takes the right to write away and gives it back: its
 /// leaves go, come large or small, are split, and get more rights, over and over.
 pub(super) fn executed_and_protected() -> CaseResult {
-    let code = code!(into_the_huge_page, 64, "mov ebx, 0x1007800", "jmp rbx");
-    let mut m = Machine::new(Mode::Long, code)?;
+    let mut m = programs::machine(programs::visit_for_good())?;
     let memory = Mapping::huge_page()?;
-    for (index, word) in scribbler().chunks(8).enumerate() {
+    for (index, word) in programs::scribbler().chunks(8).enumerate() {
         let mut bytes = [0x90; 8];
         bytes[..word.len()].copy_from_slice(word);
         memory.set(7 * PAGE + 0x800 + 8 * index, u64::from_le_bytes(bytes));

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the host does with guest memory under a running guest: swapping, freeing, moving, sharing, truncating, merging. What
 //! needs a host prepared for it (swap, a control group, huge pages, KSM) is skipped elsewhere; see
-//! scripts/lab/test-memory.sh.
+//! scripts/lab/test-memory.sh. The same on every architecture: what the guests run is in `programs`.
 
 mod files;
 mod host;
 mod huge;
 mod mapping;
 
+use super::programs;
 use crate::harness::{self, Case, CaseResult, Stop};
-use crate::machine::{Machine, Mode};
-use crate::{code, ensure, ensure_eq, raw, table};
+use crate::machine::Machine;
+use crate::{ensure, ensure_eq, raw, table};
 use axvcpu_uapi::aspace::{MapRegion, Range, MEM_READ, MEM_WRITE};
-use axvcpu_uapi::exit::AxVCpuExitReason::{Interrupted, IoWrite};
+use axvcpu_uapi::exit::AxVCpuExitReason::Interrupted;
 use axvcpu_uapi::ioctl;
 use host::{needs_swap, number, Group};
 use mapping::{map, Mapping, BASE, BOTH, LARGE, PAGE};
@@ -55,39 +56,10 @@ fn share() -> usize {
     }
 }
 
-/// Goes through RCX pages from BASE on: each must hold R8 (or zero, with R9 set), and then gets R10. RAX is not zero at the
-/// end if all did.
-fn sweeper() -> &'static [u8] {
-    code!(
-        sweeper,
-        64,
-        "mov ebx, 0x1000000",
-        "2: mov rax, [rbx + 16]",
-        "cmp rax, r8",
-        "je 3f",
-        "test r9, r9",
-        "jz 4f",
-        "test rax, rax",
-        "jnz 4f",
-        "3: mov [rbx + 16], r10",
-        "add rbx, 0x1000",
-        "dec ecx",
-        "jnz 2b",
-        "mov al, 1",
-        "out 0x80, al",
-        "hlt",
-        "4: out 0x81, al",
-        "hlt",
-    )
-}
-
-/// One pass of the guest over all pages.
+/// One pass of the guest over `pages` pages: each must hold `old`, or zero if that is allowed, and then gets `new`.
 fn sweep(m: &mut Machine, pages: usize, old: u64, new: u64, or_zero: bool) -> CaseResult {
-    m.modify(|general| {
-        general.rip = crate::machine::CODE;
-        (general.gpr[1], general.gpr[8], general.gpr[9], general.gpr[10]) = (pages as u64, old, or_zero.into(), new);
-    })?;
-    m.expect_mark(0x80).map(drop).map_err(|stop| stop.context(format_args!("looking for {old}")))
+    programs::start_sweep(m, pages, old, new, or_zero)?;
+    programs::marked(m).map_err(|stop| stop.context(format_args!("looking for {old}")))
 }
 
 /// A guest larger than what its control group may have: it goes over its memory again and again, out to swap and back, and
@@ -95,7 +67,7 @@ fn sweep(m: &mut Machine, pages: usize, old: u64, new: u64, or_zero: bool) -> Ca
 fn pressure() -> CaseResult {
     let size = (48 << 20) / share();
     needs_swap()?;
-    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let mut m = programs::machine(programs::sweeper())?;
     let (memory, slot) = map(&m, Mapping::anonymous(size, MapFlags::MAP_PRIVATE)?)?;
     let _group = Group::enter()?;
     fs::write(Group::file("memory.high"), (size / 2).to_string())?;
@@ -114,28 +86,6 @@ fn pressure() -> CaseResult {
     Ok(())
 }
 
-/// Increments words in random pages, R10 counts; announced now and then.
-fn scribbler() -> &'static [u8] {
-    code!(
-        scribbler,
-        64,
-        "mov ebx, 0x1000000",
-        "2: mov ecx, 500",
-        "3: imul r8, r8, 0x3d4d51cb",
-        "add r8, 12345",
-        "mov rax, r8",
-        "shr rax, 20",
-        "and eax, 0x1ff",
-        "shl rax, 12",
-        "inc qword ptr [rax + rbx]",
-        "inc r10",
-        "dec ecx",
-        "jnz 3b",
-        "out 0x80, al",
-        "jmp 2b",
-    )
-}
-
 /// Runs the scribbler while `disturb` is called over and over, then compares what it has counted with the memory.
 fn disturbed(
     m: &mut Machine,
@@ -144,7 +94,7 @@ fn disturbed(
     tolerate: bool,
     disturb: impl Fn() -> CaseResult + Sync,
 ) -> CaseResult {
-    m.modify(|general| general.gpr[8] = 1)?;
+    programs::start_scribbling(&mut m.vcpu, BASE, 512, 1, 0)?;
     let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
     let result = thread::scope(|scope| -> CaseResult {
         let disturber = scope.spawn(|| -> CaseResult {
@@ -159,7 +109,7 @@ fn disturbed(
             while rounds < 40 / share() || done.load(Ordering::Relaxed) < times {
                 ensure!(!disturber.is_finished(), "the disturbing thread has ended");
                 match m.run() {
-                    Ok(exit) if matches!(exit.reason, IoWrite { port: 0x80, .. }) => rounds += 1,
+                    Ok(exit) if programs::is_mark(&exit.reason) => rounds += 1,
                     Ok(exit) if exit.reason == Interrupted => {}
                     Ok(exit) => return Err(Stop::Fail(format!("exit {:x?}", exit.reason))),
                     // Not allowed just now.
@@ -175,13 +125,13 @@ fn disturbed(
     });
     result?;
     let sum: u64 = (0..512).map(|page| memory.get(page * PAGE)).sum();
-    ensure_eq!(sum, m.vcpu.general().gpr[10], "increments that are in memory, of those that the guest has made");
+    ensure_eq!(sum, programs::written(&m.vcpu), "increments that are in memory, of those that the guest has made");
     Ok(())
 }
 
 fn paged_out() -> CaseResult {
     needs_swap()?;
-    let mut m = Machine::new(Mode::Long, scribbler())?;
+    let mut m = programs::machine(programs::scribbler())?;
     let (memory, slot) = map(&m, Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE)?)?;
     disturbed(&mut m, &memory, 20 / share() as u64, false, || memory.page_out())?;
     ensure!(m.vm.stats()?.invalidations > 0, "nothing was ever paged out");
@@ -193,7 +143,7 @@ fn paged_out() -> CaseResult {
 fn freed() -> CaseResult {
     const PAGES: usize = 256;
     needs_swap()?;
-    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let mut m = programs::machine(programs::sweeper())?;
     let (memory, slot) = map(&m, Mapping::anonymous(PAGES * PAGE, MapFlags::MAP_PRIVATE)?)?;
     sweep(&mut m, PAGES, 0, 1, false)?;
     memory.advise(0, memory.size, MmapAdvise::MADV_FREE)?;
@@ -212,17 +162,7 @@ fn freed() -> CaseResult {
 
 /// Memory that is moved in the process is gone for the guest, and is there again when the new place is mapped.
 fn moved() -> CaseResult {
-    let code = code!(
-        moved,
-        64,
-        "mov ebx, 0x1000000",
-        "mov qword ptr [rbx], 77",
-        "out 0x80, al",
-        "mov rax, [rbx]",
-        "out 0x80, al",
-        "hlt"
-    );
-    let mut m = Machine::new(Mode::Long, code)?;
+    let mut m = programs::machine(programs::keeper())?;
     let mapping = Mapping::anonymous(4 * PAGE, MapFlags::MAP_PRIVATE)?;
     let region = |at: NonNull<u8>| MapRegion {
         guest_addr: BASE,
@@ -232,7 +172,7 @@ fn moved() -> CaseResult {
         reserved: 0,
     };
     raw::plain(m.space.as_fd(), ioctl::MAP, region(mapping.start))?;
-    m.expect_mark(0x80)?;
+    programs::marked(&mut m)?;
     // The new place is one that is free: a mapping that is replaced.
     let target = Mapping::anonymous(4 * PAGE, MapFlags::MAP_PRIVATE)?;
     let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
@@ -246,29 +186,19 @@ fn moved() -> CaseResult {
     }
     raw::plain(m.space.as_fd(), ioctl::UNMAP, Range { guest_addr: BASE, size: 4 * PAGE as u64 })?;
     raw::plain(m.space.as_fd(), ioctl::MAP, region(target.start))?;
-    m.expect_mark(0x80)?;
-    ensure_eq!(m.vcpu.general().gpr[0], 77, "the word at the new place");
+    programs::marked(&mut m)?;
+    ensure_eq!(programs::value(&m.vcpu), 77, "the word at the new place");
     ensure_eq!(target.get(0), 77, "the program's view of it");
     Ok(())
 }
 
 /// After fork, the guest's writes are the parent's and the child's are its own, whoever writes first.
 fn forked() -> CaseResult {
-    let code = code!(
-        forked,
-        64,
-        "mov ebx, 0x1000000",
-        "2: inc qword ptr [rbx]",
-        "out 0x80, al",
-        "mov rax, [rbx + 0x1000]",
-        "out 0x80, al",
-        "jmp 2b",
-    );
-    let mut m = Machine::new(Mode::Long, code)?;
+    let mut m = programs::machine(programs::pair())?;
     let (memory, slot) = map(&m, Mapping::anonymous(2 * PAGE, MapFlags::MAP_PRIVATE)?)?;
     let control = Mapping::anonymous(PAGE, MapFlags::MAP_SHARED)?;
     memory.set(PAGE, 5);
-    m.expect_marks(&[0x80, 0x80])?;
+    programs::marked_twice(&mut m)?;
     // SAFETY: the child makes atomic accesses and leaves by `_exit`.
     let child = match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => {
@@ -298,12 +228,12 @@ fn forked() -> CaseResult {
     let wait = |value| harness::wait_until("the child", || Ok(control.get(0) == value));
     let result: CaseResult = (|| {
         wait(1)?;
-        m.expect_marks(&[0x80, 0x80])?;
-        ensure_eq!(m.vcpu.general().gpr[0], 5, "what the guest reads of a page that the child has written");
+        programs::marked_twice(&mut m)?;
+        ensure_eq!(programs::value(&m.vcpu), 5, "what the guest reads of a page that the child has written");
         ensure_eq!(memory.get(0), 2, "the program's view of the guest's write");
         control.set(0, 2);
         wait(3)?;
-        m.expect_marks(&[0x80, 0x80])?;
+        programs::marked_twice(&mut m)?;
         ensure_eq!(memory.get(0), 3, "the word that guest and child have written");
         control.set(0, 4);
         Ok(())
@@ -320,7 +250,7 @@ fn forked() -> CaseResult {
 
 /// The right to write comes and goes under a guest that writes: it is refused meanwhile, and loses no write.
 fn protected() -> CaseResult {
-    let mut m = Machine::new(Mode::Long, scribbler())?;
+    let mut m = programs::machine(programs::scribbler())?;
     let (memory, slot) = map(&m, Mapping::anonymous(LARGE, MapFlags::MAP_PRIVATE)?)?;
     disturbed(&mut m, &memory, 100, true, || {
         for protection in [ProtFlags::PROT_READ, BOTH] {
@@ -333,22 +263,6 @@ fn protected() -> CaseResult {
     Ok(())
 }
 
-/// Writes 1, announces it, and reads back.
-fn writer() -> &'static [u8] {
-    code!(
-        writer,
-        64,
-        "mov ebx, 0x1000000",
-        "mov rax, [rbx]",
-        "out 0x80, al",
-        "mov qword ptr [rbx], 0x11",
-        "out 0x80, al",
-        "mov rax, [rbx]",
-        "out 0x80, al",
-        "hlt",
-    )
-}
-
 /// Equal pages that the kernel has merged part again when the guest writes one.
 fn merged() -> CaseResult {
     const PAGES: usize = 64;
@@ -357,7 +271,7 @@ fn merged() -> CaseResult {
         return Err(Stop::Skip("the kernel does not merge pages (KSM)".into()));
     }
     let result = (|| {
-        let mut m = Machine::new(Mode::Long, sweeper())?;
+        let mut m = programs::machine(programs::sweeper())?;
         let (memory, slot) = map(&m, Mapping::anonymous(PAGES * PAGE, MapFlags::MAP_PRIVATE)?)?;
         sweep(&mut m, PAGES, 0, 0x5a, false)?;
         memory.advise(0, memory.size, MmapAdvise::MADV_MERGEABLE)?;
@@ -388,7 +302,7 @@ fn merged() -> CaseResult {
 /// What the module allocates for a VM counts for the control group of who made it, and is given back.
 fn accounted() -> CaseResult {
     const SIZE: usize = 64 << 20;
-    let mut m = Machine::new(Mode::Long, sweeper())?;
+    let mut m = programs::machine(programs::sweeper())?;
     let _group = Group::enter()?;
     // The kernel sums these numbers up every two seconds.
     let kernel = || {

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+//! What a vCPU's exits come to: what is answered here, what goes to userspace, and what becomes of its answer. In between, the
+//! vCPU keeps what waits for the answer, and the exception that the guest takes instead.
+
+use core::ops::Deref;
+
+use axvcpu_uapi::exit::AccessWidth;
+use axvcpu_uapi::vcpu::ExitKind;
+use vcpu_core::{AxVCpuExitReason as Exit, GuestPhysAddr};
+
+use super::{ArmVCpu, State};
+use crate::exception::Exception;
+use crate::exit::{self, Event};
+use crate::gic::{Access, Gic};
+use crate::hal::ArmHal;
+use crate::syndrome::{class, Syndrome, SystemAccess};
+use crate::{cpu, psci, sysreg, window};
+
+/// An answer from userspace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reply {
+    /// The value read, or the hypercall's result.
+    pub value: u64,
+    /// Refuse the access: the guest gets an exception.
+    pub fault: bool,
+}
+
+/// What waits for userspace's answer. The PC is behind the instruction already.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Open {
+    Nothing,
+    /// A read of a register, or of device memory: how the value is extended.
+    SysRead {
+        general: usize,
+    },
+    SysWrite,
+    MmioRead {
+        read: Exit,
+        general: usize,
+    },
+    MmioWrite,
+    Call,
+}
+
+impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
+    /// Takes userspace's answer to the last exit.
+    pub fn complete(&mut self, reply: Reply) {
+        let (at, far) = (self.at, self.state().frame.far);
+        let open = core::mem::replace(&mut self.open, Open::Nothing);
+        let frame = &mut self.state_mut().frame;
+        let abort = |write| Some(Exception::ExternalAbort { pc: at, far, write });
+        let exception = match (open, reply.fault) {
+            (Open::Nothing, _) | (Open::MmioWrite | Open::SysWrite, false) => None,
+            (Open::SysRead { .. } | Open::SysWrite, true) => Some(Exception::Undefined { pc: at }),
+            (Open::MmioRead { .. }, true) => abort(false),
+            (Open::MmioWrite, true) => abort(true),
+            (Open::SysRead { general }, false) => {
+                frame.set_register(general, reply.value);
+                None
+            }
+            (Open::MmioRead { read, general }, false) => {
+                frame.set_register(general, exit::extend(reply.value, &read));
+                None
+            }
+            (Open::Call, _) => {
+                frame.set_register(0, reply.value);
+                None
+            }
+        };
+        if exception.is_some() {
+            self.exception = exception;
+        }
+    }
+
+    /// The exit for an access at `addr` that turned out to be no memory: decoded, if the hardware has done so. Cache
+    /// maintenance of what is no memory is none, and done: `Nothing`.
+    pub fn not_memory(&mut self, fault: Exit) -> Exit {
+        let Exit::NestedPageFault { addr, .. } = fault else { return fault };
+        let syndrome = Syndrome(self.state().frame.esr);
+        if syndrome.class() == class::DATA_ABORT && syndrome.is_cache_maintenance() && !syndrome.in_table_walk() {
+            self.state_mut().frame.skip();
+            return Exit::Nothing;
+        }
+        let Some(exit) = exit::mmio(&self.state().frame, addr) else { return fault };
+        self.open = match exit {
+            Exit::MmioRead { reg, .. } => Open::MmioRead { read: exit, general: reg },
+            _ => Open::MmioWrite,
+        };
+        self.state_mut().frame.skip();
+        exit
+    }
+
+    /// Carries out an access to the interrupt controller's registers, if the exit was one that the hardware has decoded, at
+    /// `addr`. The guest has not been left since. vCPUs that must look at their interrupts are given to `wake`.
+    pub fn gic_access(&mut self, addr: GuestPhysAddr, wake: impl FnMut(usize)) -> bool {
+        let at = addr.as_u64();
+        let Some(interrupts) = self.interrupts.as_mut().filter(|interrupts| interrupts.covers(at)) else {
+            return false;
+        };
+        // SAFETY: The type invariant.
+        let State { frame, interface, .. } = unsafe { self.state.as_mut() };
+        let (true, Some(exit)) = (self.loaded, exit::mmio(frame, addr)) else { return false };
+        // SAFETY: The guest is loaded.
+        let gic = unsafe { interrupts.tell_all(interface) };
+        match exit {
+            Exit::MmioRead { width, reg, .. } => {
+                let value = gic.access(at, width, Access::Read, wake).unwrap_or(0);
+                frame.set_register(reg, exit::extend(value, &exit));
+            }
+            Exit::MmioWrite { width, data, .. } => _ = gic.access(at, width, Access::Write(data), wake),
+            _ => return false,
+        }
+        frame.skip();
+        true
+    }
+
+    /// The exit was an access at `addr`. If it was a store that the hardware has decoded, its width and value are shown to `done`,
+    /// which tells whether it is complete with that.
+    pub fn complete_store(&mut self, addr: GuestPhysAddr, done: impl FnOnce(AccessWidth, u64) -> bool) -> bool {
+        let frame = &mut self.state_mut().frame;
+        let Some(Exit::MmioWrite { width, data, .. }) = exit::mmio(frame, addr) else { return false };
+        let complete = done(width, data);
+        if complete {
+            frame.skip();
+        }
+        complete
+    }
+
+    /// What the exit in the frame comes to.
+    pub(super) fn handle(&mut self) -> Exit {
+        self.at = self.state().frame.general.pc;
+        // SAFETY: The guest is loaded. PAR_EL1 is the guest's; whoever compares it across a fault sees a change, as under any
+        // hypervisor that the architecture allows to do this.
+        let event = exit::classify(&self.state().frame, |addr, write| unsafe {
+            let guests = cpu::ParEl1.get();
+            let found = cpu::translate(addr, write);
+            cpu::ParEl1.set(guests);
+            found
+        });
+        let (kind, exit) = match event {
+            Event::HostInterrupt => (ExitKind::HostInterrupt, Exit::ExternalInterrupt { vector: 0 }),
+            Event::SystemError => (ExitKind::Other, Exit::MachineCheck),
+            Event::AArch32 => {
+                let pstate = self.state().frame.general.pstate;
+                (ExitKind::Other, Exit::InvalidGuestState { reason: pstate, qualification: 0, field: 0 })
+            }
+            Event::Wait => {
+                self.state_mut().frame.skip();
+                self.wait();
+                (ExitKind::Halt, Exit::Halt)
+            }
+            Event::Yield => {
+                self.state_mut().frame.skip();
+                (ExitKind::Pause, Exit::Nothing)
+            }
+            Event::Call { smc } => (ExitKind::Hypercall, self.call(smc)),
+            Event::System(access) => self.system_access(access),
+            Event::Undefined => {
+                self.exception = Some(Exception::Undefined { pc: self.at });
+                (ExitKind::Other, Exit::Nothing)
+            }
+            Event::Abort(abort) => {
+                (ExitKind::Mmio, Exit::NestedPageFault { addr: abort.addr, access_flags: abort.access })
+            }
+            Event::Unknown => {
+                let frame = &self.state().frame;
+                let code = Syndrome(frame.esr).class();
+                (ExitKind::Other, Exit::Unknown { code, info1: frame.esr, info2: frame.far })
+            }
+        };
+        self.kind = kind;
+        exit
+    }
+
+    /// The guest waits for an interrupt.
+    fn wait(&mut self) {
+        if let Some(interrupts) = &mut self.interrupts {
+            interrupts.wait();
+        }
+    }
+
+    /// HVC or SMC.
+    fn call(&mut self, smc: bool) -> Exit {
+        let outcome = exit::call(&self.state().frame);
+        let frame = &mut self.state_mut().frame;
+        if smc {
+            frame.skip();
+        }
+        match outcome {
+            psci::Outcome::Done(value) => {
+                frame.set_register(0, value as u64);
+                Exit::Nothing
+            }
+            psci::Outcome::Exit(exit) => {
+                // What the guest finds in X0 if it goes on: SUCCESS after a suspension, or userspace's answer. The other
+                // calls do not return, but to a vCPU whose registers are set anew.
+                match exit {
+                    Exit::Halt => {
+                        frame.set_register(0, 0);
+                        self.wait();
+                    }
+                    Exit::CpuUp { .. } | Exit::Hypercall { .. } => self.open = Open::Call,
+                    _ => {}
+                }
+                exit
+            }
+            // There is no firmware below us for anybody else's calls.
+            psci::Outcome::Foreign if smc => {
+                frame.set_register(0, psci::NOT_SUPPORTED as u64);
+                Exit::Nothing
+            }
+            psci::Outcome::Foreign => {
+                let exit = exit::hypercall(frame);
+                self.open = Open::Call;
+                exit
+            }
+        }
+    }
+
+    /// A trapped system register.
+    fn system_access(&mut self, access: SystemAccess) -> (ExitKind, Exit) {
+        let (origin, ids) = (self.setting.counter_origin, self.caps.ids);
+        let State { frame, system, .. } = self.state_mut();
+        let value = frame.register(access.general);
+        let kind = if access.read { ExitKind::MsrRead } else { ExitKind::MsrWrite };
+        let outcome = sysreg::access(access, value, system, &ids, || window::counter().wrapping_sub(origin));
+        match outcome {
+            sysreg::Outcome::Undefined => {
+                self.exception = Some(Exception::Undefined { pc: self.at });
+                return (kind, Exit::Nothing);
+            }
+            sysreg::Outcome::Value(value) => frame.set_register(access.general, value),
+            sysreg::Outcome::Done
+            | sysreg::Outcome::User
+            | sysreg::Outcome::Sgi { .. }
+            | sysreg::Outcome::Deactivate => {}
+        }
+        frame.skip();
+        if let sysreg::Outcome::Sgi { group } = outcome {
+            let exit = Exit::SendIPI {
+                target_cpu: value,
+                target_cpu_aux: 0,
+                send_to_all: value >> 40 & 1 != 0,
+                send_to_self: false,
+                vector: group.into(),
+            };
+            return (ExitKind::Ipi, exit);
+        }
+        if let (sysreg::Outcome::Deactivate, Some(interrupts)) = (outcome, &mut self.interrupts) {
+            // SAFETY: The type invariant, and the guest is loaded.
+            unsafe { interrupts.deactivate(&mut self.state.as_mut().interface, value) };
+        }
+        if outcome != sysreg::Outcome::User {
+            return (kind, Exit::Nothing);
+        }
+        if access.read {
+            self.open = Open::SysRead { general: access.general };
+            (ExitKind::MsrUser, Exit::SysRegRead { addr: access.register, reg: access.general })
+        } else {
+            self.open = Open::SysWrite;
+            (ExitKind::MsrUser, Exit::SysRegWrite { addr: access.register, value })
+        }
+    }
+}
