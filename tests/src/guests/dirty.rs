@@ -21,8 +21,8 @@ pub(super) fn cases() -> Vec<Case> {
         "dirty-log/survives-the-mapping" => survives [abi];
         "dirty-log/large-pages-split-and-come-back" => large [abi];
         "dirty-log/needs-little-memory" => memory [abi];
-        "dirty-log/no-write-is-lost" => small_pages [abi], in 60;
-        "dirty-log/no-write-is-lost-in-large-pages" => large_pages [abi], in 60;
+        "dirty-log/no-write-is-lost" => small_pages [abi], in 120;
+        "dirty-log/no-write-is-lost-in-large-pages" => large_pages [abi], in 120;
     }
 }
 
