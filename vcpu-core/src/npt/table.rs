@@ -142,6 +142,7 @@ impl<F: Format> NestedPageTable<F> {
     ///
     /// # Errors
     /// As [`map`](Self::map).
+    #[inline]
     pub fn map_empty<M: TableMemory>(
         &mut self,
         gpa: GuestPhysAddr,

@@ -41,6 +41,7 @@ impl<F: Format> NestedPageTable<F> {
 
     /// Puts `leaf` of `size` at `gpa`, below or in `slot`, which is what [`Self::slot`] has found on the way to it. Either all
     /// happens or, without frames, nothing.
+    #[inline]
     pub(super) fn place<M: TableMemory>(
         &mut self,
         slot: Slot,
