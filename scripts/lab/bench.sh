@@ -31,7 +31,7 @@ parameter() { cat "/sys/module/$1/parameters/$2"; }
 
 facts() {
 	axvcpu-bench facts || fail "no facts"
-	dmesg | sed -n 's/.*axvcpu: \(at a change of vCPU:.*\)/fact\taxvcpu, beyond what the kernel does for all\t\1/p'
+	dmesg | sed -n 's/.*axvcpu: \(at a change of vCPU:.*\|after exit:.*\)/fact\taxvcpu, beyond what the kernel does for all\t\1/p'
 	[ $vendor != intel ] || printf 'fact\twhat the CPU does of the local APIC\taxvcpu apic_steps=%s, kvm_intel enable_apicv=%s\n' \
 		"$(parameter axvcpu apic_steps)" "$(parameter kvm_intel enable_apicv)"
 }

@@ -31,7 +31,16 @@ impl Backends {
         }
         // SAFETY: No precondition but a context that may sleep, which loading is.
         unsafe { raw::axvcpu_find_timer_irq() };
-        Ok(Some(Self { _per_cpu: PerCpu::new()? }))
+        let per_cpu = PerCpu::new()?;
+        match arm_vcpu::history::branches() {
+            0 => {}
+            branches => pr_info!("after exit: {} branches over the guest's history\n", branches),
+        }
+        match arm_vcpu::history::unprotected() {
+            0 => {}
+            cpus => pr_warn!("{} CPUs want their firmware to clear branch history, which is not asked to\n", cpus),
+        }
+        Ok(Some(Self { _per_cpu: per_cpu }))
     }
 }
 

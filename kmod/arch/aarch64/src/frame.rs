@@ -19,6 +19,10 @@ pub struct TrapFrame {
     pub far: u64,
     /// HPFAR_EL2 at the exit.
     pub hpfar: u64,
+    /// The vectors that are the CPU's while the guest runs.
+    pub vectors: u64,
+    /// The branches that those vectors overwrite the guest's history by.
+    pub branches: u64,
     /// The host's VBAR_EL2, to be put back.
     pub host_vbar: u64,
     /// The host's HCR_EL2, for the case that the world switch itself faults.
@@ -33,6 +37,8 @@ impl TrapFrame {
         esr: 0,
         far: 0,
         hpfar: 0,
+        vectors: 0,
+        branches: 0,
         host_vbar: 0,
         host_hcr: 0,
     };

@@ -4,7 +4,7 @@
 //! Nothing here knows a kernel: frames, time and the FPU come through [`AxVCpuHal`](vcpu_core::AxVCpuHal).
 //!
 //! - What an exit means and what a guest is told of the CPU is plain logic, which every machine can test: `syndrome`,
-//!   `exit`, `sysreg`, `id`, `psci`, `exception`, `stage2`, `timer`, and `gic` but for its hardware.
+//!   `exit`, `sysreg`, `id`, `psci`, `exception`, `stage2`, `timer`, `history`, and `gic` but for its hardware.
 //! - What executes privileged instructions exists on AArch64 only: `cpu` (single instructions and registers), `switch` (the
 //!   world switch), `window` (what is loaded for a stretch of entries), and around them `caps`, `interrupts` and `vcpu`.
 #![no_std]
@@ -17,6 +17,7 @@ pub mod exit;
 pub mod frame;
 pub mod gic;
 mod hal;
+pub mod history;
 pub mod id;
 pub mod psci;
 pub mod stage2;

@@ -34,8 +34,7 @@ global_asm!(
     "stp x1, x0, [sp, #96]",
     "str x18, [sp, #112]",
     // From here on an exception is the guest's, or shows that we are wrong.
-    "adrp x1, axvcpu_arm_vectors",
-    "add x1, x1, :lo12:axvcpu_arm_vectors",
+    "ldr x1, [x0, #{vectors}]",
     "msr vbar_el2, x1",
     "isb",
     "ldr x1, [x0, #{pc}]",
@@ -125,14 +124,26 @@ global_asm!(
     "add x17, x17, #\\offset",
     "br x17",
     ".endm",
-    ".macro axvcpu_arm_guest number",
+    // The guest's branch history is overwritten before anything else (history.rs). Nothing on this way depends on it: there are two
+    // sets of vectors rather than a branch that could be mispredicted.
+    ".macro axvcpu_arm_guest number, clears",
     ".balign 128",
     "stp x0, x1, [sp, #-16]!",
+    ".if \\clears",
+    "ldr x0, [sp, #16 + 104]",
+    "ldr x0, [x0, #{branches}]",
+    "2: b 3f",
+    "3: subs x0, x0, #1",
+    "b.ne 2b",
+    "hint #22", // clrbhb
+    "dsb nsh",
+    "isb",
+    ".endif",
     "mov x1, #\\number",
     "b axvcpu_arm_exit",
     ".endm",
+    ".macro axvcpu_arm_vectors clears",
     ".balign 2048",
-    "axvcpu_arm_vectors:",
     "axvcpu_arm_host 0x000",
     "axvcpu_arm_host 0x080",
     "axvcpu_arm_host 0x100",
@@ -141,15 +152,24 @@ global_asm!(
     "axvcpu_arm_host 0x280",
     "axvcpu_arm_host 0x300",
     "axvcpu_arm_host 0x380",
-    "axvcpu_arm_guest 0",
-    "axvcpu_arm_guest 1",
-    "axvcpu_arm_guest 2",
-    "axvcpu_arm_guest 3",
-    "axvcpu_arm_guest 4",
-    "axvcpu_arm_guest 5",
-    "axvcpu_arm_guest 6",
-    "axvcpu_arm_guest 7",
+    "axvcpu_arm_guest 0, \\clears",
+    "axvcpu_arm_guest 1, \\clears",
+    "axvcpu_arm_guest 2, \\clears",
+    "axvcpu_arm_guest 3, \\clears",
+    "axvcpu_arm_guest 4, \\clears",
+    "axvcpu_arm_guest 5, \\clears",
+    "axvcpu_arm_guest 6, \\clears",
+    "axvcpu_arm_guest 7, \\clears",
     ".balign 128",
+    ".endm",
+    ".global axvcpu_arm_vectors_plain",
+    ".balign 2048",
+    "axvcpu_arm_vectors_plain:",
+    "axvcpu_arm_vectors 0",
+    ".global axvcpu_arm_vectors_clearing",
+    ".balign 2048",
+    "axvcpu_arm_vectors_clearing:",
+    "axvcpu_arm_vectors 1",
     ".popsection",
     x = const GENERAL + offset_of!(General, x),
     sp_el0 = const GENERAL + offset_of!(General, sp_el0),
@@ -159,6 +179,8 @@ global_asm!(
     esr = const offset_of!(TrapFrame, esr),
     far = const offset_of!(TrapFrame, far),
     hpfar = const offset_of!(TrapFrame, hpfar),
+    vectors = const offset_of!(TrapFrame, vectors),
+    branches = const offset_of!(TrapFrame, branches),
     host_vbar = const offset_of!(TrapFrame, host_vbar),
     host_hcr = const offset_of!(TrapFrame, host_hcr),
 );
@@ -215,9 +237,18 @@ global_asm!(
 );
 
 extern "C" {
+    static axvcpu_arm_vectors_plain: [u8; 2048];
+    static axvcpu_arm_vectors_clearing: [u8; 2048];
     fn axvcpu_arm_enter(frame: *mut TrapFrame);
     fn axvcpu_arm_fp_save(to: *mut Fp);
     fn axvcpu_arm_fp_load(from: *const Fp);
+}
+
+/// The vectors for the time in a guest, after which `branches` overwrite its history.
+pub(crate) fn vectors(branches: u64) -> u64 {
+    let vectors =
+        if branches == 0 { &raw const axvcpu_arm_vectors_plain } else { &raw const axvcpu_arm_vectors_clearing };
+    vectors as u64
 }
 
 /// Enters the guest and comes back with its registers in `frame`.

@@ -23,6 +23,7 @@ use crate::exception::{Environment, Exception};
 use crate::frame::TrapFrame;
 use crate::gic::{Gic, Interface, Notices};
 use crate::hal::ArmHal;
+use crate::history;
 use crate::interrupts::{Interrupts, Mailbox, TimerUpdate};
 use crate::switch;
 use crate::window::{self, HostState, Setting};
@@ -68,6 +69,7 @@ impl ArmPerCpu {
 
 impl AxArchPerCpu for ArmPerCpu {
     fn new(_cpu_id: usize) -> AxResult<Self> {
+        history::cpu_comes();
         Ok(Self)
     }
 
@@ -310,6 +312,8 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
                 interrupts.load(interface, due);
             }
         }
+        frame.branches = history::branches();
+        frame.vectors = switch::vectors(frame.branches);
         frame.host_hcr = host.hcr;
         frame.host_vbar = host.vbar;
         self.loaded = true;
