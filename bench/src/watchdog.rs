@@ -17,7 +17,7 @@ use crate::arch;
 use crate::machine::Result;
 
 /// Ticks that a row may take: three times what the longest does, in which 200 VMs of KVM come and go.
-pub(crate) const ROW: u64 = 8_000_000_000;
+pub(crate) const ROW: u64 = 600 * arch::KVM_LIFE;
 /// Ticks that a guest may take from its start to its end: five times what it does.
 pub(crate) const GUEST: u64 = 12_000_000_000;
 

@@ -27,6 +27,9 @@ pub(crate) const FEATURES: &str = "Features";
 /// Those on which a hypervisor's own barriers depend.
 pub(crate) const BARRIER_FEATURES: &[&str] = &["ssbs", "sb", "dit", "bti", "paca", "sve", "mte"];
 
+/// Ticks for which a VM of KVM's comes and goes, most of them idle.
+pub(crate) const KVM_LIFE: u64 = 107_000_000;
+
 /// The virtual counter, which is as far as the host's physical one.
 #[inline]
 pub(crate) fn ticks() -> u64 {
