@@ -21,7 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
         "eventfds/signal-from-before-counts" => before [abi];
         "eventfds/detached-signals-do-nothing" => detached [abi];
         "eventfds/level-is-sampled-again-at-the-end" => level [abi];
-        "eventfds/closed-while-attached" => closed [abi];
+        "eventfds/closed-while-attached" => closed [abi], in 30;
         "eventfds/attached-and-detached-under-load" => storm [abi];
     }
 }
