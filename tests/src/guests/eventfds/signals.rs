@@ -11,6 +11,7 @@ use axvcpu_uapi::client::{Errno, Error, IoAddress, IoPattern};
 use axvcpu_uapi::exit::AccessWidth::{Byte, Dword, Word};
 use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason};
 use axvcpu_uapi::vcpu::ExitKind;
+use axvcpu_uapi::x86::RCX;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -18,6 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
     table! {
         "eventfds/port-output-by-width-and-value" => ports [abi];
         "eventfds/stores-to-an-address" => stores [abi];
+        "eventfds/a-store-that-has-changed-is-read-again" => changed_store [abi];
         "eventfds/other-instructions-are-exits" => other_instructions [abi];
         "eventfds/widths-and-values-of-stores-by-the-library" => library [abi];
         "eventfds/guest-interrupts-itself" => round_trip [abi];
@@ -116,6 +118,46 @@ fn stores() -> CaseResult {
     m.vm.detach_io(pattern)?;
     m.expect_fault(HOLE + 0x10, AccessFlags::WRITE)?;
     ensure_eq!(count(&event)?, 0, "signals by other accesses, and after detaching");
+    Ok(())
+}
+
+/// The same place holds stores of different lengths, each of them executed twice before it changes.
+fn changed_store() -> CaseResult {
+    const ROOM: usize = 12;
+    let code = code!(
+        changed_store,
+        64,
+        "mov ebx, 0xa0010",
+        "2:",
+        "xor ecx, ecx",
+        ".fill 12, 1, 0x90",
+        "out 0x80, al",
+        "jmp 2b",
+    );
+    let mut m = Machine::new(Mode::Long, code)?;
+    let event = eventfd()?;
+    ensure!(m.vm.attach_io(&event, IoPattern::any(IoAddress::Memory(HOLE + 0x10)))?, "no eventfd in the kernel");
+    // What is skipped of the rest by mistake is not counted; what of the store is executed by mistake does not exist (UD2).
+    let stores: [&[u8]; 5] = [
+        &[0x89, 0x03],
+        &[0xc7, 0x03, 0x0f, 0x0b, 0x0f, 0x0b],
+        &[0x66, 0x89, 0x03, 0x90],
+        &[0x66, 0xc7, 0x83, 0, 0, 0, 0, 0x0f, 0x0b, 0x90],
+        &[0x40, 0x88, 0x03, 0x90],
+    ];
+    for store in stores {
+        let mut room = store.to_vec();
+        while room.len() < ROOM {
+            room.extend([0xff, 0xc1]); // INC ECX
+        }
+        m.write(CODE + 7, &room)?;
+        for _ in 0..2 {
+            m.expect_mark(0x80)?;
+            let counted = (ROOM - store.len()) / 2;
+            ensure_eq!(m.vcpu.general().gpr[RCX], counted as u64, "instructions behind {store:x?}");
+        }
+        ensure_eq!(count(&event)?, 2, "signals by {store:x?}");
+    }
     Ok(())
 }
 
