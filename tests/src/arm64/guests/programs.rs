@@ -7,17 +7,12 @@ use crate::harness::{CaseResult, Stop};
 use crate::machine::{Machine, CODE};
 use axvcpu_uapi::arm64::{General, System};
 pub(super) use axvcpu_uapi::client::Vcpu;
-use axvcpu_uapi::client::{Apic, Backing, Exit};
+use axvcpu_uapi::client::{Apic, Exit};
 use axvcpu_uapi::exit::AxVCpuExitReason;
-use nix::sys::mman::{madvise, MmapAdvise};
 
 /// A machine that is about to run `code`.
 pub(super) fn machine(code: &[u8]) -> Result<Machine, Stop> {
-    let m = Machine::new(code)?;
-    // What is counted are large leaves of other memory.
-    // SAFETY: the machine's own memory, whose content stays.
-    unsafe { madvise(m.ram.start().cast(), m.ram.size(), MmapAdvise::MADV_NOHUGEPAGE) }?;
-    Ok(m)
+    Machine::new(code)
 }
 
 /// Another vCPU of the machine, which is about to run the same.

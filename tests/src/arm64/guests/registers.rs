@@ -62,6 +62,12 @@ fn system() -> CaseResult {
         "msr tpidr_el1, x0",
         "msr tpidr_el0, x0",
         "msr mair_el1, x0",
+        "msr contextidr_el1, x0",
+        "msr far_el1, x0",
+        "msr elr_el1, x0",
+        "msr tpidrro_el0, x0",
+        "msr ttbr0_el1, x0",
+        "msr ttbr1_el1, x0",
         "msr cntkctl_el1, xzr",
         "msr cntv_cval_el0, x0",
         "hvc #0"
@@ -83,7 +89,19 @@ fn system() -> CaseResult {
     ensure_eq!(machine.expect_call()?, [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x1], "what the guest has");
     machine.vcpu.reply(0x11);
     machine.expect_call()?;
-    let expected = System { tpidr_el1: 0x12, tpidr_el0: 0x12, mair_el1: 0x12, cntv_cval_el0: 0x12, ..registers };
+    let expected = System {
+        tpidr_el1: 0x12,
+        tpidr_el0: 0x12,
+        tpidrro_el0: 0x12,
+        mair_el1: 0x12,
+        contextidr_el1: 0x12,
+        far_el1: 0x12,
+        elr_el1: 0x12,
+        ttbr0_el1: 0x12,
+        ttbr1_el1: 0x12,
+        cntv_cval_el0: 0x12,
+        ..registers
+    };
     ensure_eq!(machine.registers()?, expected, "what the guest leaves");
     Ok(())
 }
