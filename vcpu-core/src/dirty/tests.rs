@@ -14,6 +14,7 @@ use crate::npt::tests::Frames;
 use crate::npt::{Ept, Format, Levels, MemoryType, NestedPageTable, Npt};
 
 const RX: Permissions = Permissions::READ.union(Permissions::EXECUTE);
+const RW: Permissions = Permissions::READ.union(Permissions::WRITE);
 const MIB2: u64 = 2 << 20;
 const VCPUS: usize = 3;
 /// Guest memory: 8 MiB, at a host address that allows large pages.
@@ -25,8 +26,8 @@ struct World<F> {
     mem: Frames,
     table: NestedPageTable<F>,
     log: Option<DirtyLog<Vec<Option<HostPhysAddr>>>>,
-    /// What each vCPU has cached: page to whether it may be written.
-    tlbs: [BTreeMap<u64, bool>; VCPUS],
+    /// What each vCPU has cached: page to what it may do.
+    tlbs: [BTreeMap<u64, Permissions>; VCPUS],
     /// Content of each page: how often it was written.
     pages: Vec<u32>,
     /// The reader's copy, of the pages of the log.
@@ -48,9 +49,10 @@ fn take<F: Format>(
 }
 
 impl<F: Format> World<F> {
-    fn new() -> Self {
+    fn new(small_code: bool) -> Self {
         let mut mem = Frames::default();
         let table = NestedPageTable::new(Levels::Four, &mut mem).unwrap();
+        let table = if small_code { table.with_small_code() } else { table };
         let pages = vec![0; (MEMORY / FRAME_SIZE) as usize];
         Self { mem, table, log: None, tlbs: Default::default(), pages, copy: BTreeMap::new() }
     }
@@ -65,8 +67,10 @@ impl<F: Format> World<F> {
         }
     }
 
-    /// A fault, as the module resolves it: by a large page if `large` and the log allow it, otherwise by a small one.
-    fn fault(&mut self, page: u64, write: bool, large: bool) {
+    /// A fault, as the module resolves it: by a large page if `large` and the log allow it, otherwise by a small one; and a large
+    /// one that cannot be executed is split.
+    fn fault(&mut self, page: u64, wanted: Permissions, large: bool) {
+        let write = wanted.contains(Permissions::WRITE);
         let around = gpa(page).align_down(MIB2);
         let (perms, size) = match &mut self.log {
             Some(log) => {
@@ -78,25 +82,28 @@ impl<F: Format> World<F> {
         };
         let at = gpa(page).align_down(size.bytes());
         let host = HostPhysAddr::new(HOST + at.as_u64());
-        let flush = self.table.map(at, host, size, perms, MemoryType::WriteBack, &mut self.mem).unwrap();
+        let mut flush = self.table.map(at, host, size, perms, MemoryType::WriteBack, &mut self.mem).unwrap();
+        if wanted.contains(Permissions::EXECUTE) && self.table.has_small_code() {
+            flush = flush.or(self.table.split(at, PageSize::Size4K, &mut self.mem).unwrap());
+        }
         self.flush_if(flush);
     }
 
     /// An access by a vCPU, with as many faults as it takes.
-    fn access(&mut self, vcpu: usize, page: u64, write: bool, large: bool) {
+    fn access(&mut self, vcpu: usize, page: u64, wanted: Permissions, large: bool) {
         for _ in 0..3 {
-            if self.tlbs[vcpu].get(&page).is_some_and(|&writable| writable || !write) {
-                if write {
+            if self.tlbs[vcpu].get(&page).is_some_and(|perms| perms.contains(wanted)) {
+                if wanted.contains(Permissions::WRITE) {
                     self.pages[page as usize] += 1;
                 }
                 return;
             }
             match self.table.query(gpa(page), &self.mem) {
-                Some(mapping) if !write || mapping.perms.contains(Permissions::WRITE) => {
+                Some(mapping) if mapping.perms.contains(wanted) => {
                     assert_eq!(mapping.hpa.as_u64(), HOST + gpa(page).as_u64());
-                    self.tlbs[vcpu].insert(page, mapping.perms.contains(Permissions::WRITE));
+                    self.tlbs[vcpu].insert(page, mapping.perms);
                 }
-                _ => self.fault(page, write, large),
+                _ => self.fault(page, wanted, large),
             }
         }
         panic!("page {page} still faults");
@@ -133,7 +140,7 @@ impl<F: Format> World<F> {
             // The lock is free between two steps; and what was taken is still in the TLBs.
             self.log = Some(log);
             if let Some(&page) = writes.next() {
-                self.access(0, page, true, false);
+                self.access(0, page, RW, false);
             }
             log = self.log.take().unwrap();
         }
@@ -170,7 +177,7 @@ impl<F: Format> World<F> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Access { vcpu: usize, page: u64, write: bool, large: bool },
+    Access { vcpu: usize, page: u64, wanted: Permissions, large: bool },
     Zap { page: u64, pages: u64 },
     Start { granule: u64, granules: u64 },
     Read { words: usize, meanwhile: Vec<u64> },
@@ -181,8 +188,8 @@ fn step() -> impl Strategy<Value = Step> {
     // Some pages are hit again and again.
     let page = || prop_oneof![0u64..2048, 60u64..70, 500u64..520];
     prop_oneof![
-        12 => (0..VCPUS, page(), any::<bool>(), any::<bool>())
-            .prop_map(|(vcpu, page, write, large)| Step::Access { vcpu, page, write, large }),
+        12 => (0..VCPUS, page(), prop::sample::select(&[RW, RW, Permissions::READ, RX][..]), any::<bool>())
+            .prop_map(|(vcpu, page, wanted, large)| Step::Access { vcpu, page, wanted, large }),
         2 => (page(), 1u64..600).prop_map(|(page, pages)| Step::Zap { page, pages }),
         1 => (0u64..24, 1u64..8).prop_map(|(granule, granules)| Step::Start { granule, granules }),
         3 => (1usize..5, prop::collection::vec(page(), 0..6)).prop_map(|(words, meanwhile)| Step::Read { words, meanwhile }),
@@ -190,12 +197,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn run<F: Format>(steps: Vec<Step>) -> TestCaseResult {
-    let mut world = World::<F>::new();
+fn run<F: Format>(small_code: bool, steps: Vec<Step>) -> TestCaseResult {
+    let mut world = World::<F>::new(small_code);
     world.start(1, 20);
     for step in steps {
         match step {
-            Step::Access { vcpu, page, write, large } => world.access(vcpu, page, write, large),
+            Step::Access { vcpu, page, wanted, large } => world.access(vcpu, page, wanted, large),
             Step::Zap { page, pages } => {
                 let _ = world.table.zap(gpa(page), pages * FRAME_SIZE, &mut world.mem);
                 world.flush();
@@ -217,13 +224,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 200 }))]
 
     #[test]
-    fn no_write_is_lost_in_nested_page_tables(steps in prop::collection::vec(step(), 1..80)) {
-        run::<Npt>(steps)?;
+    fn no_write_is_lost_in_nested_page_tables(small_code in any::<bool>(), steps in prop::collection::vec(step(), 1..80)) {
+        run::<Npt>(small_code, steps)?;
     }
 
     #[test]
-    fn no_write_is_lost_in_extended_page_tables(steps in prop::collection::vec(step(), 1..80)) {
-        run::<Ept>(steps)?;
+    fn no_write_is_lost_in_extended_page_tables(small_code in any::<bool>(), steps in prop::collection::vec(step(), 1..80)) {
+        run::<Ept>(small_code, steps)?;
     }
 }
 
@@ -260,9 +267,9 @@ fn memory_is_used_for_what_is_written_only() {
 
 #[test]
 fn what_is_put_back_is_told_again() {
-    let mut world = World::<Npt>::new();
+    let mut world = World::<Npt>::new(false);
     world.start(0, 4);
-    world.access(0, 70, true, false);
+    world.access(0, 70, RW, false);
     let mut log = world.log.take().unwrap();
     let mut words = [0; 4];
     let start = GuestPhysAddr::new(0);
