@@ -29,7 +29,7 @@ use crate::{
     aspace::{AddressSpace, Fault},
     ffi::{self, IrqOff},
     hal::Host,
-    shared::bump,
+    shared::{bump, Shared},
     tables::Spare,
     timer::Timer,
     vcpu::{Inner, Vcpu},
@@ -235,7 +235,6 @@ impl Vcpu {
             irq_off,
             aspace,
             spare,
-            #[cfg(CONFIG_X86_64)]
             again: Again { timer: &mut inner.timer, shared: &self.shared, entries_left, generation: *seen_generation },
             is_memory: true,
         };
@@ -295,17 +294,15 @@ pub(crate) struct Between<'a> {
     pub(crate) irq_off: &'a IrqOff,
     aspace: &'a AddressSpace,
     spare: &'a mut Spare,
-    #[cfg(CONFIG_X86_64)]
     pub(crate) again: Again<'a>,
     /// The last nested page fault may be one of memory.
     is_memory: bool,
 }
 
 /// For a backend that enters the guest again by itself: whether it may.
-#[cfg(CONFIG_X86_64)]
 pub(crate) struct Again<'a> {
     pub(crate) timer: &'a mut Timer,
-    shared: &'a crate::shared::Shared,
+    pub(crate) shared: &'a Shared,
     entries_left: &'a mut u32,
     /// The generation of the address space's translations that the guest was entered with.
     generation: u64,
@@ -314,7 +311,6 @@ pub(crate) struct Again<'a> {
 impl Between<'_> {
     /// Whether the guest may be entered once more in this turn. If so, an exit of `kind` has been dealt with.
     #[inline]
-    #[cfg(CONFIG_X86_64)]
     pub(crate) fn may_go_on(&mut self, kind: ExitKind) -> bool {
         let Again { shared, entries_left, generation, .. } = &mut self.again;
         let wanted = self.irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();

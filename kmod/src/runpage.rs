@@ -98,11 +98,16 @@ impl Page {
         #[cfg(CONFIG_X86_64)]
         set_segments, segments: axvcpu_uapi::x86::Segments
     );
-    field!(
-        /// Sets the general registers.
-        #[cfg(CONFIG_ARM64)]
-        set_general, arm64: axvcpu_uapi::arm64::General
-    );
+    /// Sets the general registers, with this processor state.
+    #[cfg(CONFIG_ARM64)]
+    #[inline]
+    pub(crate) fn set_general(&self, general: &axvcpu_uapi::arm64::General, pstate: u64) {
+        // SAFETY: As in `field`.
+        unsafe {
+            core::ptr::addr_of_mut!((*self.page()).arm64).write_volatile(*general);
+            core::ptr::addr_of_mut!((*self.page()).arm64.pstate).write_volatile(pstate);
+        }
+    }
     field!(
         /// Sets the syndrome.
         #[cfg(CONFIG_ARM64)]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The part of `RUN` that is AArch64's own: what the run page shows.
+//! The part of `RUN` that is AArch64's own: SGIs, accesses to the interrupt controller, and what the run page shows.
 
 use axvcpu_uapi::{
     arm64::{PSTATE_EL0, PSTATE_MODE},
@@ -16,25 +16,40 @@ use crate::{
     aspace::Fault,
     ffi::{IrqOff, PreemptOff},
     hal::Host,
-    run::Between,
+    run::{self, Between},
+    shared::Shared,
     vcpu::{Inner, Vcpu},
+    vm::Vm,
 };
 
-/// One entry, and what is done about a nested page fault. Gives the kind of the exit.
+/// One entry, and more behind exits that concern nobody but the vCPU, and what is done about a nested page fault. Gives the kind of the
+/// last exit.
 ///
 /// # Errors
 /// As [`AxVCpu::run`].
 #[inline]
 pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) -> AxResult<ExitKind> {
-    let Exit::NestedPageFault { addr, access_flags } = vcpu.run()? else {
+    vcpu.run_by(|arch, entries, exit| loop {
+        arch.run_into(exit)?;
+        if !matches!(exit, Exit::Nothing) || !arch.concerns_nobody() {
+            return Ok(());
+        }
+        run::follow(between.again.timer, arch.timer_update());
+        if !between.may_go_on(arch.exit_kind()) {
+            return Ok(());
+        }
+        *entries = entries.wrapping_add(1);
+    })?;
+    let Exit::NestedPageFault { addr, access_flags } = *vcpu.exit() else {
         return Ok(vcpu.arch()?.exit_kind());
     };
     let Between { vm, irq_off, .. } = *between;
     // An access to the interrupt controller, or a store that signals an eventfd, is complete then.
     let is_device = !access_flags.contains(AccessFlags::PRESENT) && {
+        let own = between.again.shared;
         let arch = vcpu.arch_mut()?;
         let store = |width, data| vm.ioeventfds.store(addr.as_u64(), width, data, irq_off);
-        arch.gic_access(addr, |cpu| vm.wake(cpu)) || arch.complete_store(addr, store)
+        arch.gic_access(addr, |cpu| wake(vm, own, cpu)) || arch.complete_store(addr, store)
     };
     let kind = if is_device {
         Some(ExitKind::Mmio)
@@ -45,6 +60,16 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) ->
         vcpu.settle();
     }
     Ok(kind.unwrap_or(ExitKind::PageFault))
+}
+
+/// vCPU `cpu` must look at its interrupts. If that is `own`, whose thread does this, it is enough to say so: it looks before its next
+/// entry, and before it sleeps.
+fn wake(vm: &Vm, own: &Shared, cpu: usize) {
+    if cpu == own.id as usize {
+        own.mailbox.post();
+    } else {
+        vm.wake(cpu);
+    }
 }
 
 /// One window. Interrupts are off only while the guest has the CPU: the kernel lends the FPU with interrupts on only.
@@ -76,7 +101,7 @@ impl Vcpu {
     /// The guest wrote `value` to the register for SGIs of `group`.
     pub(crate) fn send_ipi(&self, _inner: &Inner, value: u64, group: u64) {
         if let Some(gic) = self.vm.arch().gic.as_ref() {
-            gic.send_sgi(self.shared.id as usize, value, group as u32, |cpu| self.vm.wake(cpu));
+            gic.send_sgi(self.shared.id as usize, value, group as u32, |cpu| wake(&self.vm, &self.shared, cpu));
         }
     }
 
@@ -84,7 +109,7 @@ impl Vcpu {
     #[inline]
     pub(crate) fn tell(&self, inner: &mut Inner, irq_off: &IrqOff) {
         let Some(notices) = inner.vcpu.arch_mut().ok().and_then(VCpu::take_notices) else { return };
-        (0..64).filter(|cpu| notices.wake >> cpu & 1 != 0).for_each(|cpu| self.vm.wake(cpu));
+        (0..64).filter(|cpu| notices.wake >> cpu & 1 != 0).for_each(|cpu| wake(&self.vm, &self.shared, cpu));
         for intid in notices.ended() {
             // The line goes down before the device is asked whether it is to go up again.
             self.vm.irqfds.end(intid, irq_off, || _ = self.vm.set_spi(intid, false));
@@ -99,10 +124,10 @@ impl Vcpu {
         let page = &self.page;
         page.set_exit(exit.encode());
         let Ok(arch) = inner.vcpu.arch() else { return };
-        let general = arch.general();
-        let user = general.pstate & PSTATE_MODE == PSTATE_EL0;
+        let (general, pstate) = arch.general_as_left();
+        let user = pstate & PSTATE_MODE == PSTATE_EL0;
         page.set_state(if user { abi_run::STATE_USER_MODE } else { 0 });
-        page.set_general(general);
+        page.set_general(general, pstate);
         let (esr, far) = arch.syndrome();
         page.set_esr(esr);
         page.set_far(far);

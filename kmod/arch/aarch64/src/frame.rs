@@ -45,11 +45,13 @@ impl TrapFrame {
 
     /// Register `number` as instructions name it: 31 is the zero register.
     #[must_use]
+    #[inline]
     pub fn register(&self, number: usize) -> u64 {
         self.general.x.get(number).copied().unwrap_or(0)
     }
 
     /// Sets register `number`; what goes to the zero register is lost.
+    #[inline]
     pub fn set_register(&mut self, number: usize, value: u64) {
         if let Some(register) = self.general.x.get_mut(number) {
             *register = value;
@@ -57,6 +59,7 @@ impl TrapFrame {
     }
 
     /// Goes on behind the present instruction.
+    #[inline]
     pub fn skip(&mut self) {
         // All instructions of AArch64 are 4 bytes long.
         self.general.pc = self.general.pc.wrapping_add(4);

@@ -50,6 +50,7 @@ impl Mailbox {
         self.attention.load(Ordering::SeqCst) || self.timer.load(Ordering::SeqCst)
     }
 
+    #[inline]
     fn take(flag: &AtomicBool) -> bool {
         flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::SeqCst)
     }
@@ -258,6 +259,11 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         if value == u64::from(GIC_TIMER_PPI) {
             self.release_timer();
         }
+    }
+
+    /// The distributor, as far as it knows without the list registers.
+    pub(crate) fn without_lists(&self) -> &Distributor {
+        &self.gic
     }
 
     /// Whether the GIC has registers at `addr`.

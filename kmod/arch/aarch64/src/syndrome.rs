@@ -75,20 +75,24 @@ pub enum FaultKind {
 
 impl Syndrome {
     /// The exception class.
+    #[inline]
     pub const fn class(self) -> u64 {
         self.0 >> 26 & 0x3f
     }
 
+    #[inline]
     const fn bit(self, bit: u32) -> bool {
         self.0 >> bit & 1 != 0
     }
 
     /// Of WFI and its kin: whether it is WFE or WFET.
+    #[inline]
     pub const fn is_wfe(self) -> bool {
         self.bit(0)
     }
 
     /// Of a trapped MRS, MSR or system instruction: which.
+    #[inline]
     pub fn system_access(self) -> SystemAccess {
         let field = |shift: u32, mask: u64| self.0 >> shift & mask;
         SystemAccess {
@@ -99,6 +103,7 @@ impl Syndrome {
     }
 
     /// Of an abort: what kind of fault.
+    #[inline]
     pub const fn fault(self) -> FaultKind {
         match self.0 & 0x3f {
             // Levels 0 to 3, and -1.
@@ -110,22 +115,26 @@ impl Syndrome {
     }
 
     /// Of an abort: whether the walk of the guest's own tables caused it.
+    #[inline]
     pub const fn in_table_walk(self) -> bool {
         self.bit(7)
     }
 
     /// Of a data abort: whether it was a write. Cache maintenance counts as one.
+    #[inline]
     pub const fn is_write(self) -> bool {
         self.bit(6)
     }
 
     /// Of a data abort: whether a cache maintenance (or address translation) instruction caused it.
+    #[inline]
     pub const fn is_cache_maintenance(self) -> bool {
         self.bit(8)
     }
 
     /// Of a data abort: the transfer, where the hardware describes it (ISV): loads and stores of one general register
     /// without writeback.
+    #[inline]
     pub const fn transfer(self) -> Option<Transfer> {
         if !self.bit(24) {
             return None;

@@ -17,11 +17,13 @@ pub struct Timer {
 
 impl Timer {
     /// Whether it is to interrupt at some time.
+    #[inline]
     pub fn is_armed(self) -> bool {
         self.control & (ENABLE | IMASK) == ENABLE
     }
 
     /// Whether it asks for its interrupt when the guest's counter stands at `now`.
+    #[inline]
     pub fn is_due(self, now: u64) -> bool {
         self.is_armed() && self.compare <= now
     }

@@ -145,6 +145,13 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         General { pstate: general.pstate & PSTATE_KNOWN, ..general }
     }
 
+    /// General registers as the CPU left them, and the processor state as [`general`](Self::general) has it.
+    #[inline]
+    pub fn general_as_left(&self) -> (&General, u64) {
+        let general = &self.state().frame.general;
+        (general, general.pstate & PSTATE_KNOWN)
+    }
+
     /// Sets general registers.
     ///
     /// # Errors
@@ -214,7 +221,6 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     pub fn leave(&mut self) -> AxResult {
         if self.loaded {
             self.loaded = false;
-            let caps = self.caps;
             // SAFETY: The type invariant.
             let State { system, fp, interface, host, .. } = unsafe { self.state.as_mut() };
             // SAFETY: `load` was called on this CPU, as interrupts have been off since.
@@ -222,7 +228,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
                 if let Some(interrupts) = &mut self.interrupts {
                     interrupts.leave(interface);
                 }
-                window::leave(&caps, system, fp, host);
+                window::leave(&self.caps, system, fp, host);
             }
             if let Some(interrupts) = &mut self.interrupts {
                 interrupts.release_timer();
@@ -294,20 +300,26 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         interrupts.has_notices().then(|| interrupts.take_notices())
     }
 
+    /// Whether nobody else must be told of the last exit, if it was [`Nothing`](Exit::Nothing): neither other vCPUs nor the scheduler.
+    #[inline]
+    pub fn concerns_nobody(&self) -> bool {
+        self.kind != ExitKind::Pause && !self.interrupts.as_ref().is_some_and(Interrupts::has_notices)
+    }
+
     /// Whether a clock in guest memory is to be written: there is none.
     pub fn clock_due(&self) -> bool {
         false
     }
 
     fn load(&mut self) {
-        let (caps, setting) = (self.caps, self.setting);
+        let (caps, setting) = (&self.caps, &self.setting);
         // SAFETY: The type invariant.
         let State { frame, system, fp, interface, host } = unsafe { self.state.as_mut() };
         let due = window::timer_of(system).is_due(window::counter().wrapping_sub(setting.counter_origin));
         let held = self.interrupts.as_mut().is_some_and(|interrupts| interrupts.hold_timer(interface, due));
         // SAFETY: The module calls `run` at EL2 (or there would be no vCPU) with interrupts off and the FPU lent by `bind`.
         unsafe {
-            window::load(&caps, &setting, system, fp, host, due && !held);
+            window::load(caps, setting, system, fp, host, due && !held);
             if let Some(interrupts) = &mut self.interrupts {
                 interrupts.load(interface, due);
             }
@@ -319,6 +331,43 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         self.loaded = true;
         self.flush = false;
         self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
+    }
+
+    /// [`run`](AxArchVCpu::run), which puts the reason for which it came back into its place: it is too large to be handed on.
+    ///
+    /// # Errors
+    /// None.
+    #[inline]
+    pub fn run_into(&mut self, exit: &mut Exit) -> AxResult {
+        if !self.loaded {
+            self.load();
+        }
+        if core::mem::take(&mut self.flush) {
+            // SAFETY: The guest is loaded.
+            unsafe { cpu::flush_guest_tlb() };
+            self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
+        }
+        if let Some(exception) = self.exception.take() {
+            self.inject(exception);
+        }
+        let origin = self.setting.counter_origin;
+        if let Some(interrupts) = &mut self.interrupts {
+            // SAFETY: The type invariant, and the guest is loaded.
+            unsafe {
+                let State { interface, host, .. } = self.state.as_mut();
+                let now = || window::counter().wrapping_sub(origin);
+                interrupts.refresh(interface, || window::timer_loaded(host).is_due(now()));
+            }
+        }
+        // SAFETY: The type invariant.
+        let State { frame, host, .. } = unsafe { self.state.as_mut() };
+        // SAFETY: The guest is loaded, so exceptions are masked and the frame has the host's values.
+        unsafe {
+            switch::enter(frame);
+            window::restore_processor_state(&self.caps, host);
+        }
+        *exit = self.handle();
+        Ok(())
     }
 
     /// Lets the guest take the exception that waits. It is loaded.
@@ -407,34 +456,9 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> AxArchVCpu for ArmVCpu<H, G> {
 
     #[inline]
     fn run(&mut self) -> AxResult<Exit> {
-        if !self.loaded {
-            self.load();
-        }
-        if core::mem::take(&mut self.flush) {
-            // SAFETY: The guest is loaded.
-            unsafe { cpu::flush_guest_tlb() };
-            self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
-        }
-        if let Some(exception) = self.exception.take() {
-            self.inject(exception);
-        }
-        let origin = self.setting.counter_origin;
-        if let Some(interrupts) = &mut self.interrupts {
-            // SAFETY: The type invariant, and the guest is loaded.
-            unsafe {
-                let State { interface, host, .. } = self.state.as_mut();
-                let now = || window::counter().wrapping_sub(origin);
-                interrupts.refresh(interface, || window::timer_loaded(host).is_due(now()));
-            }
-        }
-        let caps = self.caps;
-        let State { frame, host, .. } = self.state_mut();
-        // SAFETY: The guest is loaded, so exceptions are masked and the frame has the host's values.
-        unsafe {
-            switch::enter(frame);
-            window::restore_processor_state(&caps, host);
-        }
-        Ok(self.handle())
+        let mut exit = Exit::Nothing;
+        self.run_into(&mut exit)?;
+        Ok(exit)
     }
 
     fn bind(&mut self) -> AxResult {

@@ -118,11 +118,13 @@ pub(crate) struct Setting {
 }
 
 /// How often the counter counts in a second.
+#[inline]
 pub(crate) fn counter_hertz() -> u64 {
     aarch64_cpu::registers::CNTFRQ_EL0.get()
 }
 
 /// The host's counter.
+#[inline]
 pub fn counter() -> u64 {
     aarch64_cpu::registers::CNTPCT_EL0.get()
 }
@@ -292,6 +294,7 @@ pub(crate) unsafe fn restore_processor_state(caps: &Capabilities, host: &HostSta
 }
 
 /// The timer of a guest that is not loaded.
+#[inline]
 pub(crate) fn timer_of(system: &System) -> Timer {
     Timer { control: system.cntv_ctl_el0, compare: system.cntv_cval_el0 }
 }
@@ -300,6 +303,7 @@ pub(crate) fn timer_of(system: &System) -> Timer {
 ///
 /// # Safety
 /// Between [`load`], which filled `host`, and [`leave`].
+#[inline]
 pub(crate) unsafe fn timer_loaded(host: &HostState) -> Timer {
     // SAFETY: The caller's promise: the registers are the guest's.
     let (control, compare) = unsafe { (CntvCtlEl02.get() & (timer::ENABLE | timer::IMASK), CntvCvalEl02.get()) };

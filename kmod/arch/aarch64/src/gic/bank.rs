@@ -35,6 +35,12 @@ impl Bank {
         self.latch.load(SeqCst) | self.line.load(SeqCst) & !self.edge.load(SeqCst)
     }
 
+    /// Whether nothing is active, nor pending whoever may be told of it.
+    #[inline]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.latch.load(SeqCst) | self.line.load(SeqCst) | self.active.load(SeqCst) == 0
+    }
+
     /// The interrupts that a CPU interface is to be told of, when the distributor forwards the `groups` (bit 0 and 1).
     pub(super) fn ready(&self, groups: u32) -> u32 {
         let pending = self.pending() & self.enabled.load(SeqCst);

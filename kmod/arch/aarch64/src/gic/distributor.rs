@@ -79,16 +79,19 @@ impl Distributor {
     }
 
     /// vCPUs that it is for.
+    #[inline]
     pub fn cpus(&self) -> usize {
         self.layout.cpus
     }
 
     /// Groups that are forwarded to the CPU interfaces, as bits.
+    #[inline]
     pub(super) fn groups(&self) -> u32 {
         self.control.load(SeqCst) & CONTROL_GROUPS
     }
 
     /// SGIs and PPIs of a vCPU.
+    #[inline]
     pub(super) fn private(&self, cpu: usize) -> Option<&Bank> {
         self.private.get(cpu)
     }
@@ -188,6 +191,7 @@ impl Distributor {
     }
 
     /// The line of a private interrupt of vCPU `cpu`, by the vCPU's own thread.
+    #[inline]
     pub fn set_private_line(&self, cpu: usize, intid: usize, high: bool) {
         if let (true, Some(bank)) = (intid < FIRST_SPI, self.private(cpu)) {
             let bit = 1 << intid;
@@ -198,6 +202,7 @@ impl Distributor {
     }
 
     /// Whether a private interrupt of vCPU `cpu` is active.
+    #[inline]
     pub fn is_private_active(&self, cpu: usize, intid: usize) -> bool {
         self.private(cpu).is_some_and(|bank| intid < FIRST_SPI && bank.active.load(SeqCst) >> intid & 1 != 0)
     }

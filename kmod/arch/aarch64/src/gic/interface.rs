@@ -62,8 +62,10 @@ pub struct Notices {
 
 impl Notices {
     /// Whether there is nothing to tell.
+    #[inline]
     pub fn is_empty(&self) -> bool {
-        self.wake == 0 && self.ended.iter().all(|word| *word == 0)
+        // Without a branch for each word: it is asked at each exit.
+        self.ended.iter().fold(self.wake, |all, word| all | u64::from(*word)) == 0
     }
 
     /// SPI `intid` has ended. Of others nobody is told.
@@ -221,9 +223,21 @@ impl Interface {
     /// Fills up to `count` list registers, all of which are empty, with the interrupts of vCPU `cpu`.
     pub fn fill(&mut self, gic: &Distributor, cpu: usize, count: usize, notices: &mut Notices) {
         self.let_go(gic, cpu, notices);
+        self.control = if gic.cpus() > 1 { ENABLE | TRAP_DEACTIVATION } else { ENABLE };
+        if Self::banks(gic, cpu).all(|(_, bank)| bank.is_quiet()) {
+            return;
+        }
+        self.fill_with_some(gic, cpu, count);
+    }
+
+    /// Fills list registers where there are interrupts to look for.
+    fn fill_with_some(&mut self, gic: &Distributor, cpu: usize, count: usize) {
         let groups = gic.groups();
         let (mut pending, mut active) = (Best::default(), Best::default());
         for (number, bank) in Self::banks(gic, cpu) {
+            if bank.is_quiet() {
+                continue;
+            }
             let (is_ready, is_active) = (bank.ready(groups), bank.active.load(SeqCst));
             for bit in bits(is_ready | is_active) {
                 let intid = 32 * number + bit;
@@ -247,10 +261,6 @@ impl Interface {
         let first = pending.count.min(1);
         let from_active = active.count.min(count.saturating_sub(first));
         let from_pending = pending.count.min(count.saturating_sub(from_active));
-        self.control = ENABLE;
-        if gic.cpus() > 1 {
-            self.control |= TRAP_DEACTIVATION;
-        }
         if pending.more || from_pending < pending.count {
             self.control |= TELL_NONE_PENDING;
         }
@@ -304,6 +314,14 @@ impl Interface {
     /// Takes what the CPU has made of the list registers, which are empty then, and lets go of SPIs that are neither pending
     /// nor active.
     pub fn fold(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
+        if self.used != 0 || self.control & COUNT != 0 {
+            self.fold_some(gic, cpu, notices);
+        }
+        self.let_go(gic, cpu, notices);
+    }
+
+    /// Takes what the CPU has made of list registers that are in use, or counted.
+    fn fold_some(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
         let mut listed = [0u32; SPI_BANKS + 1];
         for (index, value) in (0..).zip(self.lists).take(self.used as usize) {
             let intid = (value & 0xff) as usize;
@@ -335,7 +353,6 @@ impl Interface {
         self.lists = [0; MAX_LISTS];
         (self.used, self.latched, self.was_active) = (0, 0, 0);
         self.control &= !COUNT;
-        self.let_go(gic, cpu, notices);
     }
 
     /// Of the interrupts that are active but not in a list register, ends the one with the best priority: the guest has.
@@ -388,7 +405,14 @@ impl Interface {
     }
 
     /// Lets go of SPIs that are not active.
+    #[inline]
     fn let_go(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
+        if self.held.iter().fold(0, |all, word| all | word) != 0 {
+            self.let_go_of_some(gic, cpu, notices);
+        }
+    }
+
+    fn let_go_of_some(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
         for (index, bank) in gic.spis.iter().enumerate() {
             let held = self.held.get(index).copied().unwrap_or(0);
             if held == 0 {

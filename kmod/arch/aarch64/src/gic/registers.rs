@@ -102,6 +102,7 @@ fn write_config(edge: u32, upper: bool, value: u32) -> u32 {
 }
 
 impl Distributor {
+    #[inline]
     fn place(&self, addr: u64) -> Option<Place> {
         let offset = addr.wrapping_sub(self.layout.distributor);
         if offset < GIC_DISTRIBUTOR_SIZE {
@@ -113,13 +114,24 @@ impl Distributor {
     }
 
     /// Whether there are registers at `addr`.
+    #[inline]
     pub fn covers(&self, addr: u64) -> bool {
         self.place(addr).is_some()
     }
 
+    /// Whether what is read at `addr` depends on what is in list registers: pending and active interrupts.
+    pub fn shows_states(&self, addr: u64) -> bool {
+        let offset = match self.place(addr) {
+            Some(Place::Distributor(offset)) => Some(offset),
+            Some(Place::Redistributor(_, offset)) => offset.checked_sub(SGI_FRAME),
+            None => None,
+        };
+        matches!(offset.and_then(Kind::at), Some(Kind::Pending { .. } | Kind::Active { .. }))
+    }
+
     /// Carries out the access to `addr` by a guest, and returns what a read gives (0 for a write), or `None` if there are no
     /// registers. The vCPUs that must look at their interrupts again are given to `wake`; the one that makes the access has put
-    /// back what is in its list registers before.
+    /// back what is in its list registers before, but for a read of what does not [show states](Self::shows_states).
     ///
     /// Words can be accessed as words, pairs of them as double words, and priorities as bytes. An access of another kind is
     /// ignored.

@@ -100,15 +100,20 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         // SAFETY: The type invariant.
         let State { frame, interface, .. } = unsafe { self.state.as_mut() };
         let (true, Some(exit)) = (self.loaded, exit::mmio(frame, addr)) else { return false };
-        // SAFETY: The guest is loaded.
-        let gic = unsafe { interrupts.tell_all(interface) };
-        match exit {
-            Exit::MmioRead { width, reg, .. } => {
-                let value = gic.access(at, width, Access::Read, wake).unwrap_or(0);
-                frame.set_register(reg, exit::extend(value, &exit));
-            }
-            Exit::MmioWrite { width, data, .. } => _ = gic.access(at, width, Access::Write(data), wake),
+        let (width, access) = match exit {
+            Exit::MmioRead { width, .. } => (width, Access::Read),
+            Exit::MmioWrite { width, data, .. } => (width, Access::Write(data)),
             _ => return false,
+        };
+        let gic = if access == Access::Read && !interrupts.without_lists().shows_states(at) {
+            interrupts.without_lists()
+        } else {
+            // SAFETY: The guest is loaded.
+            unsafe { interrupts.tell_all(interface) }
+        };
+        let value = gic.access(at, width, access, wake).unwrap_or(0);
+        if let Exit::MmioRead { reg, .. } = exit {
+            frame.set_register(reg, exit::extend(value, &exit));
         }
         frame.skip();
         true
