@@ -34,7 +34,7 @@ const LATE: u64 = 2000;
 /// How often a guest is stopped that runs.
 const RUNNING: u64 = 60;
 /// How often one that is on its way in.
-const ENTERING: u64 = 400;
+const ENTERING: u64 = 150;
 
 /// Where the guest counts all its turns, and where it finds how often it has been told to stop.
 const TURNS: usize = DATA as usize;

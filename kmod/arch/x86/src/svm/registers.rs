@@ -44,8 +44,8 @@ impl<H: X86Hal> SvmRegisters<H> {
     ///
     /// It has been seen twice in some six hundred runs of a test on QEMU's emulated CPU (10.0) with two CPUs, on a busy machine:
     /// host state but for CR2, which an exit does not load, as if the exit's storing and loading had been done twice. The next
-    /// entry then walks the host's page tables through the nested ones. Neither that emulator's source nor this module's shows
-    /// how.
+    /// entry then walks the host's page tables through the nested ones. It was not VM_HSAVE_PA: made to point to the VMCB, the
+    /// register leaves the host's CR2 there as well. How it comes about that emulator's source does not show.
     #[inline]
     pub(super) fn holds_the_host(&self) -> bool {
         self.vmcb.rip() == self.behind_vmrun && self.vmcb.rax() == self.vmcb.phys().as_u64()
