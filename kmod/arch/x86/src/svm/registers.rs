@@ -285,6 +285,7 @@ mod tests {
 
     /// The place is the instruction CLI in the world switch.
     #[test]
+    #[cfg_attr(miri, ignore = "it reads code")]
     fn the_host_goes_on_behind_vmrun() {
         let start = switch::enter as *const () as u64;
         let behind = switch::behind_vmrun();
