@@ -12,8 +12,6 @@ use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason::NestedPageFault};
 use nix::sys::mman::{mprotect, MapFlags, MmapAdvise, ProtFlags};
 use std::fs;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 pub(super) fn huge() -> CaseResult {
     let mut m = programs::machine(programs::writer())?;
@@ -136,9 +134,6 @@ pub(super) fn executed_and_protected() -> CaseResult {
             // SAFETY: The range belongs to the test, and is not written by the program meanwhile.
             unsafe { mprotect(memory.address(0), memory.size, protection) }?;
         }
-        // A fault whose page is looked up anew starts over if the memory changed meanwhile, as a fetch's does here. Changed
-        // without a pause, the memory has been seen to keep the guest in that for a minute, on two CPUs that Bochs runs in turns.
-        thread::sleep(Duration::from_micros(200));
         Ok(())
     })?;
     drop(slot);

@@ -100,7 +100,9 @@ fn disturbed(
         let disturber = scope.spawn(|| -> CaseResult {
             while !stop.load(Ordering::Relaxed) {
                 disturb()?;
-                done.fetch_add(1, Ordering::Relaxed);
+                // Pauses of several lengths: a fault whose page is looked up anew starts over if the memory changes meanwhile, and on
+                // CPUs that an emulator runs in turns two threads that wait for the same lock can stay in step for minutes.
+                thread::sleep(Duration::from_micros(done.fetch_add(1, Ordering::Relaxed) % 8 * 50));
             }
             Ok(())
         });
