@@ -311,6 +311,17 @@ fn accounted() -> CaseResult {
         thread::sleep(Duration::from_millis(2500));
         number(&Group::file("memory.stat"), "kernel ")
     };
+    // Or later, if it is busy: what is to be more by `least` bytes is read a few times.
+    let more = |before: u64, least: u64| -> Result<u64, Stop> {
+        let mut more = 0;
+        for _ in 0..5 {
+            more = kernel()?.saturating_sub(before);
+            if more >= least {
+                break;
+            }
+        }
+        Ok(more)
+    };
     let memory = Mapping::anonymous(SIZE, MapFlags::MAP_PRIVATE)?;
     memory.advise(0, SIZE, MmapAdvise::MADV_NOHUGEPAGE)?;
     let (memory, slot) = map(&m, memory)?;
@@ -320,21 +331,17 @@ fn accounted() -> CaseResult {
     let before = kernel()?;
     sweep(&mut m, SIZE / PAGE, 0, 1, false)?;
     let tables = m.vm.stats()?.table_pages;
-    let after = kernel()?;
-    println!(
-        "# {} MiB in small pages: {tables} pages of tables, {} KiB in the group",
-        SIZE >> 20,
-        (after - before) >> 10
-    );
+    let least = (SIZE / LARGE) as u64 * PAGE as u64;
+    let charged = more(before, least)?;
+    println!("# {} MiB in small pages: {tables} pages of tables, {} KiB in the group", SIZE >> 20, charged >> 10);
     ensure!(tables >= (SIZE / LARGE) as u64, "{tables} pages of tables");
-    let spread = |bytes: u64| bytes >= (SIZE / LARGE) as u64 * PAGE as u64;
-    ensure!(spread(after.saturating_sub(before)), "the group has {} bytes more for the tables", after - before);
+    ensure!(charged >= least, "the group has {charged} bytes more for the tables");
     // Each vCPU, and an address space: what is to be expected, and not more.
     let before = kernel()?;
     let vm = m.system.create_vm()?;
     let space = vm.create_address_space()?;
     let vcpus = (0..8).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-    let objects = kernel()?.saturating_sub(before);
+    let objects = more(before, 64 << 10)?;
     println!("# a VM with an address space and 8 vCPUs: {} KiB in the group", objects >> 10);
     ensure!((64 << 10..2 << 20).contains(&objects), "the group has {objects} bytes more for a VM with 8 vCPUs");
     drop((vcpus, space, vm, slot));
