@@ -108,11 +108,12 @@ impl Vcpu {
     /// Tells others what this vCPU has done to interrupts.
     #[inline]
     pub(crate) fn tell(&self, inner: &mut Inner, irq_off: &IrqOff) {
-        let Some(notices) = inner.vcpu.arch_mut().ok().and_then(VCpu::take_notices) else { return };
-        (0..64).filter(|cpu| notices.wake >> cpu & 1 != 0).for_each(|cpu| wake(&self.vm, &self.shared, cpu));
-        for intid in notices.ended() {
-            // The line goes down before the device is asked whether it is to go up again.
-            self.vm.irqfds.end(intid, irq_off, || _ = self.vm.set_spi(intid, false));
+        let Ok(arch) = inner.vcpu.arch_mut() else { return };
+        // A line goes down before the device is asked whether it is to go up again.
+        let end = |intid| _ = self.vm.irqfds.end(intid, irq_off, || _ = self.vm.set_spi(intid, false));
+        let told = arch.tell(end);
+        if told != 0 {
+            (0..64).filter(|cpu| told >> cpu & 1 != 0).for_each(|cpu| wake(&self.vm, &self.shared, cpu));
         }
     }
 

@@ -96,14 +96,9 @@ impl<G> Interrupts<G> {
         self.waits = false;
     }
 
-    /// Whether something must be told, to be taken with [`take_notices`](Self::take_notices).
+    /// Whether something must be [told](Self::tell).
     pub(crate) fn has_notices(&self) -> bool {
         !self.notices.is_empty()
-    }
-
-    /// What must be told.
-    pub(crate) fn take_notices(&mut self) -> Notices {
-        core::mem::take(&mut self.notices)
     }
 
     /// What the host timer must do for the guest's, which is `timer` when its counter stands at `now`.
@@ -259,6 +254,16 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         if value == u64::from(GIC_TIMER_PPI) {
             self.release_timer();
         }
+    }
+
+    /// Tells by `end` which SPIs have ended, which sets their lines anew, and returns the vCPUs that must look at their interrupts
+    /// then, as bits.
+    pub(crate) fn tell(&mut self, interface: &mut Interface, end: impl FnMut(u8)) -> u64 {
+        let told = core::mem::take(&mut self.notices);
+        told.ended().for_each(end);
+        interface.told(&self.gic, self.cpu, &told, &mut self.notices);
+        self.stale = true;
+        told.wake | core::mem::take(&mut self.notices.wake)
     }
 
     /// The distributor, as far as it knows without the list registers.

@@ -293,11 +293,13 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         window::counter().wrapping_sub(self.setting.counter_origin)
     }
 
-    /// What others must be told of this vCPU's interrupts, if there is anything.
+    /// Tells others of this vCPU's interrupts, if there is anything: by `end` the SPIs that have ended, which sets their lines anew.
+    /// Returns the vCPUs that must look at their interrupts then, as bits.
     #[inline]
-    pub fn take_notices(&mut self) -> Option<Notices> {
-        let interrupts = self.interrupts.as_mut()?;
-        interrupts.has_notices().then(|| interrupts.take_notices())
+    pub fn tell(&mut self, end: impl FnMut(u8)) -> u64 {
+        let Some(interrupts) = self.interrupts.as_mut().filter(|interrupts| interrupts.has_notices()) else { return 0 };
+        // SAFETY: The type invariant.
+        interrupts.tell(unsafe { &mut self.state.as_mut().interface }, end)
     }
 
     /// Whether nobody else must be told of the last exit, if it was [`Nothing`](Exit::Nothing): neither other vCPUs nor the scheduler.

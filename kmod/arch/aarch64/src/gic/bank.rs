@@ -21,7 +21,7 @@ pub(super) struct Bank {
     /// GICD_ISACTIVER.
     pub(super) active: AtomicU32,
     /// To be made inactive by the vCPU that has them in its list registers, where they may have become active.
-    retired: AtomicU32,
+    pub(super) retired: AtomicU32,
     /// Edge-triggered, not level-triggered.
     pub(super) edge: AtomicU32,
     /// Group 1, not group 0.
@@ -51,17 +51,28 @@ impl Bank {
         pending & (if groups & 1 != 0 { !group } else { 0 } | if groups & 2 != 0 { group } else { 0 })
     }
 
+    /// Makes `which` active, for anybody.
+    pub(super) fn activate(&self, which: u32) {
+        self.take_retired(which);
+        self.active.fetch_or(which, SeqCst);
+    }
+
     /// Makes `which` inactive, for anybody, and returns those that were active here. The others may be active in the list
     /// registers of a vCPU that runs, which must be told: it makes them inactive when it [`folds`](super::Interface::fold).
     pub(super) fn deactivate(&self, which: u32) -> u32 {
         let known = self.active.fetch_and(!which, SeqCst) & which;
-        if known != which {
-            self.retired.fetch_or(which & !known, SeqCst);
+        if known == which {
+            return known;
         }
-        known
+        self.retired.fetch_or(which & !known, SeqCst);
+        // It may have folded since, and not have found them retired.
+        let late = self.take_retired(which & !known & self.active.load(SeqCst));
+        self.active.fetch_and(!late, SeqCst);
+        known | late
     }
 
-    /// By the vCPU that has taken `which` out of its list registers: those that others have made inactive meanwhile.
+    /// By the vCPU that has taken `which` out of its list registers: those that others have made inactive meanwhile. They are
+    /// retired no more.
     pub(super) fn take_retired(&self, which: u32) -> u32 {
         if self.retired.load(SeqCst) & which == 0 {
             return 0;

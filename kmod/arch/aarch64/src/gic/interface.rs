@@ -13,6 +13,8 @@
 //! is trapped (TDIR).
 //!
 //! A level-triggered interrupt is never pending while it is active: its end is told (EOI), and the line is looked at again.
+//! Until the end has been told ([`told`](Interface::told)) the line may be up for what has ended, so till then an SPI stays out
+//! of all list registers: the vCPU that has it holds it, or, if another one has deactivated it, it stays active.
 
 use core::sync::atomic::Ordering::SeqCst;
 
@@ -58,6 +60,8 @@ pub struct Notices {
     pub wake: u64,
     /// SPIs whose lines were asserted and that the guest has ended, as bits from INTID 32 on.
     pub ended: [u32; SPI_BANKS],
+    /// Those of them that another vCPU holds, to be made inactive when that is told.
+    elsewhere: [u32; SPI_BANKS],
 }
 
 impl Notices {
@@ -70,14 +74,29 @@ impl Notices {
 
     /// SPI `intid` has ended. Of others nobody is told.
     fn add_end(&mut self, intid: usize) {
-        if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| self.ended.get_mut(index)) {
-            *word |= 1 << (intid % 32);
-        }
+        add_spi(&mut self.ended, intid);
+    }
+
+    /// SPI `intid` has ended, and another vCPU holds it.
+    fn add_end_elsewhere(&mut self, intid: usize) {
+        add_spi(&mut self.ended, intid);
+        add_spi(&mut self.elsewhere, intid);
+    }
+
+    fn add_wake(&mut self, cpu: usize) {
+        self.wake |= 1u64.checked_shl(cpu as u32).unwrap_or(0);
     }
 
     /// The INTIDs of `ended`.
     pub fn ended(self) -> impl Iterator<Item = u8> {
         (0..).zip(self.ended).flat_map(|(bank, word)| bits(word).map(move |bit| (FIRST_SPI + 32 * bank + bit) as u8))
+    }
+}
+
+/// Sets the bit of SPI `intid`. Others have none.
+fn add_spi(words: &mut [u32; SPI_BANKS], intid: usize) {
+    if let Some(word) = (intid / 32).checked_sub(1).and_then(|index| words.get_mut(index)) {
+        *word |= 1 << (intid % 32);
     }
 }
 
@@ -227,11 +246,11 @@ impl Interface {
         if Self::banks(gic, cpu).all(|(_, bank)| bank.is_quiet()) {
             return;
         }
-        self.fill_with_some(gic, cpu, count);
+        self.fill_with_some(gic, cpu, count, notices);
     }
 
     /// Fills list registers where there are interrupts to look for.
-    fn fill_with_some(&mut self, gic: &Distributor, cpu: usize, count: usize) {
+    fn fill_with_some(&mut self, gic: &Distributor, cpu: usize, count: usize, notices: &mut Notices) {
         let groups = gic.groups();
         let (mut pending, mut active) = (Best::default(), Best::default());
         for (number, bank) in Self::banks(gic, cpu) {
@@ -239,7 +258,8 @@ impl Interface {
                 continue;
             }
             let (is_ready, is_active) = (bank.ready(groups), bank.active.load(SeqCst));
-            for bit in bits(is_ready | is_active) {
+            let untold = number.checked_sub(1).and_then(|index| notices.ended.get(index)).copied().unwrap_or(0);
+            for bit in bits((is_ready | is_active) & !untold) {
                 let intid = 32 * number + bit;
                 if let Some(index) = number.checked_sub(1) {
                     if !self.holds(index, bit) {
@@ -269,18 +289,25 @@ impl Interface {
         }
         let chosen = pending.taken().iter().take(from_pending).chain(active.taken().iter().take(from_active));
         for candidate in chosen {
-            self.put(gic, cpu, *candidate, groups);
+            self.put(gic, cpu, *candidate, groups, notices);
         }
     }
 
     /// Puts an interrupt into the next list register.
-    fn put(&mut self, gic: &Distributor, cpu: usize, candidate: Candidate, groups: u32) {
+    fn put(&mut self, gic: &Distributor, cpu: usize, candidate: Candidate, groups: u32, notices: &mut Notices) {
         let intid = usize::from(candidate.intid);
         let Some((bank, bit)) = gic.find(cpu, intid) else { return };
-        // Whoever has made it inactive until now has found it so: nothing was in a list register.
-        bank.take_retired(bit);
-        let is_active = bank.active.load(SeqCst) & bit != 0;
         let edge = bank.edge.load(SeqCst) & bit != 0;
+        let mut is_active = bank.active.load(SeqCst) & bit != 0;
+        // Whoever has made it inactive until now has found it so, since nothing was in a list register, or has not seen yet what
+        // was last in one.
+        if bank.take_retired(bit) != 0 && is_active {
+            Self::end(gic, cpu, intid, notices);
+            is_active = false;
+            if !edge {
+                return;
+            }
+        }
         let mut value = u64::from(candidate.intid) | u64::from(candidate.priority) << 48;
         let mut latched = false;
         if bank.group.load(SeqCst) & bit != 0 {
@@ -374,8 +401,7 @@ impl Interface {
 
     fn end(gic: &Distributor, cpu: usize, intid: usize, notices: &mut Notices) {
         let Some((bank, bit)) = gic.find(cpu, intid) else { return };
-        bank.active.fetch_and(!bit, SeqCst);
-        if bank.edge.load(SeqCst) & bit == 0 {
+        if bank.active.fetch_and(!bit, SeqCst) & !bank.edge.load(SeqCst) & bit != 0 {
             notices.add_end(intid);
         }
     }
@@ -390,11 +416,14 @@ impl Interface {
         match gic.holder(intid) {
             // An SPI that another vCPU has in its list registers, if it runs, and lets go of.
             Some(holder) if holder != cpu => {
-                if let Some((bank, bit)) = gic.find(cpu, intid) {
+                let Some((bank, bit)) = gic.find(cpu, intid) else { return };
+                if bank.active.load(SeqCst) & !bank.edge.load(SeqCst) & bit != 0 {
+                    notices.add_end_elsewhere(intid);
+                } else {
                     if bank.deactivate(bit) & !bank.edge.load(SeqCst) != 0 {
                         notices.add_end(intid);
                     }
-                    notices.wake |= 1u64.checked_shl(holder as u32).unwrap_or(0);
+                    notices.add_wake(holder);
                 }
             }
             _ => {
@@ -404,7 +433,23 @@ impl Interface {
         }
     }
 
-    /// Lets go of SPIs that are not active.
+    /// All that is in `told` has been told, and the lines of what has ended are what the devices want now. Adds to `notices` who is
+    /// to be woken for that.
+    pub fn told(&mut self, gic: &Distributor, cpu: usize, told: &Notices, notices: &mut Notices) {
+        for (index, (bank, elsewhere)) in gic.spis.iter().zip(told.elsewhere).enumerate() {
+            if elsewhere != 0 {
+                bank.deactivate(elsewhere);
+                for bit in bits(elsewhere) {
+                    if let Some(holder) = gic.holder(FIRST_SPI + 32 * index + bit) {
+                        notices.add_wake(holder);
+                    }
+                }
+            }
+        }
+        self.let_go(gic, cpu, notices);
+    }
+
+    /// Lets go of SPIs that are not active, and whose end need not be told.
     #[inline]
     fn let_go(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
         if self.held.iter().fold(0, |all, word| all | word) != 0 {
@@ -418,14 +463,15 @@ impl Interface {
             if held == 0 {
                 continue;
             }
-            for bit in bits(held & !bank.active.load(SeqCst)) {
+            let untold = notices.ended.get(index).copied().unwrap_or(0);
+            for bit in bits(held & !bank.active.load(SeqCst) & !untold) {
                 let intid = FIRST_SPI + 32 * index + bit;
                 gic.let_go(intid);
                 self.set_held(index, bit, false);
                 // Who made it pending before this may have told us, and nobody else.
                 if bank.pending() >> bit & 1 != 0 {
                     if let Some(target) = gic.target(intid).filter(|target| *target != cpu) {
-                        notices.wake |= 1u64.checked_shl(target as u32).unwrap_or(0);
+                        notices.add_wake(target);
                     }
                 }
             }

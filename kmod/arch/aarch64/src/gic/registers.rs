@@ -78,7 +78,7 @@ impl Kind {
             Self::Group => return bank.group.swap(value, SeqCst) ^ value,
             Self::Enabled { set } => assign(&bank.enabled, value, set),
             Self::Pending { set } => assign(&bank.latch, value, set),
-            Self::Active { set: true } => _ = bank.active.fetch_or(value, SeqCst),
+            Self::Active { set: true } => bank.activate(value),
             Self::Active { set: false } => _ = bank.deactivate(value),
         }
         value

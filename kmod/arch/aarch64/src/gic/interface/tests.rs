@@ -85,6 +85,18 @@ impl Cpu {
         self.inside = false;
     }
 
+    /// Tells the ends, by which the lines of [`resampled`] SPIs go down, and returns what has ended.
+    fn tell(&mut self, gic: &Distributor) -> Vec<u8> {
+        let told = core::mem::take(&mut self.notices);
+        let ended: Vec<u8> = told.ended().collect();
+        for intid in ended.iter().map(|intid| usize::from(*intid)).filter(|intid| resampled(*intid)) {
+            gic.signal(intid, false, |_| unreachable!());
+        }
+        self.interface.told(gic, self.number, &told, &mut self.notices);
+        self.notices.wake |= told.wake;
+        ended
+    }
+
     fn refresh(&mut self, gic: &Distributor) {
         self.leave(gic);
         self.enter(gic);
@@ -324,22 +336,58 @@ fn an_spi_may_be_deactivated_on_another_vcpu() {
         let (mut one, mut other) = one_has_taken(&gic, intid);
         other.deactivate(&gic, intid);
         assert_eq!(core::mem::take(&mut other.notices).wake, 1);
-        gic.signal(intid, false, |_| ());
         one.refresh(&gic);
-        assert_eq!((gic.spis[0].active.load(SeqCst), gic.holder(intid)), (0, None), "{intid}");
-        assert_eq!(core::mem::take(&mut one.notices).ended().collect::<Vec<_>>(), ends);
+        assert_eq!((gic.spis[0].active.load(SeqCst), one.acknowledge()), (0, None), "{intid}");
+        assert_eq!(one.tell(&gic), ends);
+        assert_eq!(gic.holder(intid), None, "{intid}");
         // The next one comes, and is not deactivated by what was asked for.
         gic.signal(intid, true, |_| ());
         one.refresh(&gic);
         assert_eq!((one.acknowledge(), one.lower()), (Some(intid), Some(intid)));
         one.refresh(&gic);
         assert_ne!(gic.spis[0].active.load(SeqCst), 0);
-        // Now the distributor knows.
-        gic.signal(intid, false, |_| ());
+        // Now the distributor knows. It does not come once more, however soon vCPU 0 looks.
         other.deactivate(&gic, intid);
-        assert_eq!(core::mem::take(&mut other.notices).ended().collect::<Vec<_>>(), ends);
+        one.refresh(&gic);
+        assert_eq!(one.acknowledge(), None, "{intid}");
+        assert_eq!(other.tell(&gic), ends);
+        assert_eq!(core::mem::take(&mut other.notices).wake, 1);
         one.refresh(&gic);
         assert_eq!((gic.spis[0].active.load(SeqCst), gic.holder(intid)), (0, None), "{intid}");
+    }
+}
+
+#[test]
+fn a_level_that_has_ended_does_not_come_again_before_its_end_is_told() {
+    let gic = distributor();
+    let (mut one, mut other) = (Cpu::new(0), Cpu::new(1));
+    gic.signal(41, true, |_| ());
+    one.enter(&gic);
+    assert_eq!((one.acknowledge(), one.end()), (Some(41), Some(41)));
+    one.refresh(&gic);
+    assert_eq!(one.acknowledge(), None);
+    gic.routes[9].store(1, SeqCst);
+    other.enter(&gic);
+    assert_eq!((other.acknowledge(), gic.holder(41)), (None, Some(0)));
+    assert_eq!(one.tell(&gic), [41]);
+    assert_eq!(gic.holder(41), None);
+    // Its device asks again.
+    gic.signal(41, true, |_| ());
+    other.refresh(&gic);
+    assert_eq!(other.acknowledge(), Some(41));
+}
+
+#[test]
+fn a_deactivation_is_not_lost_if_the_vcpu_leaves_at_this_moment() {
+    for (intid, ends) in [(40, vec![]), (41, vec![41])] {
+        let gic = distributor();
+        let (mut one, _) = one_has_taken(&gic, intid);
+        one.leave(&gic);
+        // Found retired when it is active in no list register any more.
+        gic.spis[0].retired.fetch_or(1 << (intid - 32), SeqCst);
+        one.enter(&gic);
+        assert_eq!((gic.spis[0].active.load(SeqCst), one.acknowledge()), (0, None));
+        assert_eq!(one.tell(&gic), ends);
     }
 }
 
@@ -377,6 +425,11 @@ fn a_vcpu_that_waits_lets_go_of_what_another_one_has_deactivated() {
     assert_eq!(other.acknowledge(), Some(40));
 }
 
+/// Whether SPI `intid` is a level that an eventfd raises, and that goes down when its end is told.
+fn resampled(intid: usize) -> bool {
+    intid % 4 == 1
+}
+
 /// Xorshift.
 struct Random(u64);
 
@@ -393,8 +446,8 @@ impl Random {
 const CPUS: usize = 3;
 
 /// What random operations must never break, whatever their order: an edge is taken once for each time that it was raised
-/// since it was taken last, or less, but at least once; a level as long as it is up; an SPI is on one vCPU at a time. With
-/// `mode_1`, what is taken is deactivated later, on any vCPU.
+/// since it was taken last, or less, but at least once; a level as long as it is up, and once if it goes down when its end is
+/// told; an SPI is on one vCPU at a time. With `mode_1`, what is taken is deactivated later, on any vCPU.
 fn survives(seed: u64, steps: usize, mode_1: bool) {
     let gic = distributor();
     let mut random = Random(seed);
@@ -404,14 +457,14 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
     }
     // With `mode_1`: what waits to be deactivated, and who has taken it.
     let mut lowered: Vec<(usize, usize)> = vec![];
-    // Edges that are to come: SPIs, and SGIs of each vCPU.
+    // What is to come once: SPIs, and SGIs of each vCPU.
     let mut spis = [false; INTIDS];
     let mut sgis = [[false; 16]; CPUS];
     let mut woken = [false; CPUS];
     let took = |spis: &mut [bool; INTIDS], sgis: &mut [[bool; 16]; CPUS], cpu: usize, intid: usize| {
         let expected = match intid {
             0..=15 => &mut sgis[cpu][intid],
-            _ if intid % 2 == 0 => &mut spis[intid],
+            _ if intid % 2 == 0 || resampled(intid) => &mut spis[intid],
             _ => return,
         };
         assert!(core::mem::take(expected), "seed {seed}: {intid} came to vCPU {cpu} and nobody has raised it");
@@ -420,11 +473,12 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
         let (number, spi) = (random.below(CPUS), 32 + random.below(12));
         let mut wake = |cpu: usize| woken[cpu] = true;
         match random.below(12) {
+            0 | 1 if resampled(spi) && gic.spis[0].line.load(SeqCst) >> (spi - 32) & 1 != 0 => {}
             0 | 1 => {
-                spis[spi] |= spi % 2 == 0;
+                spis[spi] |= spi % 2 == 0 || resampled(spi);
                 gic.signal(spi, true, &mut wake);
             }
-            2 if spi % 2 == 1 => _ = gic.signal(spi, false, &mut wake),
+            2 if spi % 4 == 3 => _ = gic.signal(spi, false, &mut wake),
             3 => {
                 let sgi = random.below(16);
                 sgis[number][sgi] = true;
@@ -445,6 +499,7 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
             7 => match cpus[number].inside {
                 true => {
                     cpus[number].leave(&gic);
+                    cpus[number].tell(&gic);
                     cpus[number].asleep = !cpus[number].interface.wants(&gic, number);
                 }
                 false if !cpus[number].asleep => cpus[number].enter(&gic),
@@ -478,6 +533,11 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
         }
         // Whoever is told in the guest looks again, as does whoever is asked for maintenance.
         for cpu in &mut cpus {
+            // Sooner or later.
+            if random.below(2) == 0 && !cpu.notices.is_empty() {
+                cpu.tell(&gic);
+                woken[cpu.number] = true;
+            }
             if cpu.inside && (core::mem::take(&mut woken[cpu.number]) || cpu.wants_maintenance()) {
                 cpu.refresh(&gic);
             }
@@ -494,6 +554,7 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
     }
     // All lines go down, all is enabled, and everybody works off what there is.
     gic.spis[0].line.store(0, SeqCst);
+    (32..INTIDS).filter(|intid| resampled(*intid)).for_each(|intid| spis[intid] = false);
     gic.spis[0].enabled.store(ALL_BITS, SeqCst);
     if mode_1 {
         for cpu in &mut cpus {
@@ -509,6 +570,7 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
         }
     }
     for cpu in &mut cpus {
+        cpu.tell(&gic);
         cpu.interface.vmcr &= !EOI_MODE;
     }
     for _ in 0..2 {
@@ -517,6 +579,7 @@ fn survives(seed: u64, steps: usize, mode_1: bool) {
                 took(&mut spis, &mut sgis, cpu.number, intid);
             }
             cpu.leave(&gic);
+            cpu.tell(&gic);
         }
     }
     assert!(!spis.contains(&true), "seed {seed}: lost {:?}", spis.iter().position(|lost| *lost));
