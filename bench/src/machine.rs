@@ -6,7 +6,10 @@ use std::sync::Arc;
 use axvcpu_uapi::client::{IoAddress, Memory};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::{axvcpu, kvm};
+use crate::arch;
+
+pub(crate) mod axvcpu;
+pub(crate) mod kvm;
 
 /// Why a measurement could not be made: a sentence.
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -66,6 +69,15 @@ pub(crate) trait Machine {
     fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()>;
 }
 
+/// Takes vCPU `id` out of `cpus`.
+///
+/// # Errors
+/// If it is gone.
+pub(crate) fn take<C: Cpu + 'static>(cpus: &mut [Option<C>], id: u32) -> Result<Box<dyn Cpu>> {
+    let cpu = cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
+    Ok(Box::new(cpu))
+}
+
 /// A virtual CPU.
 pub(crate) trait Cpu: Send {
     /// Prepares for `turns` turns of the loop.
@@ -102,8 +114,8 @@ impl Hypervisor {
     /// If it cannot run guests here.
     pub(crate) fn open(self) -> Result<Box<dyn Factory>> {
         Ok(match self {
-            Self::Axvcpu => Box::new(axvcpu::Device::open()?),
-            Self::Kvm => Box::new(kvm::Device::open()?),
+            Self::Axvcpu => Box::new(arch::axvcpu::Device::open()?),
+            Self::Kvm => Box::new(arch::kvm::Device::open()?),
         })
     }
 }

@@ -235,7 +235,10 @@ impl Vcpu {
             irq_off,
             aspace,
             spare,
-            again: Again { timer: &mut inner.timer, shared: &self.shared, entries_left, generation: *seen_generation },
+            timer: &mut inner.timer,
+            shared: &self.shared,
+            entries_left,
+            generation: *seen_generation,
             is_memory: true,
         };
         let kind = arch::enter(vcpu, &mut between)?;
@@ -294,31 +297,25 @@ pub(crate) struct Between<'a> {
     pub(crate) irq_off: &'a IrqOff,
     aspace: &'a AddressSpace,
     spare: &'a mut Spare,
-    pub(crate) again: Again<'a>,
-    /// The last nested page fault may be one of memory.
-    is_memory: bool,
-}
-
-/// For a backend that enters the guest again by itself: whether it may.
-pub(crate) struct Again<'a> {
     pub(crate) timer: &'a mut Timer,
     pub(crate) shared: &'a Shared,
     entries_left: &'a mut u32,
     /// The generation of the address space's translations that the guest was entered with.
     generation: u64,
+    /// The last nested page fault may be one of memory.
+    is_memory: bool,
 }
 
 impl Between<'_> {
     /// Whether the guest may be entered once more in this turn. If so, an exit of `kind` has been dealt with.
     #[inline]
     pub(crate) fn may_go_on(&mut self, kind: ExitKind) -> bool {
-        let Again { shared, entries_left, generation, .. } = &mut self.again;
-        let wanted = self.irq_off.work_pending() || shared.kick_pending() || shared.mailbox.pending();
-        if wanted || self.aspace.generation() != *generation || **entries_left == 0 {
+        let wanted = self.irq_off.work_pending() || self.shared.kick_pending() || self.shared.mailbox.pending();
+        if wanted || self.aspace.generation() != self.generation || *self.entries_left == 0 {
             return false;
         }
-        **entries_left = entries_left.wrapping_sub(1);
-        shared.stats.count_exit(kind);
+        *self.entries_left = self.entries_left.wrapping_sub(1);
+        self.shared.stats.count_exit(kind);
         true
     }
 

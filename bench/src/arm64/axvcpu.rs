@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Machines of axvcpu: with a GICv3 in the kernel and no other device.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::sync::Arc;
-
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::arm64::{General, Gic, System as Registers, GIC_SET_SPI};
-use axvcpu_uapi::client::{AddressSpace, Apic, IoAddress, IoPattern, Memory, Permissions, Slot, System, Vcpu, Vm};
+use axvcpu_uapi::client::{Apic, System, Vcpu};
 use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::guest::{self, CODE, DONE, GICD, GICR, PSTATE, RAM_SIZE, VECTOR, VECTORS};
+use super::guest::{self, CODE, DONE, GICD, GICR, PSTATE, VECTORS};
+use crate::machine::axvcpu::AxMachine;
 use crate::machine::{Cpu, Factory, Machine, Plan, Result};
 
 pub(crate) struct Device {
@@ -27,65 +24,17 @@ impl Factory for Device {
     fn create(&self, plan: &Plan) -> Result<Box<dyn Machine>> {
         let vm = self.system.create_vm()?;
         vm.create_gic(Gic { distributor: GICD, redistributors: GICR, cpus: plan.cpus, flags: 0 })?;
-        let space = vm.create_address_space()?;
-        let ram = space.map(GuestPhysAddr::new(0), Arc::clone(&plan.ram), 0, RAM_SIZE, Permissions::RWX)?;
-        let mut cpus = Vec::new();
+        let mut machine = AxMachine::new(vm, plan, GICD + GIC_SET_SPI)?;
         for id in 0..plan.cpus {
-            let mut vcpu = vm.create_vcpu(id)?;
+            let mut vcpu = machine.vm.create_vcpu(id)?;
             vcpu.set_entry(GuestPhysAddr::new(CODE))?;
-            vcpu.set_ept_root(&space)?;
+            vcpu.set_ept_root(&machine.space)?;
             vcpu.setup(Apic::InKernel, &[])?;
             let registers: Registers = vcpu.get()?;
             vcpu.set(&Registers { vbar_el1: VECTORS, ..registers })?;
-            cpus.push(Some(AxCpu { id, vcpu }));
+            machine.cpus.push(Some(AxCpu { id, vcpu }));
         }
-        Ok(Box::new(AxMachine { cpus, _ram: ram, other: None, space, vm }))
-    }
-}
-
-/// `fd` as the client library wants it.
-fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: The descriptor is open as long as `fd`, from which the result is borrowed.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
-}
-
-struct AxMachine {
-    cpus: Vec<Option<AxCpu>>,
-    _ram: Slot<Memory>,
-    other: Option<Slot<Memory>>,
-    space: AddressSpace,
-    vm: Vm,
-}
-
-impl Machine for AxMachine {
-    fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>> {
-        let cpu = self.cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
-        Ok(Box::new(cpu))
-    }
-
-    fn signal(&self) -> Result<()> {
-        Ok(self.vm.signal_msi(GICD + GIC_SET_SPI, VECTOR.into())?)
-    }
-
-    fn attach_irqfd(&self, fd: &EventFd) -> Result<()> {
-        Ok(self.vm.attach_interrupt(borrow(fd), GICD + GIC_SET_SPI, VECTOR.into(), None)?)
-    }
-
-    fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
-        if self.vm.attach_io(borrow(fd), IoPattern::any(at))? {
-            Ok(())
-        } else {
-            Err("the kernel leaves it to userspace".into())
-        }
-    }
-
-    fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        if let Some(slot) = self.other.take() {
-            slot.unmap()?;
-        }
-        let slot = self.space.map(GuestPhysAddr::new(at), Arc::clone(memory), offset, size, Permissions::RWX)?;
-        self.other = Some(slot);
-        Ok(())
+        Ok(Box::new(machine))
     }
 }
 

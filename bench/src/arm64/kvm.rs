@@ -4,20 +4,21 @@
 use std::sync::Arc;
 
 use axvcpu_uapi::arm64::system_register;
-use axvcpu_uapi::client::{Backing, IoAddress, Memory};
+use axvcpu_uapi::client::{IoAddress, Memory};
 use kvm_bindings::{
     kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_smccc_filter,
-    kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_userspace_memory_region, kvm_vcpu_init,
-    KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VM_SMCCC_CTRL,
-    KVM_ARM_VM_SMCCC_FILTER, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
-    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_ARM_CORE, KVM_REG_SIZE_U64,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
+    kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_init, KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI,
+    KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VM_SMCCC_CTRL, KVM_ARM_VM_SMCCC_FILTER, KVM_DEV_ARM_VGIC_CTRL_INIT,
+    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_REG_ARM64,
+    KVM_REG_ARM64_SYSREG, KVM_REG_ARM_CORE, KVM_REG_SIZE_U64, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
 };
 use kvm_ioctls::{DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::guest::{self, CODE, DONE, GICD, GICR, PSTATE, RAM_SIZE, VECTOR, VECTORS};
-use crate::machine::{Cpu, Factory, Machine, Plan, Result};
+use super::guest::{self, CODE, DONE, GICD, GICR, PSTATE, VECTOR, VECTORS};
+use crate::machine::kvm::{interrupted, Slots};
+use crate::machine::{take, Cpu, Factory, Machine, Plan, Result};
 
 /// The hypercall that KVM passes to userspace, if asked to: an OEM's.
 const HYPERCALL_TO_USER: u32 = 0xc300_0000;
@@ -50,12 +51,11 @@ impl Factory for Device {
         let vm = Arc::new(self.kvm.create_vm()?);
         pass_hypercall(&vm)?;
         let gic = create_gic(&vm, plan.cpus)?;
-        let mut machine = KvmMachine { cpus: Vec::new(), other: None, _gic: gic, vm, _ram: Arc::clone(&plan.ram) };
-        machine.map(0, 0, &plan.ram, 0, RAM_SIZE)?;
+        let mut machine = KvmMachine { cpus: Vec::new(), _gic: gic, slots: Slots::new(vm, &plan.ram)? };
         for id in 0..plan.cpus {
-            let vcpu = machine.vm.create_vcpu(id.into())?;
+            let vcpu = machine.slots.vm.create_vcpu(id.into())?;
             let mut init = kvm_vcpu_init::default();
-            machine.vm.get_preferred_target(&mut init)?;
+            machine.slots.vm.get_preferred_target(&mut init)?;
             init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
             vcpu.vcpu_init(&init)?;
             vcpu.set_one_reg(VBAR_EL1, &VECTORS.to_le_bytes())?;
@@ -102,57 +102,31 @@ fn set_gic(gic: &DeviceFd, group: u32, attr: u32, value: Option<&u64>) -> Result
 
 struct KvmMachine {
     cpus: Vec<Option<KvmCpu>>,
-    /// What slot 1 maps.
-    other: Option<(u64, Arc<Memory>)>,
     _gic: DeviceFd,
-    vm: Arc<VmFd>,
-    _ram: Arc<Memory>,
-}
-
-impl KvmMachine {
-    /// Maps `size` bytes of `memory`; none to unmap.
-    fn map(&mut self, slot: u32, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: at,
-            memory_size: size as u64,
-            userspace_addr: memory.start().as_ptr() as u64 + offset as u64,
-            flags: 0,
-        };
-        // SAFETY: The memory is for guests (`Backing`) and outlives the VM's use of it: this object keeps a reference to what
-        // is mapped, each vCPU one to the RAM, which is all that a loop can use once the machine is gone.
-        unsafe { self.vm.set_user_memory_region(region) }?;
-        Ok(())
-    }
+    slots: Slots,
 }
 
 impl Machine for KvmMachine {
     fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>> {
-        let cpu = self.cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
-        Ok(Box::new(cpu))
+        take(&mut self.cpus, id)
     }
 
     fn signal(&self) -> Result<()> {
         let line = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | u32::from(VECTOR);
-        Ok(self.vm.set_irq_line(line, true)?)
+        Ok(self.slots.vm.set_irq_line(line, true)?)
     }
 
     fn attach_irqfd(&self, fd: &EventFd) -> Result<()> {
-        Ok(self.vm.register_irqfd(fd, u32::from(VECTOR) - FIRST_SPI)?)
+        Ok(self.slots.vm.register_irqfd(fd, u32::from(VECTOR) - FIRST_SPI)?)
     }
 
     fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
         let IoAddress::Memory(address) = at else { return Err("there are no ports".into()) };
-        Ok(self.vm.register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?)
+        Ok(self.slots.vm.register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
 
     fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        if let Some((at, memory)) = self.other.take() {
-            self.map(1, at, &memory, 0, 0)?;
-        }
-        self.map(1, at, memory, offset, size)?;
-        self.other = Some((at, Arc::clone(memory)));
-        Ok(())
+        self.slots.map_anew(at, memory, offset, size)
     }
 }
 
@@ -160,11 +134,6 @@ struct KvmCpu {
     id: u32,
     vcpu: VcpuFd,
     _ram: Arc<Memory>,
-}
-
-/// Whether a call was interrupted.
-fn interrupted(error: kvm_ioctls::Error) -> bool {
-    error.errno() == nix::errno::Errno::EINTR as i32
 }
 
 impl Cpu for KvmCpu {

@@ -2,20 +2,17 @@
 //! Machines of axvcpu. MMIO is decoded by axvmm's emulator, as in axvmm.
 
 use std::convert::Infallible;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::client::{
-    AddressSpace, Apic, Exit, IoAddress, IoPattern, Memory, Permissions, Slot, System, Vcpu, Vm,
-};
+use axvcpu_uapi::client::{Apic, Exit, Memory, System, Vcpu};
 use axvcpu_uapi::exit::AxVCpuExitReason as Reason;
 use axvcpu_uapi::x86::{CpuidEntry, Events, ACTIVITY_RUNNING};
 use axvmm::x86::emulate::{self, Bus, CpuState, Fault, Outcome, Shortcuts};
 use axvmm::x86::paging::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::guest::{self, DONE, RAM_SIZE, VECTOR};
+use super::guest::{self, DONE, RAM_SIZE};
+use crate::machine::axvcpu::AxMachine;
 use crate::machine::{Cpu, Factory, Machine, Plan, Result};
 
 /// Address of an interrupt message to APIC id 0.
@@ -37,14 +34,12 @@ impl Device {
 impl Factory for Device {
     fn create(&self, plan: &Plan) -> Result<Box<dyn Machine>> {
         let vm = self.system.create_vm()?;
-        let space = vm.create_address_space()?;
-        let ram = space.map(GuestPhysAddr::new(0), Arc::clone(&plan.ram), 0, RAM_SIZE, Permissions::RWX)?;
+        let mut machine = AxMachine::new(vm, plan, MESSAGE)?;
         let apic = if plan.apic { Apic::InKernel } else { Apic::None };
-        let mut cpus = Vec::new();
         for id in 0..plan.cpus {
-            let mut vcpu = vm.create_vcpu(id)?;
+            let mut vcpu = machine.vm.create_vcpu(id)?;
             vcpu.set_entry(GuestPhysAddr::new(guest::CODE))?;
-            vcpu.set_ept_root(&space)?;
+            vcpu.set_ept_root(&machine.space)?;
             vcpu.setup(apic, &self.cpuid)?;
             vcpu.set(&guest::control(vcpu.get()?))?;
             vcpu.set(&guest::segments())?;
@@ -60,55 +55,9 @@ impl Factory for Device {
                 emulator: emulate::Config::default(),
                 shortcuts: Shortcuts::new(),
             };
-            cpus.push(Some(cpu));
+            machine.cpus.push(Some(cpu));
         }
-        Ok(Box::new(AxMachine { cpus, _ram: ram, other: None, space, vm }))
-    }
-}
-
-/// `fd` as the client library wants it.
-fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: The descriptor is open as long as `fd`, from which the result is borrowed.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
-}
-
-struct AxMachine {
-    cpus: Vec<Option<AxCpu>>,
-    _ram: Slot<Memory>,
-    other: Option<Slot<Memory>>,
-    space: AddressSpace,
-    vm: Vm,
-}
-
-impl Machine for AxMachine {
-    fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>> {
-        let cpu = self.cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
-        Ok(Box::new(cpu))
-    }
-
-    fn signal(&self) -> Result<()> {
-        Ok(self.vm.signal_msi(MESSAGE, VECTOR.into())?)
-    }
-
-    fn attach_irqfd(&self, fd: &EventFd) -> Result<()> {
-        Ok(self.vm.attach_interrupt(borrow(fd), MESSAGE, VECTOR.into(), None)?)
-    }
-
-    fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
-        if self.vm.attach_io(borrow(fd), IoPattern::any(at))? {
-            Ok(())
-        } else {
-            Err("the kernel leaves it to userspace".into())
-        }
-    }
-
-    fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        if let Some(slot) = self.other.take() {
-            slot.unmap()?;
-        }
-        let slot = self.space.map(GuestPhysAddr::new(at), Arc::clone(memory), offset, size, Permissions::RWX)?;
-        self.other = Some(slot);
-        Ok(())
+        Ok(Box::new(machine))
     }
 }
 

@@ -3,19 +3,19 @@
 
 use std::sync::Arc;
 
-use axvcpu_uapi::client::{Backing, IoAddress, Memory};
+use axvcpu_uapi::client::{IoAddress, Memory};
 use axvcpu_uapi::x86::{self, Control, General, Segments};
 use kvm_bindings::{
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_userspace_memory_region, CpuId, KvmIrqRouting, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_MSR_EXIT_REASON_UNKNOWN,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs, CpuId,
+    KvmIrqRouting, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQ_ROUTING_MSI,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_MSR_EXIT_REASON_UNKNOWN,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::guest::{self, DONE, RAM_SIZE, VECTOR};
-use crate::machine::{Cpu, Factory, Machine, Plan, Result};
+use super::guest::{self, DONE, VECTOR};
+use crate::machine::kvm::{interrupted, Slots};
+use crate::machine::{take, Cpu, Factory, Machine, Plan, Result};
 
 /// Address of an interrupt message to APIC id 0.
 const MESSAGE: u32 = 0xfee0_0000;
@@ -48,10 +48,9 @@ impl Factory for Device {
         if plan.apic {
             enable(&vm, KVM_CAP_SPLIT_IRQCHIP, USER_PINS)?;
         }
-        let mut machine = KvmMachine { cpus: Vec::new(), other: None, vm, _ram: Arc::clone(&plan.ram) };
-        machine.map(0, 0, &plan.ram, 0, RAM_SIZE)?;
+        let mut machine = KvmMachine { cpus: Vec::new(), slots: Slots::new(vm, &plan.ram)? };
         for id in 0..plan.cpus {
-            let vcpu = machine.vm.create_vcpu(id.into())?;
+            let vcpu = machine.slots.vm.create_vcpu(id.into())?;
             let mut cpuid = self.cpuid.clone();
             for entry in cpuid.as_mut_slice() {
                 match entry.function {
@@ -80,38 +79,17 @@ fn enable(vm: &VmFd, cap: u32, arg: u64) -> Result<()> {
 
 struct KvmMachine {
     cpus: Vec<Option<KvmCpu>>,
-    vm: Arc<VmFd>,
-    /// What slot 1 maps.
-    other: Option<(u64, Arc<Memory>)>,
-    _ram: Arc<Memory>,
-}
-
-impl KvmMachine {
-    /// Maps `size` bytes of `memory`; none to unmap.
-    fn map(&mut self, slot: u32, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: at,
-            memory_size: size as u64,
-            userspace_addr: memory.start().as_ptr() as u64 + offset as u64,
-            flags: 0,
-        };
-        // SAFETY: The memory is for guests (`Backing`) and outlives the VM's use of it: this object keeps a reference to what
-        // is mapped, each vCPU one to the RAM, which is all that a loop can use once the machine is gone.
-        unsafe { self.vm.set_user_memory_region(region) }?;
-        Ok(())
-    }
+    slots: Slots,
 }
 
 impl Machine for KvmMachine {
     fn take_cpu(&mut self, id: u32) -> Result<Box<dyn Cpu>> {
-        let cpu = self.cpus.get_mut(id as usize).and_then(Option::take).ok_or("no such vCPU")?;
-        Ok(Box::new(cpu))
+        take(&mut self.cpus, id)
     }
 
     fn signal(&self) -> Result<()> {
         let message = kvm_msi { address_lo: MESSAGE, data: VECTOR.into(), ..kvm_msi::default() };
-        match self.vm.signal_msi(message)? {
+        match self.slots.vm.signal_msi(message)? {
             1 => Ok(()),
             other => Err(format!("KVM delivered a message to {other} vCPUs").into()),
         }
@@ -123,8 +101,8 @@ impl Machine for KvmMachine {
         entry.u.msi.address_lo = MESSAGE;
         entry.u.msi.data = VECTOR.into();
         let routing = KvmIrqRouting::from_entries(&[entry]).map_err(|error| format!("{error:?}"))?;
-        self.vm.set_gsi_routing(&routing)?;
-        Ok(self.vm.register_irqfd(fd, IRQFD_GSI)?)
+        self.slots.vm.set_gsi_routing(&routing)?;
+        Ok(self.slots.vm.register_irqfd(fd, IRQFD_GSI)?)
     }
 
     fn attach_ioeventfd(&self, fd: &EventFd, at: IoAddress) -> Result<()> {
@@ -132,16 +110,11 @@ impl Machine for KvmMachine {
             IoAddress::Port(port) => IoEventAddress::Pio(port.into()),
             IoAddress::Memory(address) => IoEventAddress::Mmio(address),
         };
-        Ok(self.vm.register_ioevent(fd, &at, NoDatamatch)?)
+        Ok(self.slots.vm.register_ioevent(fd, &at, NoDatamatch)?)
     }
 
     fn map_anew(&mut self, at: u64, memory: &Arc<Memory>, offset: usize, size: usize) -> Result<()> {
-        if let Some((at, memory)) = self.other.take() {
-            self.map(1, at, &memory, 0, 0)?;
-        }
-        self.map(1, at, memory, offset, size)?;
-        self.other = Some((at, Arc::clone(memory)));
-        Ok(())
+        self.slots.map_anew(at, memory, offset, size)
     }
 }
 
@@ -166,7 +139,7 @@ impl Cpu for KvmCpu {
                 Ok(VcpuExit::X86Rdmsr(exit)) => *exit.error = 1,
                 Ok(VcpuExit::X86Wrmsr(exit)) => *exit.error = 1,
                 Ok(other) => return Err(format!("an exit that no loop has: {other:x?}").into()),
-                Err(error) if error.errno() == nix::errno::Errno::EINTR as i32 => {}
+                Err(error) if interrupted(error) => {}
                 Err(error) => return Err(error.into()),
             }
         }

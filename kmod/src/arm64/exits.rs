@@ -34,7 +34,7 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) ->
         if !matches!(exit, Exit::Nothing) || !arch.concerns_nobody() {
             return Ok(());
         }
-        run::follow(between.again.timer, arch.timer_update());
+        run::follow(between.timer, arch.timer_update());
         if !between.may_go_on(arch.exit_kind()) {
             return Ok(());
         }
@@ -46,7 +46,7 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) ->
     let Between { vm, irq_off, .. } = *between;
     // An access to the interrupt controller, or a store that signals an eventfd, is complete then.
     let is_device = !access_flags.contains(AccessFlags::PRESENT) && {
-        let own = between.again.shared;
+        let own = between.shared;
         let arch = vcpu.arch_mut()?;
         let store = |width, data| vm.ioeventfds.store(addr.as_u64(), width, data, irq_off);
         arch.gic_access(addr, |cpu| wake(vm, own, cpu)) || arch.complete_store(addr, store)

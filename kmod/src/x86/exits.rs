@@ -69,7 +69,7 @@ struct Entries<'a, 'b> {
 impl Turns for Entries<'_, '_> {
     #[inline]
     fn go_on(&mut self, kind: ExitKind, timer: TimerUpdate) -> bool {
-        run::follow(self.between.again.timer, timer);
+        run::follow(self.between.timer, timer);
         let again = self.between.may_go_on(kind);
         *self.entries = self.entries.wrapping_add(again.into());
         again

@@ -26,6 +26,12 @@ pub struct Leaf {
 }
 
 impl Leaf {
+    /// A leaf that no CPU has used yet.
+    #[inline]
+    pub const fn new(hpa: HostPhysAddr, perms: Permissions, memory_type: MemoryType) -> Self {
+        Self { hpa, perms, withheld: false, memory_type, accessed: false, dirty: false }
+    }
+
     /// What the page allows the guest, by this leaf or by smaller ones in its place.
     #[inline]
     pub const fn rights(self) -> Permissions {

@@ -115,7 +115,7 @@ impl<F: Format> NestedPageTable<F> {
     ) -> AxResult<Flush> {
         self.check(gpa, hpa, size, perms)?;
         let slot = self.slot(gpa.as_u64(), size.level(), mem);
-        let wanted = Leaf { hpa, perms, withheld: false, memory_type, accessed: false, dirty: false };
+        let wanted = Leaf::new(hpa, perms, memory_type);
         let mut leaf = self.fitted(wanted, size);
         let flush = match slot.entry {
             Entry::Empty => Flush::NotNeeded,
@@ -157,8 +157,7 @@ impl<F: Format> NestedPageTable<F> {
         if slot.entry != Entry::Empty {
             return Ok(false);
         }
-        let leaf = Leaf { hpa, perms, withheld: false, memory_type, accessed: false, dirty: false };
-        self.place(slot, gpa.as_u64(), leaf, size, mem)?;
+        self.place(slot, gpa.as_u64(), Leaf::new(hpa, perms, memory_type), size, mem)?;
         Ok(true)
     }
 

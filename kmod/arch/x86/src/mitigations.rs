@@ -72,7 +72,8 @@ impl L1dFlush {
     }
 }
 
-/// Measures against speculative execution attacks, and one against a guest that would stop the machine. The default is all that a host need not know of.
+/// Measures against speculative execution attacks, and one against a guest that would stop the machine. The default is all that a
+/// host need not know of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mitigations {
     /// Clear the CPU's buffers by VERW before each entry.

@@ -4,7 +4,7 @@
 use super::*;
 
 fn leaf(addr: u64, perms: Permissions, memory_type: MemoryType) -> Leaf {
-    Leaf { hpa: hpa(addr), perms, withheld: false, memory_type, accessed: false, dirty: false }
+    Leaf::new(hpa(addr), perms, memory_type)
 }
 
 fn assert_leaf<F: Format>(leaf: Leaf, size: PageSize, entry: u64) {
