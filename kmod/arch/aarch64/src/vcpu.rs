@@ -21,7 +21,7 @@ use crate::caps::Capabilities;
 use crate::cpu;
 use crate::exception::{Environment, Exception};
 use crate::frame::TrapFrame;
-use crate::gic::{Gic, Interface, Notices};
+use crate::gic::{Gic, Interface};
 use crate::hal::ArmHal;
 use crate::history;
 use crate::interrupts::{Interrupts, Mailbox, TimerUpdate};
