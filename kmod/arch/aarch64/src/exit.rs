@@ -33,6 +33,9 @@ pub enum Event {
     Undefined,
     /// A stage 2 fault.
     Abort(Abort),
+    /// A stage 2 fault of which nobody knows the address any more: the guest's own tables, or the memory that they are in, have
+    /// changed since. The instruction will tell again.
+    Lost,
     /// None that is known.
     Unknown,
 }
@@ -70,25 +73,24 @@ pub fn classify(frame: &TrapFrame, translate: impl FnOnce(u64, bool) -> Option<u
         class::SMC => Event::Call { smc: true },
         class::SYSTEM => Event::System(syndrome.system_access()),
         class::FP | class::PAUTH | class::LS64 | class::SVE | class::SME | class::GCS => Event::Undefined,
-        class::DATA_ABORT | class::INSTRUCTION_ABORT => {
-            abort(frame, syndrome, translate).map_or(Event::Unknown, Event::Abort)
-        }
+        class::DATA_ABORT | class::INSTRUCTION_ABORT => abort(frame, syndrome, translate),
         _ => Event::Unknown,
     }
 }
 
 /// The stage 2 fault, if it is one that a mapping can cure.
-fn abort(frame: &TrapFrame, syndrome: Syndrome, translate: impl FnOnce(u64, bool) -> Option<u64>) -> Option<Abort> {
+fn abort(frame: &TrapFrame, syndrome: Syndrome, translate: impl FnOnce(u64, bool) -> Option<u64>) -> Event {
     let kind = syndrome.fault();
     if kind == FaultKind::Other {
-        return None;
+        return Event::Unknown;
     }
     let walk = syndrome.in_table_walk();
     let write = syndrome.class() == class::DATA_ABORT && syndrome.is_write() && !syndrome.is_cache_maintenance();
     // HPFAR_EL2 holds bits 51:12 of the address in bits 43:4; for a permission fault that is not one of a table walk it
     // need not (Arm ARM D24.2.62).
     let page = if kind == FaultKind::Permission && !walk {
-        translate(frame.far, write)?
+        let Some(page) = translate(frame.far, write) else { return Event::Lost };
+        page
     } else {
         (frame.hpfar & 0x0fff_ffff_fff0) << 8
     };
@@ -107,7 +109,7 @@ fn abort(frame: &TrapFrame, syndrome: Syndrome, translate: impl FnOnce(u64, bool
     }
     // The walk's address is one of a table, not of what FAR_EL2 names.
     let offset = if walk { 0 } else { frame.far & OFFSET };
-    Some(Abort { addr: GuestPhysAddr::new(page & !OFFSET | offset), access })
+    Event::Abort(Abort { addr: GuestPhysAddr::new(page & !OFFSET | offset), access })
 }
 
 /// The exit to userspace for an access at `addr` that is not memory: decoded, where the hardware has done so.
@@ -221,7 +223,7 @@ mod tests {
             Some(0x4567_8000)
         });
         assert_eq!(found, abort(0x4567_8018, AccessFlags::WRITE.union(AccessFlags::PRESENT)));
-        assert_eq!(classify(&denied, |_, _| None), Event::Unknown);
+        assert_eq!(classify(&denied, |_, _| None), Event::Lost);
     }
 
     #[test]

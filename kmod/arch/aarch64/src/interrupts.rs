@@ -198,13 +198,14 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
         unsafe { hardware::load(interface, self.shape) };
     }
 
-    /// Fills the list registers anew if something was posted. `due` is whether the timer asks for its interrupt.
+    /// Fills the list registers anew if something was posted, and returns whether it did. `due` is whether the timer asks for its
+    /// interrupt.
     ///
     /// # Safety
     /// Between [`load`](Self::load) and [`leave`](Self::leave).
-    pub(crate) unsafe fn refresh(&mut self, interface: &mut Interface, due: impl FnOnce() -> bool) {
-        if self.stale {
-            self.stale = false;
+    pub(crate) unsafe fn refresh(&mut self, interface: &mut Interface, due: impl FnOnce() -> bool) -> bool {
+        let stale = core::mem::take(&mut self.stale);
+        if stale {
             self.set_timer_line(due());
             // SAFETY: The caller's promise.
             unsafe { hardware::save_lists(interface) };
@@ -213,6 +214,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> Interrupts<G> {
             // SAFETY: As above.
             unsafe { hardware::load_lists(interface, self.shape) };
         }
+        stale
     }
 
     /// Saves the interface, and tells the distributor all that is in it.

@@ -335,13 +335,15 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         self.tlb_flushes = self.tlb_flushes.wrapping_add(1);
     }
 
-    /// [`run`](AxArchVCpu::run), which puts the reason for which it came back into its place: it is too large to be handed on.
+    /// [`run`](AxArchVCpu::run), which puts the reason for which it came back into its place: it is too large to be handed on. The
+    /// guest is not entered if the list registers have shown something that must be [told](Self::tell).
     ///
     /// # Errors
     /// None.
     #[inline]
     pub fn run_into(&mut self, exit: &mut Exit) -> AxResult {
-        if !self.loaded {
+        let mut filled = !self.loaded;
+        if filled {
             self.load();
         }
         if core::mem::take(&mut self.flush) {
@@ -358,7 +360,12 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
             unsafe {
                 let State { interface, host, .. } = self.state.as_mut();
                 let now = || window::counter().wrapping_sub(origin);
-                interrupts.refresh(interface, || window::timer_loaded(host).is_due(now()));
+                filled |= interrupts.refresh(interface, || window::timer_loaded(host).is_due(now()));
+            }
+            // Others must not wait for that until the guest leaves next.
+            if filled && interrupts.has_notices() {
+                (self.kind, *exit) = (ExitKind::HostInterrupt, Exit::Nothing);
+                return Ok(());
             }
         }
         // SAFETY: The type invariant.

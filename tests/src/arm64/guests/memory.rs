@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guest memory: stage 2, filled on demand and emptied by the host, and the guest's own tables on top of it.
 
-use crate::harness::{Case, CaseResult};
-use crate::machine::{Machine, CODE, DATA, RAM, TABLES};
+use super::smp;
+use crate::harness::{self, Case, CaseResult, Stop};
+use crate::machine::{Machine, CODE, DATA, RAM, RAM_SIZE, TABLES, VECTORS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
+use axvcpu_uapi::arm64::General;
+use axvcpu_uapi::client::Apic;
 use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason as Exit};
+use std::sync::Arc;
+use std::thread;
 
 /// The cases.
 pub(super) fn cases() -> Vec<Case> {
@@ -17,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         "memory/new-code-at-the-same-place" => new_code;
         "memory/guest-tables" => guest_tables;
         "memory/guest-tables-in-no-memory" => walk_of_no_memory;
+        "memory/guest-tables-change-behind-a-fault" => tables_change, in 60;
     }
 }
 
@@ -151,4 +157,89 @@ fn walk_of_no_memory() -> CaseResult {
     })?;
     let access_flags = AccessFlags::READ.union(AccessFlags::PAGE_WALK);
     machine.expect(Exit::NestedPageFault { addr: GuestPhysAddr::new(0x0800_0000), access_flags })
+}
+
+/// Two vCPUs. With its MMU on (as [`with_tables`]), vCPU 0 stores a count at X3 again and again; vCPU 1, whose MMU is off,
+/// takes the entry at X1 away and makes it X2 again, with what the architecture wants around it, each for a while. Both do so until the word at
+/// X5 is no more 0, and then tell how often.
+fn storing_while_tables_change() -> &'static [u8] {
+    code!(
+        storing_while_tables_change,
+        "mov x0, #0",
+        "cbnz x19, 3f",
+        "msr ttbr0_el1, x1",
+        "msr tcr_el1, x2",
+        "mov x4, #0xff",
+        "msr mair_el1, x4",
+        "isb",
+        "mrs x4, sctlr_el1",
+        "orr x4, x4, #1",
+        "orr x4, x4, #4",
+        "orr x4, x4, #0x1000",
+        "msr sctlr_el1, x4",
+        "isb",
+        "2: add x0, x0, #1",
+        "str x0, [x3]",
+        "ldr x6, [x5]",
+        "cbz x6, 2b",
+        "hvc #0",
+        "3: add x0, x0, #1",
+        "str xzr, [x1]",
+        "dc civac, x1",
+        "dsb ish",
+        "tlbi vmalle1is",
+        "dsb ish",
+        "mov x7, #300",
+        "4: subs x7, x7, #1",
+        "b.ne 4b",
+        "str x2, [x1]",
+        "dc civac, x1",
+        "dsb ish",
+        "mov x7, #300",
+        "4: subs x7, x7, #1",
+        "b.ne 4b",
+        "ldr x6, [x5]",
+        "cbz x6, 3b",
+        "hvc #0"
+    )
+}
+
+/// A permission fault of stage 2 tells no guest physical address: the guest's own tables are asked, which another vCPU may have
+/// changed since. The dirty log makes the faults.
+fn tables_change() -> CaseResult {
+    const ENTRY: u64 = RAM | 0x701;
+    const STOP: u64 = DATA + 0x1000;
+    const FAULTS: u64 = 500;
+    let mut machine = Machine::new(storing_while_tables_change())?;
+    machine.write_u64(TABLES + 8, ENTRY)?;
+    machine.write_u64(TABLES + 16, (TABLES + 0x1000) | 3)?;
+    machine.write_u64(TABLES + 0x1000, ENTRY)?;
+    // What finds no entry tries again: ERET, as the synchronous vector.
+    machine.write(VECTORS + 0x200, &0xd69f_03e0_u32.to_le_bytes())?;
+    machine.modify(|general| {
+        (general.x[1], general.x[2], general.x[3], general.x[5]) = (TABLES, TCR, 0x8010_0000, STOP);
+    })?;
+    let mut others = vec![Machine::vcpu_of(&machine.vm, &machine.space, 1, Apic::None)?];
+    let mut general: General = others[0].get()?;
+    (general.x[1], general.x[2], general.x[5], general.x[19]) = (TABLES + 0x1000, ENTRY, STOP, 1);
+    others[0].set(&general)?;
+    let (space, ram) = (machine.space.clone(), GuestPhysAddr::new(RAM));
+    space.start_dirty_log(ram, RAM_SIZE as u64)?;
+    let memory = Arc::clone(&machine.ram);
+    let (told, said) = thread::scope(|scope| -> Result<_, Stop> {
+        let reader = scope.spawn(|| -> Result<u64, Stop> {
+            let mut told = 0;
+            while told < FAULTS {
+                harness::check_time()?;
+                told += space.read_dirty_log(ram, &mut [0; RAM_SIZE / 0x1000 / 64])?;
+            }
+            memory.write_u64((STOP - RAM) as usize, 1)?;
+            Ok(told)
+        });
+        let said = smp::all(&mut machine, &mut others);
+        Ok((harness::joined(reader.join())??, said?))
+    })?;
+    println!("# {told} pages were told, after {} stores and {} changes", said[0].0, said[1].0);
+    ensure!(said[0].0 >= told && said[1].0 > 1, "too few stores, or changes");
+    Ok(())
 }

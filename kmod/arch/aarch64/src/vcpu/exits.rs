@@ -167,6 +167,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
             Event::Abort(abort) => {
                 (ExitKind::Mmio, Exit::NestedPageFault { addr: abort.addr, access_flags: abort.access })
             }
+            Event::Lost => (ExitKind::PageFault, Exit::Nothing),
             Event::Unknown => {
                 let frame = &self.state().frame;
                 let code = Syndrome(frame.esr).class();
