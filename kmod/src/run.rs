@@ -165,12 +165,11 @@ impl Vcpu {
     #[inline]
     fn not_memory(&self, inner: &mut Inner) -> Result<bool> {
         self.shared.stats.count_exit(ExitKind::Mmio);
-        let fault = *inner.vcpu.exit();
-        let exit = arch::not_memory(inner.vcpu.arch_mut().map_err(abi::errno)?, fault);
-        if exit == Exit::Nothing {
+        inner.vcpu.amend_exit(arch::not_memory).map_err(abi::errno)?;
+        if matches!(inner.vcpu.exit(), Exit::Nothing) {
             return Ok(true);
         }
-        self.report(inner, &exit);
+        self.report(inner, inner.vcpu.exit());
         Ok(false)
     }
 

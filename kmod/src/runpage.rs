@@ -102,10 +102,12 @@ impl Page {
     #[cfg(CONFIG_ARM64)]
     #[inline]
     pub(crate) fn set_general(&self, general: &axvcpu_uapi::arm64::General, pstate: u64) {
-        // SAFETY: As in `field`.
+        // SAFETY: As in `field`; the page is no memory that references point into. Copied in one go, not by way of the stack, as
+        // a volatile write would be.
         unsafe {
-            core::ptr::addr_of_mut!((*self.page()).arm64).write_volatile(*general);
-            core::ptr::addr_of_mut!((*self.page()).arm64.pstate).write_volatile(pstate);
+            let to = core::ptr::addr_of_mut!((*self.page()).arm64);
+            core::ptr::from_ref(general).copy_to_nonoverlapping(to, 1);
+            core::ptr::addr_of_mut!((*to).pstate).write_volatile(pstate);
         }
     }
     field!(

@@ -264,6 +264,17 @@ impl<A: AxArchVCpu, H: AxVCpuHal> AxVCpu<A, H> {
         &self.exit
     }
 
+    /// Has `amend` say what the last exit is, now that more is known of it.
+    ///
+    /// # Errors
+    /// As [`arch_mut`](Self::arch_mut).
+    #[inline]
+    pub fn amend_exit(&mut self, amend: impl FnOnce(&mut A, &mut AxVCpuExitReason)) -> AxResult {
+        self.arch_mut()?;
+        amend(&mut self.arch, &mut self.exit);
+        Ok(())
+    }
+
     /// The last exit has been dealt with: from now on it is [`Nothing`](AxVCpuExitReason::Nothing).
     #[inline]
     pub fn settle(&mut self) {

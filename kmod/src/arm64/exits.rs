@@ -49,7 +49,7 @@ pub(crate) fn enter(vcpu: &mut AxVCpu<VCpu, Host>, between: &mut Between<'_>) ->
         let own = between.shared;
         let arch = vcpu.arch_mut()?;
         let store = |width, data| vm.ioeventfds.store(addr.as_u64(), width, data, irq_off);
-        arch.gic_access(addr, |cpu| wake(vm, own, cpu)) || arch.complete_store(addr, store)
+        arch.gic_access(addr, |cpu| wake(vm, own, cpu)) || arch.complete_store(store)
     };
     let kind = if is_device {
         Some(ExitKind::Mmio)

@@ -67,9 +67,10 @@ pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable,
 /// What the run page may ask for.
 pub(crate) const REQUESTS: u32 = run::REQUEST_LOAD_GENERAL;
 
-/// The exit for an access to what is no memory, decoded where the hardware has done so.
-pub(crate) fn not_memory(vcpu: &mut VCpu, fault: Exit) -> Exit {
-    vcpu.not_memory(fault)
+/// Makes an exit for a nested page fault one for an access to what is no memory, decoded where the hardware has done so.
+#[inline]
+pub(crate) fn not_memory(vcpu: &mut VCpu, exit: &mut Exit) {
+    vcpu.not_memory(exit);
 }
 
 /// Whether a table entry may not be replaced by another translation without being empty, and flushed, in between

@@ -55,10 +55,9 @@ pub(crate) fn new_table(memory: &mut impl TableMemory) -> AxResult<(NestedTable,
 /// What the run page may ask for.
 pub(crate) const REQUESTS: u32 = run::REQUEST_LOAD_GENERAL | run::REQUEST_INTERRUPT_WINDOW;
 
-/// The exit for an access to what is no memory: userspace decodes it.
-pub(crate) fn not_memory(_vcpu: &mut VCpu, fault: Exit) -> Exit {
-    fault
-}
+/// Makes an exit for a nested page fault one for an access to what is no memory: it stays what it is, as userspace decodes it.
+#[inline]
+pub(crate) fn not_memory(_vcpu: &mut VCpu, _exit: &mut Exit) {}
 
 /// Whether a table entry may not be replaced by another translation without being empty, and flushed, in between.
 pub(crate) const BREAK_BEFORE_MAKE: bool = false;

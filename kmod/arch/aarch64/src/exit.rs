@@ -7,7 +7,7 @@ use vcpu_core::GuestPhysAddr;
 
 use crate::frame::TrapFrame;
 use crate::psci;
-use crate::syndrome::{class, FaultKind, Syndrome, SystemAccess};
+use crate::syndrome::{class, FaultKind, Syndrome, SystemAccess, Transfer};
 
 /// What an exit calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,29 +112,37 @@ fn abort(frame: &TrapFrame, syndrome: Syndrome, translate: impl FnOnce(u64, bool
     Event::Abort(Abort { addr: GuestPhysAddr::new(page & !OFFSET | offset), access })
 }
 
-/// The exit to userspace for an access at `addr` that is not memory: decoded, where the hardware has done so.
-pub fn mmio(frame: &TrapFrame, addr: GuestPhysAddr) -> Option<Exit> {
-    let syndrome = Syndrome(frame.esr);
-    if syndrome.class() != class::DATA_ABORT || syndrome.in_table_walk() || syndrome.is_cache_maintenance() {
-        return None;
-    }
-    let transfer = syndrome.transfer()?;
-    let (width, reg) = (transfer.width, transfer.general);
-    Some(if syndrome.is_write() {
-        Exit::MmioWrite { addr, width, data: frame.register(reg) & width.mask() }
-    } else {
-        Exit::MmioRead { addr, width, reg, reg_width: transfer.general_width, signed_ext: transfer.sign_extend }
-    })
+/// An access to what is not memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceAccess {
+    /// How, and by which register.
+    pub transfer: Transfer,
+    /// What is stored, in the access's width, if it is a store.
+    pub store: Option<u64>,
 }
 
-/// What a read of device memory puts into the register: `value` in the access's width, extended.
-pub fn extend(value: u64, read: &Exit) -> u64 {
-    let Exit::MmioRead { width, reg_width, signed_ext, .. } = *read else { return value };
-    let value = value & width.mask();
-    // The widths are 8 to 64 bits.
-    let unused = 64 - 8 * width.size() as u32;
-    let value = if signed_ext { ((value << unused) as i64 >> unused) as u64 } else { value };
-    value & reg_width.mask()
+impl DeviceAccess {
+    /// The access that the exit in `frame` is about, if the hardware has decoded it.
+    #[inline]
+    pub fn of(frame: &TrapFrame) -> Option<Self> {
+        let syndrome = Syndrome(frame.esr);
+        if syndrome.class() != class::DATA_ABORT || syndrome.in_table_walk() || syndrome.is_cache_maintenance() {
+            return None;
+        }
+        let transfer = syndrome.transfer()?;
+        let store = syndrome.is_write().then(|| frame.register(transfer.general) & transfer.width.mask());
+        Some(Self { transfer, store })
+    }
+
+    /// The exit to userspace for it, at `addr`.
+    #[inline]
+    pub fn exit(self, addr: GuestPhysAddr) -> Exit {
+        let Transfer { width, general: reg, general_width: reg_width, sign_extend: signed_ext } = self.transfer;
+        match self.store {
+            Some(data) => Exit::MmioWrite { addr, width, data },
+            None => Exit::MmioRead { addr, width, reg, reg_width, signed_ext },
+        }
+    }
 }
 
 /// The hypercall in the guest's registers, for userspace.
@@ -229,34 +237,16 @@ mod tests {
     #[test]
     fn mmio_is_what_the_syndrome_describes() {
         let addr = GuestPhysAddr::new(0x0900_0000);
+        let mmio = |frame: &TrapFrame| DeviceAccess::of(frame).map(|access| access.exit(addr));
         // STRH W5.
         let store = frame(0x24 << 26 | 1 << 24 | 1 << 22 | 5 << 16 | 1 << 6 | TRANSLATION, 0, 0);
-        assert_eq!(mmio(&store, addr), Some(Exit::MmioWrite { addr, width: AccessWidth::Word, data: 0x5678 }));
+        assert_eq!(mmio(&store), Some(Exit::MmioWrite { addr, width: AccessWidth::Word, data: 0x5678 }));
         // STR XZR.
         let zero = frame(0x24 << 26 | 1 << 24 | 3 << 22 | 31 << 16 | 1 << 15 | 1 << 6 | TRANSLATION, 0, 0);
-        assert_eq!(mmio(&zero, addr), Some(Exit::MmioWrite { addr, width: AccessWidth::Qword, data: 0 }));
+        assert_eq!(mmio(&zero), Some(Exit::MmioWrite { addr, width: AccessWidth::Qword, data: 0 }));
         // LDP and the like.
-        assert_eq!(mmio(&frame(0x24 << 26 | TRANSLATION, 0, 0), addr), None);
-        assert_eq!(mmio(&frame(0x20 << 26 | 1 << 24 | TRANSLATION, 0, 0), addr), None);
-        assert_eq!(mmio(&frame(0x24 << 26 | 1 << 24 | 1 << 7 | TRANSLATION, 0, 0), addr), None);
-    }
-
-    #[test]
-    fn reads_extend_to_the_register() {
-        let read = |width, reg_width, signed_ext| Exit::MmioRead {
-            addr: GuestPhysAddr::new(0),
-            width,
-            reg: 0,
-            reg_width,
-            signed_ext,
-        };
-        use AccessWidth::{Byte, Dword, Qword, Word};
-        assert_eq!(extend(0x1_80, &read(Byte, Dword, false)), 0x80);
-        assert_eq!(extend(0x80, &read(Byte, Dword, true)), 0xffff_ff80);
-        assert_eq!(extend(0x8000, &read(Word, Qword, true)), 0xffff_ffff_ffff_8000);
-        assert_eq!(extend(0x7fff, &read(Word, Qword, true)), 0x7fff);
-        assert_eq!(extend(u64::MAX, &read(Dword, Dword, false)), 0xffff_ffff);
-        assert_eq!(extend(0x8000_0000, &read(Dword, Qword, true)), 0xffff_ffff_8000_0000);
-        assert_eq!(extend(u64::MAX, &read(Qword, Qword, false)), u64::MAX);
+        assert_eq!(mmio(&frame(0x24 << 26 | TRANSLATION, 0, 0)), None);
+        assert_eq!(mmio(&frame(0x20 << 26 | 1 << 24 | TRANSLATION, 0, 0)), None);
+        assert_eq!(mmio(&frame(0x24 << 26 | 1 << 24 | 1 << 7 | TRANSLATION, 0, 0)), None);
     }
 }

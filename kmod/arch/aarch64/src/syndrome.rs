@@ -60,6 +60,18 @@ pub struct Transfer {
     pub sign_extend: bool,
 }
 
+impl Transfer {
+    /// What a load of `value` puts into the register: `value` in the access's width, extended.
+    #[inline]
+    pub const fn extend(self, value: u64) -> u64 {
+        let value = value & self.width.mask();
+        // The widths are 8 to 64 bits.
+        let unused = 64 - 8 * self.width.size() as u32;
+        let value = if self.sign_extend { ((value << unused) as i64 >> unused) as u64 } else { value };
+        value & self.general_width.mask()
+    }
+}
+
 /// The kind of an abort: its fault status code, without the level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
@@ -195,6 +207,23 @@ mod tests {
             for code in codes {
                 assert_eq!(Syndrome(0x24 << 26 | code).fault(), kind, "{code:#x}");
             }
+        }
+    }
+
+    #[test]
+    fn loads_extend_to_the_register() {
+        use AccessWidth::{Byte, Dword, Qword, Word};
+        for (value, width, general_width, sign_extend, expected) in [
+            (0x1_80, Byte, Dword, false, 0x80),
+            (0x80, Byte, Dword, true, 0xffff_ff80),
+            (0x8000, Word, Qword, true, 0xffff_ffff_ffff_8000),
+            (0x7fff, Word, Qword, true, 0x7fff),
+            (u64::MAX, Dword, Dword, false, 0xffff_ffff),
+            (0x8000_0000, Dword, Qword, true, 0xffff_ffff_8000_0000),
+            (u64::MAX, Qword, Qword, false, u64::MAX),
+        ] {
+            let transfer = Transfer { width, general: 0, general_width, sign_extend };
+            assert_eq!(transfer.extend(value), expected, "{value:#x} {transfer:?}");
         }
     }
 }

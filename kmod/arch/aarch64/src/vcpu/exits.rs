@@ -10,10 +10,10 @@ use vcpu_core::{AxVCpuExitReason as Exit, GuestPhysAddr};
 
 use super::{ArmVCpu, State};
 use crate::exception::Exception;
-use crate::exit::{self, Event};
+use crate::exit::{self, DeviceAccess, Event};
 use crate::gic::{Access, Gic};
 use crate::hal::ArmHal;
-use crate::syndrome::{class, Syndrome, SystemAccess};
+use crate::syndrome::{class, Syndrome, SystemAccess, Transfer};
 use crate::{cpu, psci, sysreg, window};
 
 /// An answer from userspace.
@@ -29,15 +29,12 @@ pub struct Reply {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Open {
     Nothing,
-    /// A read of a register, or of device memory: how the value is extended.
+    /// A read of a register.
     SysRead {
         general: usize,
     },
     SysWrite,
-    MmioRead {
-        read: Exit,
-        general: usize,
-    },
+    MmioRead(Transfer),
     MmioWrite,
     Call,
 }
@@ -52,14 +49,14 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         let exception = match (open, reply.fault) {
             (Open::Nothing, _) | (Open::MmioWrite | Open::SysWrite, false) => None,
             (Open::SysRead { .. } | Open::SysWrite, true) => Some(Exception::Undefined { pc: at }),
-            (Open::MmioRead { .. }, true) => abort(false),
+            (Open::MmioRead(_), true) => abort(false),
             (Open::MmioWrite, true) => abort(true),
             (Open::SysRead { general }, false) => {
                 frame.set_register(general, reply.value);
                 None
             }
-            (Open::MmioRead { read, general }, false) => {
-                frame.set_register(general, exit::extend(reply.value, &read));
+            (Open::MmioRead(transfer), false) => {
+                frame.set_register(transfer.general, transfer.extend(reply.value));
                 None
             }
             (Open::Call, _) => {
@@ -72,22 +69,20 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         }
     }
 
-    /// The exit for an access at `addr` that turned out to be no memory: decoded, if the hardware has done so. Cache
-    /// maintenance of what is no memory is none, and done: `Nothing`.
-    pub fn not_memory(&mut self, fault: Exit) -> Exit {
-        let Exit::NestedPageFault { addr, .. } = fault else { return fault };
-        let syndrome = Syndrome(self.state().frame.esr);
+    /// The last exit, a nested page fault, turned out to be an access to what is no memory: makes it the exit for that, if the
+    /// hardware has decoded it. Cache maintenance of what is no memory is none, and done: `Nothing`.
+    pub fn not_memory(&mut self, exit: &mut Exit) {
+        let Exit::NestedPageFault { addr, .. } = *exit else { return };
+        let frame = &mut self.state_mut().frame;
+        let syndrome = Syndrome(frame.esr);
         if syndrome.class() == class::DATA_ABORT && syndrome.is_cache_maintenance() && !syndrome.in_table_walk() {
-            self.state_mut().frame.skip();
-            return Exit::Nothing;
+            frame.skip();
+            *exit = Exit::Nothing;
+        } else if let Some(access) = DeviceAccess::of(frame) {
+            frame.skip();
+            *exit = access.exit(addr);
+            self.open = if access.store.is_some() { Open::MmioWrite } else { Open::MmioRead(access.transfer) };
         }
-        let Some(exit) = exit::mmio(&self.state().frame, addr) else { return fault };
-        self.open = match exit {
-            Exit::MmioRead { reg, .. } => Open::MmioRead { read: exit, general: reg },
-            _ => Open::MmioWrite,
-        };
-        self.state_mut().frame.skip();
-        exit
     }
 
     /// Carries out an access to the interrupt controller's registers, if the exit was one that the hardware has decoded, at
@@ -99,32 +94,30 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         };
         // SAFETY: The type invariant.
         let State { frame, interface, .. } = unsafe { self.state.as_mut() };
-        let (true, Some(exit)) = (self.loaded, exit::mmio(frame, addr)) else { return false };
-        let (width, access) = match exit {
-            Exit::MmioRead { width, .. } => (width, Access::Read),
-            Exit::MmioWrite { width, data, .. } => (width, Access::Write(data)),
-            _ => return false,
+        let (true, Some(DeviceAccess { transfer, store })) = (self.loaded, DeviceAccess::of(frame)) else {
+            return false;
         };
+        let access = store.map_or(Access::Read, Access::Write);
         let gic = if access == Access::Read && !interrupts.without_lists().shows_states(at) {
             interrupts.without_lists()
         } else {
             // SAFETY: The guest is loaded.
             unsafe { interrupts.tell_all(interface) }
         };
-        let value = gic.access(at, width, access, wake).unwrap_or(0);
-        if let Exit::MmioRead { reg, .. } = exit {
-            frame.set_register(reg, exit::extend(value, &exit));
+        let value = gic.access(at, transfer.width, access, wake).unwrap_or(0);
+        if access == Access::Read {
+            frame.set_register(transfer.general, transfer.extend(value));
         }
         frame.skip();
         true
     }
 
-    /// The exit was an access at `addr`. If it was a store that the hardware has decoded, its width and value are shown to `done`,
-    /// which tells whether it is complete with that.
-    pub fn complete_store(&mut self, addr: GuestPhysAddr, done: impl FnOnce(AccessWidth, u64) -> bool) -> bool {
+    /// The exit was an access to what is no memory. If it was a store that the hardware has decoded, its width and value are shown
+    /// to `done`, which tells whether it is complete with that.
+    pub fn complete_store(&mut self, done: impl FnOnce(AccessWidth, u64) -> bool) -> bool {
         let frame = &mut self.state_mut().frame;
-        let Some(Exit::MmioWrite { width, data, .. }) = exit::mmio(frame, addr) else { return false };
-        let complete = done(width, data);
+        let Some(DeviceAccess { transfer, store: Some(data) }) = DeviceAccess::of(frame) else { return false };
+        let complete = done(transfer.width, data);
         if complete {
             frame.skip();
         }
