@@ -3,7 +3,9 @@
 #
 # Guest memory on a host that swaps, groups processes, keeps huge pages in reserve
 # and merges equal ones: the cases of axvcpu-guests that skip elsewhere, and their
-# neighbours.
+# neighbours; or the cases whose names match PATTERN.
+#
+# test-memory.sh [PATTERN...]
 
 modprobe zram || exit
 echo 96M >/sys/block/zram0/disksize
@@ -14,7 +16,8 @@ mount -t cgroup2 none /sys/fs/cgroup || exit
 echo +memory >/sys/fs/cgroup/cgroup.subtree_control || exit
 echo 4 >/proc/sys/vm/nr_hugepages
 
-axvcpu-guests host-memory/ dirty-log/ spaces/ memory/
+[ $# -gt 0 ] || set -- host-memory/ dirty-log/ spaces/ memory/
+axvcpu-guests "$@"
 status=$?
 swapoff /dev/zram0
 exit $status

@@ -39,7 +39,7 @@ arch_select() {
 		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-bench axvcpu-load)
 		axv_packages=(--workspace)
 		for name in "${axv_programs[@]}"; do axv_packages+=(--bin "$name"); done
-		axv_host_modules=(vfat loop) # KVM is built in
+		axv_host_modules=(vfat loop zram) # KVM is built in
 		;;
 	esac
 }

@@ -47,9 +47,10 @@ pub(super) fn cases() -> Vec<Case> {
     }
 }
 
-/// What is done less often where a page takes milliseconds to swap: on a slow host. 1 elsewhere.
+/// What is done less often where a page takes milliseconds to swap: on a slow host, and on an emulated one where all CPUs
+/// stop for each TLB invalidation of one. 1 elsewhere.
 fn share() -> usize {
-    if harness::patience() > 1 {
+    if harness::patience() > 1 || cfg!(target_arch = "aarch64") {
         4
     } else {
         1
