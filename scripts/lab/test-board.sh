@@ -27,7 +27,7 @@ ends() {
 # raw NAME: a guest of the instructions on standard input, as octal escapes of printf.
 raw() {
 	# shellcheck disable=SC2059 # that is what it is for
-	printf "$(cat)" >"/tmp/$1.bin"
+	printf "$(tr -d '\n')" >"/tmp/$1.bin"
 	cat >"/tmp/$1.toml" <<-EOT
 		[kernel]
 		kernel_path = "$1.bin"
@@ -48,9 +48,22 @@ done
 # No init, so the kernel panics, and a panic resets.
 sed 's|^cmdline = "|&panic=-1 rdinit=/none init=/none |' /lab/vm.toml >/tmp/panic.toml
 
-# movz x0, #0x900, lsl 16; ldp x1, x2, [x0]: two registers at once from the serial port.
-raw pair <<'EOT'
-\000\040\241\322\001\010\100\251
+# movz x0, #0x900, lsl 16; ldxr w1, [x0]: exclusively from the serial port.
+raw exclusive <<'EOT'
+\000\040\241\322\001\174\137\210
+EOT
+# Two registers at once from the clock, which must be 0x31 and 0x10, and then text to the serial
+# port from a lane of a vector register:
+#       mov x1, #3 << 20; msr cpacr_el1, x1; isb
+#       movz x0, #0x900, lsl 16; movz x4, #0x901, lsl 16; add x4, x4, #0xfe0
+#       ldp w1, w2, [x4]; sub w1, w1, #0x31; sub w2, w2, #0x10; orr w1, w1, w2; cbnz w1, 3f
+#       adr x3, 2f
+#    1: ldrb w1, [x3], #1; cbz w1, 3f; fmov s0, w1; st1 {v0.b}[0], [x0]; b 1b
+#    3: movz w0, #0x8400, lsl 16; movk w0, #8; hvc #0
+#    2: .asciz "pairs and lanes\n"
+raw undecoded <<'EOT'
+\001\006\240\322\101\020\030\325\337\077\003\325\000\040\241\322\044\040\241\322\204\200\077\221\201\010\100\051\041\304\000\121\102\100\000\121\041\000\002\052\341\000\000\065\043\001\000\020\141\024\100\070\201\000\000\064\040\000\047\036
+\000\000\000\015\374\377\377\027\000\200\260\122\000\001\200\162\002\000\000\324\160\141\151\162\163\040\141\156\144\040\154\141\156\145\163\012\000\000\000\000
 EOT
 # movz w0, #0x8400, lsl 16; movk w0, #2; hvc #0: PSCI's CPU_OFF.
 raw off <<'EOT'
@@ -64,7 +77,8 @@ EOT
 for hypervisor in axvcpu kvm; do
 	ends "a guest switches itself off" $hypervisor /tmp/shutdown.toml 0 ''
 	ends "a kernel that panics resets" $hypervisor /tmp/panic.toml 4 'reset (by PSCI)'
-	ends "an access that is not decoded is named" $hypervisor /tmp/pair.toml 8 'accesses 0x9000000'
+	ends "what the hardware does not decode is emulated" $hypervisor /tmp/undecoded.toml 0 'pairs and lanes'
+	ends "an access that needs memory is named" $hypervisor /tmp/exclusive.toml 8 'accesses 0x9000000.*0x885f7c01.*exclusive'
 done
 # KVM tells nobody.
 ends "the last CPU leaves" axvcpu /tmp/off.toml 12 'nothing can wake it'

@@ -9,9 +9,11 @@
 
 pub mod boot;
 pub mod device;
+pub mod emulate;
 pub mod fdt;
 pub mod image;
 pub mod layout;
+pub mod paging;
 pub mod power;
 mod state;
 

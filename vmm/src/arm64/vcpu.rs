@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A vCPU's thread on AArch64: PSCI, and accesses that nobody has decoded.
+//! A vCPU's thread on AArch64: PSCI, and accesses that the hardware has not decoded.
 
 use std::sync::Arc;
 
+use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::arm64::{General, System};
 use axvcpu_uapi::client::Exit;
 use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason};
 
+use super::emulate::{self, Fault, Memory};
 use super::hypervisor::Arm64Vcpu;
+use super::machine::Machine;
 use super::power::{self, answer, Power, Turn, AFFINITY_INFO};
 use super::{boot, state};
 use crate::control::Stop;
@@ -108,20 +111,28 @@ impl<V: Arm64Vcpu> Runner<V> {
             // It waits for an interrupt, and may do so by running on.
             (AxVCpuExitReason::Halt, _) => self.count(UserExit::Halt),
             (AxVCpuExitReason::SystemReset, _) => return Err(Stop::Reset("by PSCI")),
-            (AxVCpuExitReason::NestedPageFault { addr, access_flags }, _) => {
-                let what = if access_flags.contains(AccessFlags::EXECUTE) {
-                    format!("it runs into {addr}, where there is no memory")
-                } else {
-                    format!(
-                        "it accesses {addr}, where there is no memory, by an instruction that the hardware does not decode \
-                         (a pair of registers, a vector register, or an address that it changes)"
-                    )
-                };
-                return Err(self.give_up(ExitCode::CannotContinue, &what));
-            }
+            (AxVCpuExitReason::NestedPageFault { addr, access_flags }, _) => self.undecoded(addr, access_flags)?,
             (ref other, _) => return Err(self.unhandled(other)),
         }
         Ok(())
+    }
+
+    /// An access to what is no memory, of which the hardware tells no more than the address.
+    fn undecoded(&mut self, addr: GuestPhysAddr, flags: AccessFlags) -> std::result::Result<(), Stop> {
+        let what = if flags.contains(AccessFlags::PAGE_WALK) {
+            format!("its page tables lead to {addr}, where there is no memory")
+        } else if flags.contains(AccessFlags::EXECUTE) {
+            format!("it runs into {addr}, where there is no memory")
+        } else {
+            self.count(UserExit::Mmio);
+            let fault = Fault { addr, write: flags.contains(AccessFlags::WRITE) };
+            match emulate::step(&mut self.vcpu, &mut Board(&self.machine), fault, zero_block()) {
+                Ok(()) => return Ok(()),
+                Err(emulate::Error::Registers(error)) => return Err(error.into()),
+                Err(error) => format!("it accesses {addr}, where there is no memory: {error}"),
+            }
+        };
+        Err(self.give_up(ExitCode::CannotContinue, &what))
     }
 
     /// The vCPU's state for people.
@@ -133,4 +144,35 @@ impl<V: Arm64Vcpu> Runner<V> {
             }
         }
     }
+}
+
+/// The machine as the emulator sees it.
+struct Board<'a>(&'a Machine);
+
+impl Memory for Board<'_> {
+    fn ram_read(&self, at: GuestPhysAddr, data: &mut [u8]) -> bool {
+        self.0.ram.read(at, data).is_ok()
+    }
+
+    fn ram_write(&mut self, at: GuestPhysAddr, data: &[u8]) -> bool {
+        self.0.ram.write_atomically(at, data).is_ok()
+    }
+
+    fn device_read(&mut self, at: GuestPhysAddr, data: &mut [u8]) {
+        self.0.mmio.read(at.as_u64(), data);
+    }
+
+    fn device_write(&mut self, at: GuestPhysAddr, data: &[u8]) {
+        self.0.mmio.write(at.as_u64(), data);
+    }
+}
+
+/// The size of the block that DC ZVA zeroes, in bytes, if it may be used: DCZID_EL0, which is the same for guests.
+#[must_use]
+pub fn zero_block() -> Option<u64> {
+    let dczid: u64;
+    // SAFETY: reads a register that EL0 can always read (Arm ARM D24.2.35), and does nothing else.
+    unsafe { std::arch::asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags)) };
+    // DZP forbids it; BS is the logarithm of the number of words.
+    (dczid & 0b1_0000 == 0).then_some(4 << (dczid & 0b1111))
 }

@@ -21,6 +21,7 @@ mod smp;
 mod sysregs;
 mod threads;
 mod timer;
+mod undecoded;
 
 /// Code with `same move, source`: by that instruction X2 takes what is at the source, and goes on at the label 4 unless it is
 /// X1. Of another kind than [`code!`](crate::code) by that macro's name and `!` before the code's name.
@@ -50,6 +51,7 @@ pub fn cases() -> Vec<Case> {
     [
         calls::cases(),
         mmio::cases(),
+        undecoded::cases(),
         memory::cases(),
         host_memory::cases(),
         dirty::cases(),

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use axvcpu_uapi::arm64::{General, System};
+use axvcpu_uapi::arm64::{Fp, General, System};
 
 use super::boot::Start;
 use crate::device::line::Lines;
@@ -37,7 +37,7 @@ pub trait Arm64Vm: Vm<Vcpu: Arm64Vcpu> {
 }
 
 /// A virtual CPU with its part of the interrupt controller.
-pub trait Arm64Vcpu: Vcpu + Registers<General> + Registers<System> {
+pub trait Arm64Vcpu: Vcpu + Registers<General> + Registers<System> + Registers<Fp> {
     /// ESR_EL2 of the last exit, if the hypervisor tells it.
     fn syndrome(&self) -> Option<u64>;
 }

@@ -2,8 +2,10 @@
 //! Register sets of a vCPU of KVM, which reads and writes one register at a time (Linux `Documentation/virt/kvm/api.rst`,
 //! `KVM_SET_ONE_REG`).
 
-use axvcpu_uapi::arm64::{system_register, General, System};
-use kvm_bindings::{KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_ARM_CORE, KVM_REG_SIZE_U64};
+use axvcpu_uapi::arm64::{system_register, Fp, General, System};
+use kvm_bindings::{
+    KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_ARM_CORE, KVM_REG_SIZE_U128, KVM_REG_SIZE_U32, KVM_REG_SIZE_U64,
+};
 
 use super::Vcpu;
 use crate::hypervisor::kvm::error::{refused, Error};
@@ -27,6 +29,13 @@ const PSTATE: u64 = core(33);
 const SP_EL1: u64 = core(34);
 const ELR_EL1: u64 = core(35);
 const SPSR_EL1: u64 = core(36);
+
+/// V0 to V31 follow SPSR_EL1, the four SPSRs of AArch32 and four bytes of padding, 128 bits each; then FPSR and FPCR, of 32.
+const fn vector(index: u64) -> u64 {
+    KVM_REG_ARM64 | KVM_REG_SIZE_U128 | KVM_REG_ARM_CORE as u64 | (84 + 4 * index)
+}
+const FPSR: u64 = KVM_REG_ARM64 | KVM_REG_SIZE_U32 | KVM_REG_ARM_CORE as u64 | 212;
+const FPCR: u64 = FPSR + 1;
 
 /// The system registers that are in both [`System`] and KVM's list under their own numbers.
 macro_rules! system_registers {
@@ -123,5 +132,38 @@ impl Registers<System> for Vcpu {
     fn set(&mut self, set: &System) -> Result<()> {
         let mut set = *set;
         Ok(each_system_register(&mut set, |register, value| self.write(register, *value))?)
+    }
+}
+
+impl Registers<Fp> for Vcpu {
+    fn get(&self) -> Result<Fp> {
+        let read =
+            |register, bytes: &mut [u8]| self.core.fd.get_one_reg(register, bytes).map_err(refused("KVM_GET_ONE_REG"));
+        let mut fp = Fp::default();
+        for (index, halves) in (0..).zip(fp.v.chunks_exact_mut(2)) {
+            let mut bytes = [0; 16];
+            read(vector(index), &mut bytes)?;
+            let value = u128::from_le_bytes(bytes);
+            halves.copy_from_slice(&[value as u64, (value >> 64) as u64]);
+        }
+        for (register, value) in [(FPSR, &mut fp.fpsr), (FPCR, &mut fp.fpcr)] {
+            let mut bytes = [0; 4];
+            read(register, &mut bytes)?;
+            *value = u32::from_le_bytes(bytes).into();
+        }
+        Ok(fp)
+    }
+    fn set(&mut self, fp: &Fp) -> Result<()> {
+        let write = |register, bytes: &[u8]| {
+            self.core.fd.set_one_reg(register, bytes).map_err(refused("KVM_SET_ONE_REG")).map(drop)
+        };
+        for (index, halves) in (0..).zip(fp.v.chunks_exact(2)) {
+            let value = halves.iter().rev().fold(0u128, |value, half| value << 64 | u128::from(*half));
+            write(vector(index), &value.to_le_bytes())?;
+        }
+        for (register, value) in [(FPSR, fp.fpsr), (FPCR, fp.fpcr)] {
+            write(register, &(value as u32).to_le_bytes())?;
+        }
+        Ok(())
     }
 }
