@@ -31,6 +31,21 @@ build_module_make() {
 	}
 }
 
+# build_lab_module NAME: a module that a test needs in the lab host, for its kernel: that of
+# scripts/lab/NAME. It is /lab/tests/axvcpu_NAME.ko there.
+build_lab_module() {
+	local kernel=${host_kernel:-$axv_kernel} dir module=axvcpu_${1//-/_}.ko
+	dir=$axv_work/$1-$kernel
+	timed "$1-$kernel" "Module '$1' for $kernel" build_lab_module_make "$1" "$dir" "$kernel"
+	host_files[/lab/tests/$module]=$dir/$module
+}
+
+build_lab_module_make() {
+	mkdir -p "$2"
+	cp "$axv_top/scripts/lab/$1"/* "$2/"
+	in_root make "${axv_kernel_make[@]}" -C "$(kernel_headers "$3")" "M=$2"
+}
+
 build_programs() {
 	timed programs "axvmm and the test programs" build_programs_cargo
 }

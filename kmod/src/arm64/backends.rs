@@ -40,6 +40,12 @@ impl Backends {
             0 => {}
             cpus => pr_warn!("{} CPUs want their firmware to clear branch history, which is not asked to\n", cpus),
         }
+        match arm_vcpu::history::trainable() {
+            0 => {}
+            cpus => {
+                pr_warn!("{} CPUs want their firmware to clear branch predictors, which is not asked to\n", cpus)
+            }
+        }
         Ok(Some(Self { _per_cpu: per_cpu }))
     }
 }

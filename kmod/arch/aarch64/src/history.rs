@@ -24,6 +24,9 @@ static BRANCHES: AtomicU64 = AtomicU64::new(0);
 /// CPUs of this machine that want a call of their firmware.
 static FIRMWARE: AtomicU64 = AtomicU64::new(0);
 
+/// CPUs of this machine whose branch predictors a guest can train for the host.
+static TRAINABLE: AtomicU64 = AtomicU64::new(0);
+
 /// A CPU by MIDR_EL1: implementer and part number.
 const fn model(implementer: u64, part: u64) -> u64 {
     implementer << 24 | part << 4
@@ -106,12 +109,24 @@ pub fn clearing(midr: u64, pfr0: u64, isar2: u64, mmfr1: u64) -> Clearing {
     length.map_or(Clearing::Firmware, |(branches, _)| Clearing::Branches(*branches))
 }
 
+/// Whether what a guest trains the predictors of indirect branches for (Spectre-v2, CVE-2017-5715) has no effect on the host, by
+/// MIDR_EL1 and ID_AA64PFR0_EL1: with FEAT_CSV2, or on a CPU that is known not to need it. Elsewhere it takes a call of the
+/// firmware.
+pub fn predictors_are_apart(midr: u64, pfr0: u64) -> bool {
+    const TSV110: u64 = model(HISILICON, 0xd01);
+    pfr0 >> 56 & 15 != 0 || SAFE.contains(&(midr & MODEL)) || midr & MODEL == TSV110
+}
+
 /// The current CPU comes online.
 #[cfg(target_arch = "aarch64")]
 pub(crate) fn cpu_comes() {
     use crate::cpu::id_register;
     use aarch64_cpu::registers::{Readable, MIDR_EL1};
-    match clearing(MIDR_EL1.get(), id_register(4, 0), id_register(6, 2), id_register(7, 1)) {
+    let (midr, pfr0) = (MIDR_EL1.get(), id_register(4, 0));
+    if !predictors_are_apart(midr, pfr0) {
+        TRAINABLE.fetch_add(1, Relaxed);
+    }
+    match clearing(midr, pfr0, id_register(6, 2), id_register(7, 1)) {
         Clearing::NotNeeded => {}
         Clearing::Branches(branches) => _ = BRANCHES.fetch_max(branches, Relaxed),
         Clearing::Firmware => _ = FIRMWARE.fetch_add(1, Relaxed),
@@ -127,6 +142,11 @@ pub fn branches() -> u64 {
 /// CPUs of this machine whose history nobody overwrites.
 pub fn unprotected() -> u64 {
     FIRMWARE.load(Relaxed)
+}
+
+/// CPUs of this machine that a guest can train to mispredict the host's branches.
+pub fn trainable() -> u64 {
+    TRAINABLE.load(Relaxed)
 }
 
 #[cfg(test)]
@@ -161,6 +181,22 @@ mod tests {
         assert_eq!(clearing(n1, 0, 0, ECBHB), Clearing::NotNeeded);
         assert_eq!(clearing(n1, 2 << 56, CLRBHB, 0), Clearing::Branches(1));
         assert_eq!(clearing(0x410f_d0a0, 0, CLRBHB, 0), Clearing::Branches(1));
+    }
+
+    #[test]
+    fn predictors_by_feature_and_model() {
+        for (midr, pfr0, expected) in [
+            (0x414f_d0c1, 1 << 56, true), // Neoverse N1
+            (0x410f_d0a0, 0, false),      // Cortex-A75
+            (0x410f_d0a0, 1 << 56, true), // a later one
+            (0x431f_0af1, 0, false),      // ThunderX2
+            (0x410f_d034, 0, true),       // Cortex-A53
+            (0x481f_d010, 0, true),       // TSV110
+            (0x431f_0af1, 3 << 56, true),
+            (0x431f_0af1, 0xf0ff << 48, false), // the fields beside it
+        ] {
+            assert_eq!(predictors_are_apart(midr, pfr0), expected, "{midr:#x} {pfr0:#x}");
+        }
     }
 
     #[test]

@@ -217,7 +217,8 @@ pub(crate) unsafe fn load(
     }
 }
 
-/// Saves the guest, puts the host back, and unmasks exceptions as they were.
+/// Saves the guest, puts the host back, and unmasks exceptions as they were. VBAR_EL2 and the processor state are the host's since the
+/// last exit.
 ///
 /// # Safety
 /// On the CPU and after the [`load`] that filled `host`.
@@ -259,7 +260,6 @@ pub(crate) unsafe fn leave(caps: &Capabilities, system: &mut System, fp: &mut Fp
         switch::save_fp(fp);
         HCR_EL2.set(host.hcr);
         cpu::isb();
-        VBAR_EL2.set(host.vbar);
         CPTR_EL2.set(host.cptr);
         MDCR_EL2.set(host.mdcr);
         MDSCR_EL1.set(host.mdscr);
@@ -276,7 +276,6 @@ pub(crate) unsafe fn leave(caps: &Capabilities, system: &mut System, fp: &mut Fp
             IccPmrEl1.set(host.icc_pmr);
         }
         leave_optional_traps(caps, host);
-        set_processor_state(caps, &host.pstate);
         cpu::isb();
         cpu::restore_exceptions(host.daif);
     }
@@ -289,8 +288,25 @@ pub(crate) unsafe fn leave(caps: &Capabilities, system: &mut System, fp: &mut Fp
 /// On the CPU of the [`load`] that filled `host`.
 #[inline]
 pub(crate) unsafe fn restore_processor_state(caps: &Capabilities, host: &HostState) {
-    // SAFETY: The caller's promise.
-    unsafe { set_processor_state(caps, &host.pstate) };
+    let [pan, uao, dit, ssbs, tco] = host.pstate;
+    // SAFETY: Each is written only where it is, with what was read from it.
+    unsafe {
+        if caps.pan {
+            Pan.set(pan);
+        }
+        if caps.uao {
+            Uao.set(uao);
+        }
+        if caps.dit {
+            Dit.set(dit);
+        }
+        if caps.ssbs {
+            Ssbs.set(ssbs);
+        }
+        if caps.mte {
+            Tco.set(tco);
+        }
+    }
 }
 
 /// The timer of a guest that is not loaded.
@@ -320,28 +336,6 @@ unsafe fn processor_state(caps: &Capabilities) -> [u64; 5] {
             if caps.ssbs { Ssbs.get() } else { 0 },
             if caps.mte { Tco.get() } else { 0 },
         ]
-    }
-}
-
-#[inline]
-unsafe fn set_processor_state(caps: &Capabilities, [pan, uao, dit, ssbs, tco]: &[u64; 5]) {
-    // SAFETY: Each is written only where it is, with what was read from it.
-    unsafe {
-        if caps.pan {
-            Pan.set(*pan);
-        }
-        if caps.uao {
-            Uao.set(*uao);
-        }
-        if caps.dit {
-            Dit.set(*dit);
-        }
-        if caps.ssbs {
-            Ssbs.set(*ssbs);
-        }
-        if caps.mte {
-            Tco.set(*tco);
-        }
     }
 }
 

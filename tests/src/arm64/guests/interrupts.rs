@@ -8,6 +8,8 @@ use axvcpu_uapi::exit::AxVCpuExitReason as Exit;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+/// The vector of synchronous exceptions from EL1 with SP_EL1.
+pub(super) const SYNCHRONOUS: u64 = VECTORS + 0x200;
 /// The vector of IRQs from EL1 with SP_EL1.
 pub(super) const IRQ: u64 = VECTORS + 0x280;
 /// The vector of FIQs from there.

@@ -9,6 +9,7 @@ mod deactivation;
 mod dirty;
 mod eventfds;
 mod gic;
+mod history;
 mod host;
 #[path = "../../guests/host_memory/mod.rs"]
 mod host_memory;
@@ -22,6 +23,7 @@ mod sysregs;
 mod threads;
 mod timer;
 mod undecoded;
+mod witness;
 
 /// Code with `same move, source`: by that instruction X2 takes what is at the source, and goes on at the label 4 unless it is
 /// X1. Of another kind than [`code!`](crate::code) by that macro's name and `!` before the code's name.
@@ -63,7 +65,9 @@ pub fn cases() -> Vec<Case> {
         eventfds::cases(),
         timer::cases(),
         smp::cases(),
+        history::cases(),
         host::cases(),
+        witness::cases(),
         beside::cases(),
     ]
     .into_iter()
