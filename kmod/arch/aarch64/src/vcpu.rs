@@ -375,7 +375,8 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
             switch::enter(frame);
             window::restore_processor_state(&self.caps, host);
         }
-        *exit = self.handle();
+        *exit = Exit::Nothing;
+        self.handle(exit);
         Ok(())
     }
 

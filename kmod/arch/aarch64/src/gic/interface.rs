@@ -243,20 +243,24 @@ impl Interface {
     pub fn fill(&mut self, gic: &Distributor, cpu: usize, count: usize, notices: &mut Notices) {
         self.let_go(gic, cpu, notices);
         self.control = if gic.cpus() > 1 { ENABLE | TRAP_DEACTIVATION } else { ENABLE };
-        if Self::banks(gic, cpu).all(|(_, bank)| bank.is_quiet()) {
-            return;
+        let mut busy = Self::banks(gic, cpu).filter(|(_, bank)| !bank.is_quiet());
+        if let Some(first) = busy.next() {
+            self.fill_from(core::iter::once(first).chain(busy), gic, cpu, count, notices);
         }
-        self.fill_with_some(gic, cpu, count, notices);
     }
 
-    /// Fills list registers where there are interrupts to look for.
-    fn fill_with_some(&mut self, gic: &Distributor, cpu: usize, count: usize, notices: &mut Notices) {
+    /// Fills list registers with the interrupts of these banks.
+    fn fill_from<'a>(
+        &mut self,
+        banks: impl Iterator<Item = (usize, &'a Bank)>,
+        gic: &Distributor,
+        cpu: usize,
+        count: usize,
+        notices: &mut Notices,
+    ) {
         let groups = gic.groups();
         let (mut pending, mut active) = (Best::default(), Best::default());
-        for (number, bank) in Self::banks(gic, cpu) {
-            if bank.is_quiet() {
-                continue;
-            }
+        for (number, bank) in banks {
             let (is_ready, is_active) = (bank.ready(groups), bank.active.load(SeqCst));
             let untold = number.checked_sub(1).and_then(|index| notices.ended.get(index)).copied().unwrap_or(0);
             for bit in bits((is_ready | is_active) & !untold) {
@@ -350,7 +354,8 @@ impl Interface {
     /// Takes what the CPU has made of list registers that are in use, or counted.
     fn fold_some(&mut self, gic: &Distributor, cpu: usize, notices: &mut Notices) {
         let mut listed = [0u32; SPI_BANKS + 1];
-        for (index, value) in (0..).zip(self.lists).take(self.used as usize) {
+        for (index, list) in (0..).zip(&mut self.lists).take(self.used as usize) {
+            let value = core::mem::take(list);
             let intid = (value & 0xff) as usize;
             let Some((bank, bit)) = gic.find(cpu, intid) else { continue };
             if let Some(word) = listed.get_mut(intid / 32) {
@@ -377,7 +382,6 @@ impl Interface {
         for _ in 0..counted {
             self.end_unlisted(gic, cpu, &listed, notices);
         }
-        self.lists = [0; MAX_LISTS];
         (self.used, self.latched, self.was_active) = (0, 0, 0);
         self.control &= !COUNT;
     }

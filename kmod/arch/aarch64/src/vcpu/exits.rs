@@ -124,8 +124,8 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         complete
     }
 
-    /// What the exit in the frame comes to.
-    pub(super) fn handle(&mut self) -> Exit {
+    /// Puts what the exit in the frame comes to into `exit`, which is [`Nothing`](Exit::Nothing) so far.
+    pub(super) fn handle(&mut self, exit: &mut Exit) {
         self.at = self.state().frame.general.pc;
         // SAFETY: The guest is loaded. PAR_EL1 is the guest's; whoever compares it across a fault sees a change, as under any
         // hypervisor that the architecture allows to do this.
@@ -135,40 +135,51 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
             cpu::ParEl1.set(guests);
             found
         });
-        let (kind, exit) = match event {
-            Event::HostInterrupt => (ExitKind::HostInterrupt, Exit::ExternalInterrupt { vector: 0 }),
-            Event::SystemError => (ExitKind::Other, Exit::MachineCheck),
+        self.kind = match event {
+            Event::HostInterrupt => {
+                *exit = Exit::ExternalInterrupt { vector: 0 };
+                ExitKind::HostInterrupt
+            }
+            Event::SystemError => {
+                *exit = Exit::MachineCheck;
+                ExitKind::Other
+            }
             Event::AArch32 => {
                 let pstate = self.state().frame.general.pstate;
-                (ExitKind::Other, Exit::InvalidGuestState { reason: pstate, qualification: 0, field: 0 })
+                *exit = Exit::InvalidGuestState { reason: pstate, qualification: 0, field: 0 };
+                ExitKind::Other
             }
             Event::Wait => {
                 self.state_mut().frame.skip();
                 self.wait();
-                (ExitKind::Halt, Exit::Halt)
+                *exit = Exit::Halt;
+                ExitKind::Halt
             }
             Event::Yield => {
                 self.state_mut().frame.skip();
-                (ExitKind::Pause, Exit::Nothing)
+                ExitKind::Pause
             }
-            Event::Call { smc } => (ExitKind::Hypercall, self.call(smc)),
-            Event::System(access) => self.system_access(access),
+            Event::Call { smc } => {
+                self.call(smc, exit);
+                ExitKind::Hypercall
+            }
+            Event::System(access) => self.system_access(access, exit),
             Event::Undefined => {
                 self.exception = Some(Exception::Undefined { pc: self.at });
-                (ExitKind::Other, Exit::Nothing)
+                ExitKind::Other
             }
             Event::Abort(abort) => {
-                (ExitKind::Mmio, Exit::NestedPageFault { addr: abort.addr, access_flags: abort.access })
+                *exit = Exit::NestedPageFault { addr: abort.addr, access_flags: abort.access };
+                ExitKind::Mmio
             }
-            Event::Lost => (ExitKind::PageFault, Exit::Nothing),
+            Event::Lost => ExitKind::PageFault,
             Event::Unknown => {
                 let frame = &self.state().frame;
                 let code = Syndrome(frame.esr).class();
-                (ExitKind::Other, Exit::Unknown { code, info1: frame.esr, info2: frame.far })
+                *exit = Exit::Unknown { code, info1: frame.esr, info2: frame.far };
+                ExitKind::Other
             }
         };
-        self.kind = kind;
-        exit
     }
 
     /// The guest waits for an interrupt.
@@ -179,21 +190,18 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
     }
 
     /// HVC or SMC.
-    fn call(&mut self, smc: bool) -> Exit {
+    fn call(&mut self, smc: bool, exit: &mut Exit) {
         let outcome = exit::call(&self.state().frame);
         let frame = &mut self.state_mut().frame;
         if smc {
             frame.skip();
         }
         match outcome {
-            psci::Outcome::Done(value) => {
-                frame.set_register(0, value as u64);
-                Exit::Nothing
-            }
-            psci::Outcome::Exit(exit) => {
+            psci::Outcome::Done(value) => frame.set_register(0, value as u64),
+            psci::Outcome::Exit(outcome) => {
                 // What the guest finds in X0 if it goes on: SUCCESS after a suspension, or userspace's answer. The other
                 // calls do not return, but to a vCPU whose registers are set anew.
-                match exit {
+                match outcome {
                     Exit::Halt => {
                         frame.set_register(0, 0);
                         self.wait();
@@ -201,23 +209,19 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
                     Exit::CpuUp { .. } | Exit::Hypercall { .. } => self.open = Open::Call,
                     _ => {}
                 }
-                exit
+                *exit = outcome;
             }
             // There is no firmware below us for anybody else's calls.
-            psci::Outcome::Foreign if smc => {
-                frame.set_register(0, psci::NOT_SUPPORTED as u64);
-                Exit::Nothing
-            }
+            psci::Outcome::Foreign if smc => frame.set_register(0, psci::NOT_SUPPORTED as u64),
             psci::Outcome::Foreign => {
-                let exit = exit::hypercall(frame);
+                *exit = exit::hypercall(frame);
                 self.open = Open::Call;
-                exit
             }
         }
     }
 
     /// A trapped system register.
-    fn system_access(&mut self, access: SystemAccess) -> (ExitKind, Exit) {
+    fn system_access(&mut self, access: SystemAccess, exit: &mut Exit) -> ExitKind {
         let (origin, ids) = (self.setting.counter_origin, self.caps.ids);
         let State { frame, system, .. } = self.state_mut();
         let value = frame.register(access.general);
@@ -226,7 +230,7 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         match outcome {
             sysreg::Outcome::Undefined => {
                 self.exception = Some(Exception::Undefined { pc: self.at });
-                return (kind, Exit::Nothing);
+                return kind;
             }
             sysreg::Outcome::Value(value) => frame.set_register(access.general, value),
             sysreg::Outcome::Done
@@ -236,28 +240,28 @@ impl<H: ArmHal, G: Deref<Target = Gic<H>>> ArmVCpu<H, G> {
         }
         frame.skip();
         if let sysreg::Outcome::Sgi { group } = outcome {
-            let exit = Exit::SendIPI {
+            *exit = Exit::SendIPI {
                 target_cpu: value,
                 target_cpu_aux: 0,
                 send_to_all: value >> 40 & 1 != 0,
                 send_to_self: false,
                 vector: group.into(),
             };
-            return (ExitKind::Ipi, exit);
+            return ExitKind::Ipi;
         }
         if let (sysreg::Outcome::Deactivate, Some(interrupts)) = (outcome, &mut self.interrupts) {
             // SAFETY: The type invariant, and the guest is loaded.
             unsafe { interrupts.deactivate(&mut self.state.as_mut().interface, value) };
         }
         if outcome != sysreg::Outcome::User {
-            return (kind, Exit::Nothing);
+            return kind;
         }
-        if access.read {
-            self.open = Open::SysRead { general: access.general };
-            (ExitKind::MsrUser, Exit::SysRegRead { addr: access.register, reg: access.general })
+        (self.open, *exit) = if access.read {
+            let general = access.general;
+            (Open::SysRead { general }, Exit::SysRegRead { addr: access.register, reg: general })
         } else {
-            self.open = Open::SysWrite;
-            (ExitKind::MsrUser, Exit::SysRegWrite { addr: access.register, value })
-        }
+            (Open::SysWrite, Exit::SysRegWrite { addr: access.register, value })
+        };
+        ExitKind::MsrUser
     }
 }
