@@ -61,19 +61,20 @@ fn merge(old: u64, value: u64, bytes: usize) -> u64 {
 }
 
 impl<H: X86Hal> Guest<H> {
-    /// Deals with an exit of an entry that was made with `plan`.
+    /// Deals with an exit of an entry that was made with `plan`. What there is to tell goes to `reason`, which is
+    /// [`Nothing`](Reason::Nothing) before.
     #[inline]
-    pub(crate) fn handle(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
+    pub(crate) fn handle(&mut self, regs: &mut impl Registers, plan: &Plan, reason: &mut Reason) {
         if let Exited { exit: Exit::Instruction(instruction, next), interrupted: None } = self.exited {
             self.exit_kind = instruction.kind();
-            return self.execute(regs, instruction, next);
+            return self.execute(regs, instruction, next, reason);
         }
-        self.handle_event(regs, plan)
+        self.handle_event(regs, plan, reason);
     }
 
     /// An exit that is not just an instruction.
     #[inline(never)]
-    fn handle_event(&mut self, regs: &mut impl Registers, plan: &Plan) -> Reason {
+    fn handle_event(&mut self, regs: &mut impl Registers, plan: &Plan, reason: &mut Reason) {
         let Exited { exit, interrupted } = self.exited;
         self.exit_kind = exit.kind();
         match exit {
@@ -85,8 +86,8 @@ impl<H: X86Hal> Guest<H> {
                 }
             }
         }
-        match exit {
-            Exit::Instruction(instruction, next) => self.execute(regs, instruction, next),
+        *reason = match exit {
+            Exit::Instruction(instruction, next) => return self.execute(regs, instruction, next, reason),
             Exit::Interrupt => Reason::ExternalInterrupt { vector: 0 },
             Exit::PreemptionTimer if self.deadline_reached() => {
                 self.exit_kind = ExitKind::Timer;
@@ -114,7 +115,7 @@ impl<H: X86Hal> Guest<H> {
             Exit::Unsupported(code) => Reason::UnsupportedInstruction { code },
             Exit::Unknown { code, info1, info2 } => Reason::Unknown { code, info1, info2 },
             Exit::NotEntered(refusal) => self.not_entered(plan, refusal),
-        }
+        };
     }
 
     #[cold]
@@ -131,34 +132,41 @@ impl<H: X86Hal> Guest<H> {
 
     // --- Instructions ---
 
-    /// Executes a frequent instruction for the guest.
+    /// Executes a frequent instruction for the guest. What there is to tell goes to `reason`, which is
+    /// [`Nothing`](Reason::Nothing) before: mostly it stays so, and reasons are long.
     #[inline(always)] // Into the hot path; the other caller is rare.
-    pub(crate) fn execute_simple(&mut self, regs: &mut impl Registers, instruction: Simple, next: u64) -> Reason {
+    pub(crate) fn execute_simple(
+        &mut self,
+        regs: &mut impl Registers,
+        instruction: Simple,
+        next: u64,
+        reason: &mut Reason,
+    ) {
         self.exit_kind = instruction.kind();
         match instruction {
             Simple::Cpuid => {
                 self.cpuid(regs);
                 self.private = true;
-                self.go_on(regs, next)
+                self.advance(regs, next);
             }
-            Simple::Rdmsr => self.rdmsr(regs, next),
-            Simple::Wrmsr => self.wrmsr(regs, next),
-            Simple::Io(io) => self.io(regs, io, next),
+            Simple::Rdmsr => self.rdmsr(regs, next, reason),
+            Simple::Wrmsr => self.wrmsr(regs, next, reason),
+            Simple::Io(io) => self.io(regs, io, next, reason),
         }
     }
 
     /// Executes an instruction for the guest.
     #[inline(never)]
-    fn execute(&mut self, regs: &mut impl Registers, instruction: Instruction, next: u64) -> Reason {
-        match instruction {
-            Instruction::Simple(simple) => self.execute_simple(regs, simple, next),
+    fn execute(&mut self, regs: &mut impl Registers, instruction: Instruction, next: u64, reason: &mut Reason) {
+        *reason = match instruction {
+            Instruction::Simple(simple) => return self.execute_simple(regs, simple, next, reason),
             Instruction::CacheFlush | Instruction::Pause => self.go_on(regs, next),
             Instruction::IoString(Io { port, width, input, rep, .. }) => Reason::IoString { port, width, input, rep },
             Instruction::Hlt => self.hlt(regs, next),
             Instruction::Control(access) => self.control(regs, access, next),
             Instruction::Xsetbv => self.set_xcr0(regs, next),
             Instruction::Hypercall => self.hypercall(regs, next),
-        }
+        };
     }
 
     /// Goes on behind an instruction that has been executed for the guest.
@@ -278,7 +286,7 @@ impl<H: X86Hal> Guest<H> {
     }
 
     #[inline(never)]
-    fn rdmsr(&mut self, regs: &mut impl Registers, next: u64) -> Reason {
+    fn rdmsr(&mut self, regs: &mut impl Registers, next: u64, reason: &mut Reason) {
         let rip = regs.rip();
         let index = regs.gpr(RCX) as u32;
         match self.read_msr(regs, index) {
@@ -287,58 +295,54 @@ impl<H: X86Hal> Guest<H> {
                 self.private = !apic::owns_msr(index);
                 regs.set_gpr(RAX, value & 0xffff_ffff);
                 regs.set_gpr(RDX, value >> 32);
-                self.go_on(regs, next)
+                self.advance(regs, next);
             }
-            Access::Fault => self.fault(),
+            Access::Fault => *reason = self.fault(),
             Access::User => {
                 self.exit_kind = ExitKind::MsrUser;
                 self.advance(regs, next);
                 self.pending = Pending::MsrRead { rip };
-                Reason::SysRegRead { addr: index.into(), reg: 0 }
+                *reason = Reason::SysRegRead { addr: index.into(), reg: 0 };
             }
         }
     }
 
     #[inline(never)]
-    fn wrmsr(&mut self, regs: &mut impl Registers, next: u64) -> Reason {
+    fn wrmsr(&mut self, regs: &mut impl Registers, next: u64, reason: &mut Reason) {
         let rip = regs.rip();
         let index = regs.gpr(RCX) as u32;
         let value = regs.gpr(RDX) << 32 | regs.gpr(RAX) & 0xffff_ffff;
         match self.write_msr(regs, index, value) {
             Access::Done(written) => {
                 self.advance(regs, next);
-                self.after_write(index, written)
+                self.after_write(index, written, reason);
             }
-            Access::Fault => self.fault(),
+            Access::Fault => *reason = self.fault(),
             Access::User => {
                 self.exit_kind = ExitKind::MsrUser;
                 self.advance(regs, next);
                 self.pending = Pending::MsrWrite { rip };
-                Reason::SysRegWrite { addr: index.into(), value }
+                *reason = Reason::SysRegWrite { addr: index.into(), value };
             }
         }
     }
 
     /// What a write of an MSR has set off.
     #[inline]
-    fn after_write(&mut self, index: u32, written: Written) -> Reason {
+    fn after_write(&mut self, index: u32, written: Written, reason: &mut Reason) {
         match written {
             Written::Quiet => {
                 if index == TSC_AUX {
                     // SAFETY: In a window, which has TSC_AUX for the guest; the CPU has it, or the guest could not write it.
                     unsafe { cpu::wrmsr(index, self.msrs.tsc_aux) };
                 }
-                Reason::Nothing
             }
             Written::BranchBarrier => {
                 // SAFETY: Kernel context; the CPU has it, or the guest could not write it.
                 unsafe { cpu::wrmsr(PRED_CMD, PRED_CMD_IBPB) };
-                Reason::Nothing
             }
-            Written::Apic(effect) => {
-                self.private = effect == Effect::None && apic::is_own_affair(index);
-                self.after_apic(effect)
-            }
+            Written::Apic(Effect::None) => self.private = apic::is_own_affair(index),
+            Written::Apic(effect) => *reason = self.after_apic(effect),
         }
     }
 
@@ -362,14 +366,14 @@ impl<H: X86Hal> Guest<H> {
     }
 
     #[inline]
-    fn io(&mut self, regs: &mut impl Registers, io: Io, next: u64) -> Reason {
+    fn io(&mut self, regs: &mut impl Registers, io: Io, next: u64, reason: &mut Reason) {
         let Io { port, width, input, .. } = io;
         self.advance(regs, next);
         if input {
             self.pending = Pending::Input { bytes: width.size() };
-            Reason::IoRead { port, width }
+            *reason = Reason::IoRead { port, width };
         } else {
-            Reason::IoWrite { port, width, data: regs.gpr(RAX) & width.mask() }
+            *reason = Reason::IoWrite { port, width, data: regs.gpr(RAX) & width.mask() };
         }
     }
 

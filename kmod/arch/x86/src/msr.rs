@@ -196,6 +196,11 @@ fn constant(index: u32) -> Option<u64> {
     })
 }
 
+/// What a write that sets off nothing comes to.
+fn quiet(result: GuestResult) -> Access<Written> {
+    result.map(|()| Written::Quiet).into()
+}
+
 /// Which MSRs the guest's CPUID gives it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Offered {
@@ -246,15 +251,6 @@ impl<H: X86Hal> Guest<H> {
         if apic::owns_msr(index) {
             return self.with_lapic(|lapic, clock| lapic.read_msr(index, clock)).map_or(Access::User, Access::from);
         }
-        if let Some(value) = regs.direct_msr(index).or_else(|| constant(index)) {
-            return Access::Done(value);
-        }
-        if Mtrr::owns_msr(index) {
-            return self.mtrr.read(index).into();
-        }
-        if PvClock::owns_msr(index) {
-            return if self.offered.clock(index) { self.clock.read(index).into() } else { Access::User };
-        }
         match index {
             MSR_APIC_BASE if self.lapic().is_some() => Access::Done(self.apic_base()),
             TSC => Access::Done(self.tsc()),
@@ -272,8 +268,23 @@ impl<H: X86Hal> Guest<H> {
             DEBUGCTL => Access::Done(0),
             HWCR => Access::Done(self.msrs.hwcr),
             DE_CFG => Access::Done(DE_CFG_LFENCE),
-            _ => Access::User,
+            _ => self.read_listed_msr(regs, index),
         }
+    }
+
+    /// RDMSR of `index`, which is in one of the lists, if we have it.
+    #[inline(never)]
+    fn read_listed_msr(&mut self, regs: &impl Registers, index: u32) -> Access<u64> {
+        if let Some(value) = regs.direct_msr(index).or_else(|| constant(index)) {
+            return Access::Done(value);
+        }
+        if Mtrr::owns_msr(index) {
+            return self.mtrr.read(index).into();
+        }
+        if PvClock::owns_msr(index) && self.offered.clock(index) {
+            return self.clock.read(index).into();
+        }
+        Access::User
     }
 
     /// WRMSR of `value` to `index`.
@@ -281,6 +292,9 @@ impl<H: X86Hal> Guest<H> {
     pub(crate) fn write_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
         // First, since guests write them at each interrupt.
         if apic::owns_msr(index) {
+            if index == MSR_TSC_DEADLINE && self.postpone(value) {
+                return Access::Done(Written::Apic(Effect::None));
+            }
             return self
                 .with_lapic(|lapic, clock| lapic.write_msr(index, value, clock))
                 .map_or(Access::User, |result| Access::from(result.map(Written::Apic)));
@@ -291,34 +305,6 @@ impl<H: X86Hal> Guest<H> {
     /// WRMSR of `value` to `index`, which is none of the local APIC's.
     #[inline(never)]
     fn write_other_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
-        let quiet = |result: GuestResult| Access::from(result.map(|()| Written::Quiet));
-        if regs.direct_msr(index).is_some() {
-            return if self.is_valid_direct(index, value) && regs.set_direct_msr(index, value) {
-                Access::Done(Written::Quiet)
-            } else {
-                Access::Fault
-            };
-        }
-        // Locked.
-        if (index == VM_CR && value & !VM_CR_DISABLED != 0)
-            || (index == FEATURE_CONTROL && value != FEATURE_CONTROL_LOCKED)
-        {
-            return Access::Fault;
-        }
-        if constant(index).is_some() {
-            return Access::Done(Written::Quiet);
-        }
-        if Mtrr::owns_msr(index) {
-            return quiet(self.mtrr.write(index, value, self.limits.phys_bits));
-        }
-        if PvClock::owns_msr(index) {
-            let phys_bits = self.limits.phys_bits;
-            return if self.offered.clock(index) {
-                quiet(self.clock.write(index, value, phys_bits))
-            } else {
-                Access::User
-            };
-        }
         let only = |bits: u64| if value & !bits == 0 { Ok(()) } else { Err(GeneralProtection) };
         match index {
             MSR_APIC_BASE if self.lapic().is_some() => {
@@ -363,8 +349,37 @@ impl<H: X86Hal> Guest<H> {
                 quiet(only(kept | HWCR_IGNORED).map(|()| self.msrs.hwcr = value & kept))
             }
             DE_CFG => quiet(only(DE_CFG_LFENCE)),
-            _ => Access::User,
+            _ => self.write_listed_msr(regs, index, value),
         }
+    }
+
+    /// WRMSR of `value` to `index`, which is in one of the lists, if we have it.
+    #[inline(never)]
+    fn write_listed_msr(&mut self, regs: &mut impl Registers, index: u32, value: u64) -> Access<Written> {
+        if regs.direct_msr(index).is_some() {
+            return if self.is_valid_direct(index, value) && regs.set_direct_msr(index, value) {
+                Access::Done(Written::Quiet)
+            } else {
+                Access::Fault
+            };
+        }
+        // Locked.
+        if (index == VM_CR && value & !VM_CR_DISABLED != 0)
+            || (index == FEATURE_CONTROL && value != FEATURE_CONTROL_LOCKED)
+        {
+            return Access::Fault;
+        }
+        if constant(index).is_some() {
+            return Access::Done(Written::Quiet);
+        }
+        let phys_bits = self.limits.phys_bits;
+        if Mtrr::owns_msr(index) {
+            return quiet(self.mtrr.write(index, value, phys_bits));
+        }
+        if PvClock::owns_msr(index) && self.offered.clock(index) {
+            return quiet(self.clock.write(index, value, phys_bits));
+        }
+        Access::User
     }
 
     /// Whether `index`, a direct MSR, may hold `value`: addresses must be canonical, and the flag mask has 32 bits. A backend may

@@ -127,7 +127,8 @@ impl<H: X86Hal> Guest<H> {
     fn turns(&mut self, hw: &mut impl Backend<H>, exit: &mut Reason, turns: &mut impl Turns) -> AxResult<Go> {
         if let Some(before) = hw.ready(self)? {
             self.exited = Exited { exit: before, interrupted: None };
-            *exit = self.handle(hw.regs_mut(), &Plan::NOTHING);
+            *exit = Reason::Nothing;
+            self.handle(hw.regs_mut(), &Plan::NOTHING, exit);
             return Ok(Go::Back);
         }
         let mut plan = self.plan(hw);
@@ -135,10 +136,11 @@ impl<H: X86Hal> Guest<H> {
         loop {
             hw.enter()?;
             self.private = false;
+            *exit = Reason::Nothing;
             let frequent = if prepared_for_more { hw.frequent(self) } else { None };
             match frequent {
                 Some(Frequent::Instruction(instruction, next)) => {
-                    *exit = self.execute_simple(hw.regs_mut(), instruction, next);
+                    self.execute_simple(hw.regs_mut(), instruction, next, exit);
                 }
                 Some(Frequent::PageFault { addr, access }) => {
                     self.exit_kind = ExitKind::PageFault;
@@ -146,7 +148,7 @@ impl<H: X86Hal> Guest<H> {
                 }
                 None => {
                     hw.decode(self, &plan)?;
-                    *exit = self.handle(hw.regs_mut(), &plan);
+                    self.handle(hw.regs_mut(), &plan, exit);
                 }
             }
             if !self.private && !self.settle(hw, exit, turns) {
@@ -220,9 +222,9 @@ impl<H: X86Hal> Guest<H> {
         let regs = hw.regs_mut();
         let situation = self.situation(regs);
         let plan = self.events.plan(situation, vector, apic.accepts_pic);
-        if plan.acknowledge {
+        if let Some(vector) = vector.filter(|_| plan.acknowledge) {
             if let Some(lapic) = self.lapic_mut() {
-                lapic.acknowledge();
+                lapic.acknowledge(vector);
             }
         }
         if let Some(address) = plan.address {

@@ -260,7 +260,13 @@ impl<H: AxVCpuHal> Lapic<H> {
     /// the guest's CR8 into account, so [`set_cr8`](Self::set_cr8) first where the guest may have changed it.
     #[inline]
     pub fn pending_vector(&self) -> Option<u8> {
-        self.highest_request().filter(|vector| vector & 0xf0 > self.ppr() & 0xf0)
+        self.highest_request().filter(|&vector| self.is_deliverable(vector))
+    }
+
+    /// Whether the class of `vector` is above the processor priority.
+    #[inline]
+    pub fn is_deliverable(&self, vector: u8) -> bool {
+        vector & 0xf0 > self.ppr() & 0xf0
     }
 
     /// The highest interrupt requested, whatever the priorities: what the window must be opened for.
@@ -272,14 +278,12 @@ impl<H: AxVCpuHal> Lapic<H> {
         self.registers.highest(Set::Requested)
     }
 
-    /// The CPU takes [`pending_vector`](Self::pending_vector): it is in service now.
-    pub fn acknowledge(&mut self) -> Option<u8> {
-        let vector = self.pending_vector()?;
+    /// The CPU takes `vector`, the [`pending_vector`](Self::pending_vector): it is in service now.
+    pub fn acknowledge(&mut self, vector: u8) {
         let registers = &mut *self.registers;
         registers.remove(Set::Requested, vector);
         registers.insert(Set::InService, vector);
         self.changed = true;
-        Some(vector)
     }
 
     /// End of the interrupt of highest priority in service.
@@ -402,8 +406,17 @@ impl<H: AxVCpuHal> Lapic<H> {
 
     /// What to do with the host's timer; the caller does it. See [`Timer::update`].
     #[inline]
-    pub fn timer_update(&mut self, watch: Watch) -> TimerUpdate {
+    pub fn timer_update(&mut self, watch: Watch, clock: &dyn Fn() -> Clock) -> TimerUpdate {
+        if watch == Watch::Nobody && self.timer.is_postponed() {
+            self.timer.estimate(&clock());
+        }
         self.timer.update(watch)
+    }
+
+    /// The guest writes IA32_TSC_DEADLINE while its TSC is `tsc`: see [`Timer::postpone`].
+    #[inline]
+    pub(crate) fn postpone(&mut self, deadline: u64, tsc: u64) -> bool {
+        self.timer.postpone(deadline, tsc)
     }
 
     /// The guest's TSC at which the timer's interrupt is due, in TSC-deadline mode.

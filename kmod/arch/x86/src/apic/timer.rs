@@ -60,6 +60,8 @@ pub struct Timer {
     deadline: u64,
     /// Host time of the next expiry, if the timer runs. In TSC-deadline mode an estimate: the TSC itself decides.
     expiry: Option<u64>,
+    /// The estimate is that of a deadline before this one: too early.
+    postponed: bool,
     /// What the host's timer is set to.
     armed: Option<u64>,
 }
@@ -73,7 +75,16 @@ impl Default for Timer {
 impl Timer {
     /// The state after reset: stopped and masked.
     pub const fn new() -> Self {
-        Self { mode: TimerMode::OneShot, masked: true, initial: 0, divide: 0, deadline: 0, expiry: None, armed: None }
+        Self {
+            mode: TimerMode::OneShot,
+            masked: true,
+            initial: 0,
+            divide: 0,
+            deadline: 0,
+            expiry: None,
+            postponed: false,
+            armed: None,
+        }
     }
 
     /// Back to the state after reset, except that what the host's timer is set to is not forgotten.
@@ -108,8 +119,8 @@ impl Timer {
             TimerMode::TscDeadline => {
                 if clock.tsc < self.deadline {
                     // The host's clock is disciplined and the TSC is not, so the estimate can be early. Estimate again.
-                    if expiry <= clock.now_ns {
-                        self.expiry = Some(clock.host_time_of(self.deadline));
+                    if expiry <= clock.now_ns || self.postponed {
+                        self.estimate(clock);
                     }
                     return false;
                 }
@@ -205,14 +216,41 @@ impl Timer {
         if self.mode == TimerMode::TscDeadline {
             self.deadline = deadline;
             self.expiry = (deadline != 0).then(|| clock.host_time_of(deadline));
+            self.postponed = false;
+        }
+    }
+
+    /// Writes IA32_TSC_DEADLINE while the TSC is `tsc`, if that only moves a deadline that is ahead further away: then the estimate
+    /// of when the timer expires may stay, which is early, and the clocks need not be read nor converted. Whether that was it.
+    /// Nothing has happened before, and nothing is due.
+    #[inline]
+    pub fn postpone(&mut self, deadline: u64, tsc: u64) -> bool {
+        let ahead = self.mode == TimerMode::TscDeadline && self.expiry.is_some() && tsc < self.deadline;
+        if !ahead || deadline < self.deadline {
+            return false;
+        }
+        self.deadline = deadline;
+        self.postponed = true;
+        true
+    }
+
+    /// Whether the estimate of when the timer expires is known to be early.
+    #[inline]
+    pub fn is_postponed(&self) -> bool {
+        self.postponed
+    }
+
+    /// Estimates when a timer that waits for a deadline expires.
+    pub fn estimate(&mut self, clock: &Clock) {
+        self.postponed = false;
+        if self.mode == TimerMode::TscDeadline && self.expiry.is_some() {
+            self.expiry = Some(clock.host_time_of(self.deadline));
         }
     }
 
     /// The guest's TSC was changed by other means than passing: the deadline lies elsewhere now.
     pub fn tsc_changed(&mut self, clock: &Clock) {
-        if self.mode == TimerMode::TscDeadline && self.expiry.is_some() {
-            self.expiry = Some(clock.host_time_of(self.deadline));
-        }
+        self.estimate(clock);
     }
 
     /// Sets a saved state of the counting modes: initial count, current count and divide configuration, after

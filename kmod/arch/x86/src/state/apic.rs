@@ -38,6 +38,11 @@ pub(crate) struct ApicView {
     pub(crate) cr8: u8,
 }
 
+/// The clocks, of a guest whose TSC is `offset` ahead of the host's.
+fn clock<H: X86Hal>(offset: u64) -> Clock {
+    Clock { now_ns: H::now_ns(), tsc: cpu::rdtsc().wrapping_add(offset), tsc_khz: H::tsc_khz() }
+}
+
 impl<H: X86Hal> Guest<H> {
     /// The guest's TSC.
     pub(crate) fn tsc(&self) -> u64 {
@@ -48,8 +53,7 @@ impl<H: X86Hal> Guest<H> {
     #[inline]
     pub(crate) fn with_lapic<T>(&mut self, f: impl FnOnce(&mut Lapic<H>, &dyn Fn() -> Clock) -> T) -> Option<T> {
         let offset = self.tsc_offset;
-        let clock = || Clock { now_ns: H::now_ns(), tsc: cpu::rdtsc().wrapping_add(offset), tsc_khz: H::tsc_khz() };
-        self.lapic_mut().map(|lapic| f(lapic, &clock))
+        self.lapic_mut().map(|lapic| f(lapic, &|| clock::<H>(offset)))
     }
 
     /// The local APIC, if it is here.
@@ -86,11 +90,11 @@ impl<H: X86Hal> Guest<H> {
     }
 
     fn look_at_apic(&mut self) -> ApicView {
-        let vector = self.apic_vector();
+        let request = self.lapic().and_then(Lapic::highest_request);
+        let vector = request.filter(|&vector| self.lapic().is_some_and(|lapic| lapic.is_deliverable(vector)));
         let view = ApicView {
             vector,
-            blocked_by_priority: vector.is_none()
-                && self.lapic().is_some_and(|lapic| lapic.highest_request().is_some()),
+            blocked_by_priority: request.is_some() && vector.is_none(),
             accepts_pic: self.accepts_pic_interrupt(),
             cr8: self.cr8(),
         };
@@ -108,8 +112,17 @@ impl<H: X86Hal> Guest<H> {
             Activity::Running => Watch::Exits,
             _ => Watch::Nobody,
         };
+        let offset = self.tsc_offset;
         // Not `lapic_mut`: it changes nothing of what entries ask.
-        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, |lapic| lapic.timer_update(watch))
+        self.lapic.as_mut().map_or(TimerUpdate::Unchanged, |lapic| lapic.timer_update(watch, &|| clock::<H>(offset)))
+    }
+
+    /// The guest writes IA32_TSC_DEADLINE. Whether that is done, since it only moves a deadline further away.
+    #[inline]
+    pub(crate) fn postpone(&mut self, deadline: u64) -> bool {
+        let tsc = self.tsc();
+        // Not `lapic_mut`, as above.
+        self.lapic.as_mut().is_some_and(|lapic| lapic.postpone(deadline, tsc))
     }
 
     /// The guest's TSC that the local APIC's timer waits for, in TSC-deadline mode.

@@ -23,6 +23,13 @@ fn no_clock() -> Clock {
     panic!("the clocks were read")
 }
 
+/// The CPU takes an interrupt, if there is one for it.
+fn take(lapic: &mut Lapic) -> Option<u8> {
+    let vector = lapic.pending_vector()?;
+    lapic.acknowledge(vector);
+    Some(vector)
+}
+
 fn config(id: u32) -> Config {
     Config { id, boot_processor: id == 0, x2apic: true, tsc_deadline: true }
 }
@@ -165,12 +172,12 @@ fn an_interrupt_goes_from_request_to_service_to_end() {
     assert_eq!(lapic.read_page(reg::IRR + 0x20, &no_clock), (1 << 1) | (1 << 18));
     assert_eq!(lapic.read_page(reg::TMR + 0x20, &no_clock), 1 << 18);
     assert_eq!(lapic.pending_vector(), Some(0x52));
-    assert_eq!(lapic.acknowledge(), Some(0x52));
+    assert_eq!(take(&mut lapic), Some(0x52));
     assert_eq!((lapic.ppr(), lapic.pending_vector()), (0x50, None));
     assert_eq!(lapic.highest_request(), Some(0x41));
-    assert_eq!(lapic.acknowledge(), None);
+    assert_eq!(take(&mut lapic), None);
     assert_eq!(lapic.write_page(reg::EOI, 0, &no_clock), Effect::InterruptEnd(0x52));
-    assert_eq!(lapic.acknowledge(), Some(0x41));
+    assert_eq!(take(&mut lapic), Some(0x41));
     assert_eq!(lapic.eoi(), Effect::None, "edge-triggered");
     assert_eq!(lapic.eoi(), Effect::None, "nothing in service");
     assert_eq!(lapic.ppr(), 0);
@@ -180,11 +187,11 @@ fn an_interrupt_goes_from_request_to_service_to_end() {
 fn the_same_vector_can_be_requested_while_in_service() {
     let mut lapic = xapic(0);
     post(&mut lapic, &[(0x41, false)]);
-    lapic.acknowledge();
+    take(&mut lapic);
     post(&mut lapic, &[(0x41, false)]);
     assert_eq!(lapic.pending_vector(), None);
     lapic.eoi();
-    assert_eq!(lapic.acknowledge(), Some(0x41));
+    assert_eq!(take(&mut lapic), Some(0x41));
 }
 
 #[test]
@@ -207,12 +214,12 @@ fn illegal_vectors_are_errors() {
     let mut lapic = xapic(0);
     lapic.write_page(reg::LVT_ERROR, 0xee, &no_clock);
     post(&mut lapic, &[(15, false), (16, false)]);
-    assert_eq!(lapic.acknowledge(), Some(0xee), "the error interrupt");
+    assert_eq!(take(&mut lapic), Some(0xee), "the error interrupt");
     assert_eq!(lapic.read_page(reg::ESR, &no_clock), 0, "not latched yet");
     lapic.write_page(reg::ESR, 0, &no_clock);
     assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 6);
     lapic.eoi();
-    assert_eq!(lapic.acknowledge(), Some(16));
+    assert_eq!(take(&mut lapic), Some(16));
     assert_eq!(lapic.write_page(reg::ICR, 0x400f, &no_clock), Effect::None);
     lapic.write_page(reg::ESR, 0, &no_clock);
     assert_eq!(lapic.read_page(reg::ESR, &no_clock), 1 << 5);
@@ -373,9 +380,9 @@ fn commands_that_need_nobody_else_stay_inside() {
     assert_eq!(lapic.write_msr(msr(reg::ICR), 0x000c_8500, &no_clock), OK, "INIT level de-assert");
     assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0008_0200, &no_clock), OK, "SMI");
     assert_eq!(lapic.write_msr(msr(reg::ICR), 0x0008_0300, &no_clock), OK, "reserved");
-    assert_eq!(lapic.acknowledge(), Some(0xf3));
+    assert_eq!(take(&mut lapic), Some(0xf3));
     lapic.eoi();
-    assert_eq!(lapic.acknowledge(), Some(0xf1));
+    assert_eq!(take(&mut lapic), Some(0xf1));
     assert_eq!(lapic.write_msr(msr(reg::SELF_IPI), 0x0f, &no_clock), OK);
     lapic.write_msr(msr(reg::ESR), 0, &no_clock).unwrap();
     assert_eq!(lapic.read_msr(msr(reg::ESR), &no_clock), Ok(1 << 5));
@@ -405,7 +412,7 @@ fn init_resets_all_but_id_and_mode() {
     let mut lapic = x2apic(3);
     lapic.write_msr(msr(reg::LVT_TIMER), 0xec, &at(0)).unwrap();
     lapic.write_msr(msr(reg::INITIAL_COUNT), 1000, &at(0)).unwrap();
-    assert!(matches!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(_)));
+    assert!(matches!(lapic.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Arm(_)));
     let mailbox = Mailbox::new();
     mailbox.post_interrupt(0x41, false);
     mailbox.post_init();
@@ -415,7 +422,7 @@ fn init_resets_all_but_id_and_mode() {
     assert_eq!((lapic.mode(), lapic.highest_request()), (Mode::X2Apic, None));
     assert_eq!(lapic.read_msr(msr(reg::SVR), &no_clock), Ok(0xff));
     assert_eq!(lapic.read_msr(msr(reg::ID), &no_clock), Ok(3));
-    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Cancel, "the host's timer is not forgotten");
+    assert_eq!(lapic.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Cancel, "the host's timer is not forgotten");
     let mut boot = new(config(0));
     boot.init();
     assert_eq!(boot.base(), 0xfee0_0900);
@@ -428,13 +435,13 @@ fn the_timer_interrupts_through_its_entry() {
     lapic.write_page(reg::LVT_TIMER, 0x2_00ec, &at(0));
     lapic.write_page(reg::DIVIDE, 0xb, &at(0));
     lapic.write_page(reg::INITIAL_COUNT, 1_000_000, &at(0));
-    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(1_000_000));
+    assert_eq!(lapic.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Arm(1_000_000));
     assert_eq!(lapic.read_page(reg::CURRENT_COUNT, &at(400_000)), 600_000);
     let mailbox = Mailbox::new();
     mailbox.post_timer();
     assert!(lapic.collect(&mailbox, &at(1_000_100)).timer);
-    assert_eq!(lapic.acknowledge(), Some(0xec));
-    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(2_000_000));
+    assert_eq!(take(&mut lapic), Some(0xec));
+    assert_eq!(lapic.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Arm(2_000_000));
     lapic.write_page(reg::LVT_TIMER, 0x3_00ec, &at(2_000_001));
     assert_eq!(lapic.highest_request(), Some(0xec), "it expired before it was masked");
 }
@@ -447,17 +454,28 @@ fn the_deadline_msr() {
     lapic.write_msr(msr(reg::LVT_TIMER), 0x4_00ec, &at(0)).unwrap();
     lapic.write_msr(MSR_TSC_DEADLINE, 5000, &at(0)).unwrap();
     assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(0)), Ok(5000));
-    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Arm(2500));
+    assert_eq!(lapic.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Arm(2500));
     assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(2500)), Ok(0), "seen as soon as somebody looks");
-    assert_eq!(lapic.acknowledge(), Some(0xec));
+    assert_eq!(take(&mut lapic), Some(0xec));
     lapic.eoi();
     lapic.write_msr(MSR_TSC_DEADLINE, 1, &at(3000)).unwrap();
-    assert_eq!(lapic.acknowledge(), Some(0xec), "a deadline in the past");
-    assert_eq!(lapic.timer_update(Watch::Nobody), TimerUpdate::Cancel, "what was armed for the first deadline");
+    assert_eq!(take(&mut lapic), Some(0xec), "a deadline in the past");
+    assert_eq!(
+        lapic.timer_update(Watch::Nobody, &no_clock),
+        TimerUpdate::Cancel,
+        "what was armed for the first deadline"
+    );
     lapic.eoi();
     lapic.write_msr(MSR_TSC_DEADLINE, 20_000, &at(3000)).unwrap();
     lapic.tsc_changed(&|| Clock { now_ns: 3100, tsc: 30_000, tsc_khz: 2_000_000 });
-    assert_eq!(lapic.acknowledge(), Some(0xec), "the TSC jumped over it");
+    assert_eq!(take(&mut lapic), Some(0xec), "the TSC jumped over it");
+    lapic.write_msr(MSR_TSC_DEADLINE, 20_000, &at(0)).unwrap();
+    assert_eq!(lapic.timer_update(Watch::Exits, &no_clock), TimerUpdate::Arm(10_000));
+    assert!(lapic.postpone(40_000, 0));
+    assert_eq!(lapic.read_msr(MSR_TSC_DEADLINE, &at(0)), Ok(40_000));
+    assert!(lapic.postpone(60_000, 0));
+    assert_eq!(lapic.timer_update(Watch::Exits, &no_clock), TimerUpdate::Unchanged, "early enough");
+    assert_eq!(lapic.timer_update(Watch::Nobody, &at(0)), TimerUpdate::Arm(30_000), "a sleeper is woken in time");
     let mut without = new(Config { tsc_deadline: false, ..config(0) });
     assert_eq!(without.write_msr(MSR_TSC_DEADLINE, 0, &at(0)), FAULT);
     assert_eq!(without.read_msr(MSR_TSC_DEADLINE, &at(0)), Err(GeneralProtection));
@@ -471,7 +489,7 @@ fn state_round_trips() {
         lapic.write_page(reg::DFR, 0x0fff_ffff, &no_clock);
         lapic.restore_base(base).unwrap();
         post(&mut lapic, &[(0x41, false), (0x93, true), (0xfe, true)]);
-        lapic.acknowledge();
+        take(&mut lapic);
         let mut state = lapic.state(&at(100));
         let set = |state: &mut LocalApic, offset: u16, value| state.regs[usize::from(offset / 16)] = value;
         set(&mut state, reg::TPR, 0x23);
@@ -491,10 +509,10 @@ fn state_round_trips() {
         set(&mut saved, reg::APR, 0);
         set(&mut state, reg::APR, 0);
         assert_eq!(saved, state, "{base:#x}");
-        assert_eq!(copy.timer_update(Watch::Nobody), TimerUpdate::Arm(400_100));
+        assert_eq!(copy.timer_update(Watch::Nobody, &no_clock), TimerUpdate::Arm(400_100));
         assert!(copy.accepts_pic_interrupt());
         assert_eq!(copy.eoi(), Effect::InterruptEnd(0xfe));
-        assert_eq!(copy.acknowledge(), Some(0x93));
+        assert_eq!(take(&mut copy), Some(0x93));
     }
 }
 

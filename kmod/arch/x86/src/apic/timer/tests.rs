@@ -47,6 +47,27 @@ fn the_hosts_timer_is_moved_back_only_for_a_sleeper() {
 }
 
 #[test]
+fn a_postponed_deadline_is_estimated_when_somebody_looks() {
+    let mut timer = timer(TimerMode::TscDeadline);
+    assert!(!timer.postpone(2_600_000, 0), "none is set");
+    timer.set_deadline(2_600_000, &at(0));
+    assert_eq!(timer.update(Watch::Exits), TimerUpdate::Arm(1_000_000));
+    for (deadline, tsc) in [(2_599_999, 0), (0, 0), (5_200_000, 2_600_000)] {
+        assert!(!timer.postpone(deadline, tsc), "sooner, never, or the first one is due");
+    }
+    assert!(timer.postpone(5_200_000, 2_599_999));
+    assert_eq!((timer.watched_deadline(), timer.update(Watch::Exits)), (Some(5_200_000), TimerUpdate::Unchanged));
+    timer.host_fired();
+    assert!(!timer.poll(&at(900_000)), "not even the first one");
+    assert_eq!(timer.update(Watch::Exits), TimerUpdate::Arm(2_000_000));
+    assert!(timer.poll(&at(2_000_000)));
+    assert!(!timer.postpone(7_800_000, 5_200_000), "none is set any more");
+    timer.set_lvt(TimerMode::Periodic, false);
+    timer.set_initial_count(1_000_000, &at(0));
+    assert!(!timer.postpone(7_800_000, 0), "another mode");
+}
+
+#[test]
 fn one_shot_fires_once() {
     let mut timer = timer(TimerMode::OneShot);
     timer.set_initial_count(1000, &at(5000));
@@ -215,6 +236,13 @@ fn restore_continues() {
     );
 }
 
+/// Writes a deadline as the local APIC does. Whether an interrupt is due.
+fn write_deadline(timer: &mut Timer, deadline: u64, clock: &Clock) -> bool {
+    let before = timer.poll(clock);
+    timer.set_deadline(deadline, clock);
+    timer.poll(clock) || before
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 16 } else { 2000 }) })]
     #[test]
@@ -229,6 +257,24 @@ proptest! {
             timer.host_fired();
             prop_assert!(timer.poll(&at(target + late)));
             prop_assert!(timer.current_count(&at(target + late)) <= initial);
+        }
+    }
+
+    #[test]
+    fn postponing_loses_no_interrupt(writes in proptest::collection::vec((0u64..2_000_000, 0u64..10_000_000, any::<bool>()), 1..40)) {
+        let (mut short, mut long, mut now) = (timer(TimerMode::TscDeadline), timer(TimerMode::TscDeadline), 0);
+        for (pause, distance, look) in writes {
+            now += pause;
+            let clock = at(now);
+            let deadline = clock.tsc + distance;
+            let due = write_deadline(&mut long, deadline, &clock);
+            prop_assert_eq!(!short.postpone(deadline, clock.tsc) && write_deadline(&mut short, deadline, &clock), due);
+            prop_assert_eq!(short.deadline(), long.deadline());
+            prop_assert!(short.expiry <= long.expiry && short.expiry.is_some() == long.expiry.is_some());
+            if look {
+                prop_assert!(!short.poll(&clock));
+                prop_assert_eq!(short.expiry, long.expiry);
+            }
         }
     }
 }
