@@ -25,6 +25,12 @@ use crate::x86::hypervisor::X86Vcpu;
 /// `IA32_MTRR_DEF_TYPE`, and what firmware leaves there for a guest that has none: enabled (bit 11), everything write-back.
 const MTRR_DEF_TYPE: Msr = Msr { index: 0x2ff, reserved: 0, value: 1 << 11 | 6 };
 
+/// `IA32_MISC_ENABLE`.
+const MISC_ENABLE: u32 = 0x1a0;
+/// `IA32_MISC_ENABLE`: fast strings. Firmware leaves it set; KVM starts with it clear, and Linux then does without REP MOVS and
+/// REP STOS.
+const FAST_STRINGS: u64 = 1;
+
 mod ioctl {
     //! What kvm-ioctls does not wrap.
     use kvm_bindings::{kvm_interrupt, KVMIO};
@@ -58,6 +64,13 @@ impl Vcpu {
         core.fd.set_cpuid2(&CpuId::from_entries(&entries).map_err(too_many)?).map_err(refused("KVM_SET_CPUID2"))?;
         let mut vcpu = Self { core, msr: false, apic, _slots: Arc::clone(slots) };
         vcpu.set_msrs(&[MTRR_DEF_TYPE])?;
+        if has_fast_strings(cpuid) {
+            let mut enabled = vcpu.msrs(&[MISC_ENABLE])?;
+            for msr in &mut enabled {
+                msr.value |= FAST_STRINGS;
+            }
+            vcpu.set_msrs(&enabled)?;
+        }
         if id == 0 {
             vcpu.set_entry(entry.as_u64())?;
             vcpu.enable_apic()?;
@@ -86,6 +99,12 @@ impl Vcpu {
         apic.regs[0xf] = 0x1ff;
         self.set_local_apic(&apic)
     }
+}
+
+/// Whether REP MOVSB and REP STOSB are fast (CPUID 7, EBX bit 9): KVM leaves that out where the host's firmware has switched fast
+/// strings off.
+fn has_fast_strings(cpuid: &[CpuidEntry]) -> bool {
+    cpuid.iter().any(|entry| (entry.function, entry.index) == (7, 0) && entry.ebx >> 9 & 1 != 0)
 }
 
 /// Exits that only x86 has.
