@@ -96,7 +96,6 @@ fn server() -> &'static [u8] {
 fn dangerous() -> CaseResult {
     let mut m = with_handler(server())?;
     for msr in [
-        0x10a,       // ARCH_CAPABILITIES
         0x1d9,       // DEBUGCTL
         0x198,       // PERF_STATUS
         0x1a2,       // TEMPERATURE_TARGET

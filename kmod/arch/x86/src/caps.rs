@@ -5,7 +5,9 @@
 use vcpu_core::npt::Levels;
 use vcpu_core::AxError;
 
+use crate::arch_capabilities::ARCH_CAPABILITIES;
 use crate::cpu::{self, Cpuid};
+use crate::msr::{MISC_ENABLE, MISC_ENABLE_FAST_STRING};
 use crate::regs::{cr4, efer, xcr0};
 use crate::vmx::capabilities::{Missing, Msrs, VmxCapabilities};
 
@@ -106,6 +108,11 @@ pub fn read_tsc() -> u64 {
     cpu::rdtsc()
 }
 
+/// Whether a CPU with `cpuid` has ARCH_CAPABILITIES (SDM vol. 2A, CPUID, leaf 7).
+fn has_arch_capabilities(cpuid: impl Fn(u32, u32) -> Cpuid) -> bool {
+    cpuid(0, 0).eax >= 7 && cpuid(7, 0).edx >> 29 & 1 != 0
+}
+
 /// What the CPU can do for guests. All CPUs of a machine are taken to be alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -139,6 +146,10 @@ pub struct Capabilities {
     pub(crate) spec_ctrl_bits: u64,
     /// SPEC_CTRL is virtualized by the hardware.
     pub(crate) virtual_spec_ctrl: bool,
+    /// What ARCH_CAPABILITIES says, if it exists.
+    pub(crate) arch_capabilities: Option<u64>,
+    /// REP MOVS and REP STOS are fast: not where firmware has switched that off, which MISC_ENABLE tells.
+    pub(crate) fast_strings: bool,
     /// PRED_CMD has an indirect branch prediction barrier.
     pub branch_barrier: bool,
     /// FLUSH_CMD can flush the L1 data cache.
@@ -160,8 +171,17 @@ impl Capabilities {
         let host_cr4 = unsafe { cpu::cr4() };
         // SAFETY: `detect` has made sure that CR4.OSXSAVE is set.
         let host_xcr0 = unsafe { cpu::xcr0() };
-        let caps = Self { fred: host_cr4 & CR4_FRED != 0, ..Self::from_cpuid(cpu::cpuid, host_cr4, host_xcr0) };
+        // SAFETY: Kernel context, and CPUID says that the MSR exists.
+        let arch_capabilities = has_arch_capabilities(cpu::cpuid).then(|| unsafe { cpu::rdmsr(ARCH_CAPABILITIES) });
+        let caps = Self {
+            fred: host_cr4 & CR4_FRED != 0,
+            arch_capabilities,
+            ..Self::from_cpuid(cpu::cpuid, host_cr4, host_xcr0)
+        };
         if extension() == Some(Backend::Vmx) {
+            // SAFETY: Kernel context, and every CPU with VMX has the MSR.
+            let fast_strings = unsafe { cpu::rdmsr(MISC_ENABLE) } & MISC_ENABLE_FAST_STRING != 0;
+            let caps = Self { fast_strings, ..caps };
             caps.on_vmx(vmx().map_or(Levels::Four, |vmx| vmx.levels(cpu::cpuid(0x8000_0008, 0).eax & 0xff)))
         } else {
             caps
@@ -169,10 +189,11 @@ impl Capabilities {
     }
 
     /// The same with what does not come from CPUID on VMX: an extended page table of `levels`, whatever the host's paging, and
-    /// instruction lengths at exits.
+    /// instruction lengths at exits. SVM's leaf means nothing there: beyond the last leaf Intel's CPUs answer with another one.
     fn on_vmx(self, levels: Levels) -> Self {
         Self {
             next_rip: true,
+            virtual_spec_ctrl: false,
             npt_levels: levels,
             guest_phys_bits: self.guest_phys_bits.min(levels.limit().trailing_zeros()),
             ..self
@@ -198,6 +219,8 @@ impl Capabilities {
             spec_ctrl: false,
             spec_ctrl_bits: 0,
             virtual_spec_ctrl: false,
+            arch_capabilities: None,
+            fast_strings: true,
             branch_barrier: false,
             flush_l1d: false,
             tsc_aux: false,
@@ -251,6 +274,8 @@ impl Capabilities {
             spec_ctrl: spec_ctrl_bits != 0,
             spec_ctrl_bits,
             virtual_spec_ctrl: bit(svm.edx, 20),
+            arch_capabilities: None,
+            fast_strings: true,
             branch_barrier: bit(sizes.ebx, 12) || intel_spec,
             flush_l1d: bit(structured.edx, 28),
             tsc_aux: bit(extended.edx, 27) || bit(structured.ecx, 22),
@@ -305,6 +330,21 @@ mod tests {
         assert_eq!((caps.npt_levels, caps.guest_phys_bits, caps.next_rip), (Levels::Four, 48, true));
         assert_eq!(host.on_vmx(Levels::Five).guest_phys_bits, 52);
         assert_eq!(Capabilities::none().on_vmx(Levels::Five).guest_phys_bits, 36);
+        let caps = Capabilities { virtual_spec_ctrl: true, ..host }.on_vmx(Levels::Four);
+        assert!(!caps.virtual_spec_ctrl, "nothing but our code switches SPEC_CTRL");
+    }
+
+    #[test]
+    fn arch_capabilities_are_asked_for_where_leaf_7_has_them() {
+        let has = |last: u32, edx: u32| {
+            has_arch_capabilities(|leaf, _| match leaf {
+                0 => Cpuid { eax: last, ..Cpuid::default() },
+                7 => Cpuid { edx, ..Cpuid::default() },
+                _ => Cpuid::default(),
+            })
+        };
+        assert!(has(7, 1 << 29) && has(0x1b, u32::MAX));
+        assert!(!has(7, !(1 << 29)) && !has(6, u32::MAX), "another leaf answers for one that is not there");
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!
 //! - `backend` says what a virtualization extension does, in the architecture's terms: `svm` does it on AMD, `vmx` on Intel.
 //! - `vcpu` is all that is the same for both: `state` the vCPU but for its registers, `turn` its turns and `exit` what is done about
-//!   the end of one, `window` and `debug` what is switched between host and guest beside the backend's control block; `msr`,
+//!   the end of one, `window` and `debug` what is switched between host and guest beside the backend's control block; `msr`, `arch_capabilities`,
 //!   `regs`, `events`, `fpu`, `length`, `linear` and the public modules belong to it.
 #![no_std]
 
@@ -16,6 +16,7 @@
 extern crate std;
 
 pub mod apic;
+mod arch_capabilities;
 mod backend;
 mod caps;
 mod cpu;

@@ -8,6 +8,7 @@
 use x86::msr;
 
 use crate::apic::{self, Effect, MSR_APIC_BASE, MSR_TSC_DEADLINE};
+use crate::arch_capabilities::{self, ARCH_CAPABILITIES};
 use crate::caps::Capabilities;
 use crate::cpuid::{CpuidTable, Feature};
 use crate::fault::{GeneralProtection, GuestResult};
@@ -65,7 +66,8 @@ const PP1_ENERGY_STATUS: u32 = 0x641;
 const PATCH_LEVEL: u32 = 0x8b;
 const MCG_CAP: u32 = 0x179;
 const MCG_STATUS: u32 = 0x17a;
-const MISC_ENABLE: u32 = 0x1a0;
+/// MISC_ENABLE.
+pub(crate) const MISC_ENABLE: u32 = 0x1a0;
 const DEBUGCTL: u32 = 0x1d9;
 const LAST_BRANCH_FIRST: u32 = 0x1db;
 const LAST_INT_LAST: u32 = 0x1de;
@@ -101,8 +103,8 @@ const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 /// HWCR bits that guests set for errata of the cache and for hardware that is not there: written in vain, as under KVM.
 const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
-/// MISC_ENABLE: fast strings.
-const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// MISC_ENABLE: fast strings (SDM vol. 4).
+pub(crate) const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// IA32_FEATURE_CONTROL.LOCK, and nothing else: guests have no VMX.
 const FEATURE_CONTROL_LOCKED: u64 = 1;
 /// VM_CR.LOCK and SVMDIS: guests have no SVM.
@@ -159,14 +161,15 @@ pub(crate) struct Msrs {
 }
 
 impl Msrs {
-    /// After reset.
-    pub(crate) const fn new() -> Self {
+    /// After reset, on a CPU with `caps`.
+    pub(crate) const fn new(caps: &Capabilities) -> Self {
         Self {
             tsc_aux: 0,
             spec_ctrl: 0,
             tsc_adjust: 0,
             hwcr: HWCR_TSC_FREQ_SEL,
-            misc_enable: MISC_ENABLE_FAST_STRING,
+            // What is off for the host is off for the guest, whatever it writes there, and it had better know.
+            misc_enable: if caps.fast_strings { MISC_ENABLE_FAST_STRING } else { 0 },
             mcg_status: 0,
             interrupt_end: None,
         }
@@ -211,6 +214,8 @@ pub(crate) struct Offered {
     spec_ctrl: u64,
     /// PRED_CMD.
     branch_barrier: bool,
+    /// What ARCH_CAPABILITIES reads as.
+    arch_capabilities: Option<u64>,
     /// The paravirtual clock, by its old numbers and its new ones (KVM_FEATURE_CLOCKSOURCE and CLOCKSOURCE2).
     clocks: [bool; 2],
 }
@@ -231,6 +236,8 @@ impl Offered {
             tsc_adjust: cpuid.entries().any(|entry| entry.function == 7 && entry.index == 0 && entry.ebx >> 1 & 1 != 0),
             spec_ctrl: spec_ctrl & caps.spec_ctrl_bits,
             branch_barrier: caps.branch_barrier && any(&[Feature::SPEC_CTRL, Feature::AMD_IBPB]),
+            arch_capabilities: arch_capabilities::for_guest(caps, spec_ctrl & 1 != 0)
+                .filter(|_| cpuid.has(Feature::ARCH_CAPABILITIES)),
             clocks: [clock(0), clock(3)],
         }
     }
@@ -259,6 +266,7 @@ impl<H: X86Hal> Guest<H> {
             TSC_AUX if self.offered.tsc_aux => Access::Done(self.msrs.tsc_aux),
             TSC_ADJUST if self.offered.tsc_adjust => Access::Done(self.msrs.tsc_adjust),
             SPEC_CTRL if self.offered.spec_ctrl != 0 => Access::Done(self.msrs.spec_ctrl),
+            ARCH_CAPABILITIES => self.offered.arch_capabilities.map_or(Access::User, Access::Done),
             // Write-only.
             PRED_CMD if self.offered.branch_barrier => Access::Fault,
             // No banks: nothing is ever reported.
@@ -341,6 +349,8 @@ impl<H: X86Hal> Guest<H> {
                 0 => Written::Quiet,
                 _ => Written::BranchBarrier,
             })),
+            // Read-only.
+            ARCH_CAPABILITIES if self.offered.arch_capabilities.is_some() => Access::Fault,
             MCG_STATUS => quiet(only(MCG_STATUS_BITS).map(|()| self.msrs.mcg_status = value)),
             MISC_ENABLE => quiet(only(MISC_ENABLE_FAST_STRING).map(|()| self.msrs.misc_enable = value)),
             DEBUGCTL => quiet(only(DEBUGCTL_IGNORED)),

@@ -108,7 +108,7 @@ impl<H: X86Hal> Guest<H> {
             cr8: 0,
             apic_base: apic::base_at_reset(vcpu_id),
             events: Events::new(),
-            msrs: Msrs::new(),
+            msrs: Msrs::new(&caps),
             offered: Offered::default(),
             mtrr: Mtrr::new(),
             clock: PvClock::new(),

@@ -173,10 +173,11 @@ const LEAF_7_ECX_AVX512: u32 = bit(1) // VBMI
 const LEAF_7_ECX_PKRU: u32 = bit(3);
 /// Leaf 7.0 ECX: set by CR4.PKE when the guest looks.
 const LEAF_7_ECX_DYNAMIC: u32 = bit(4);
-/// Leaf 7.0 EDX. Left out: AMX, TSX, hybrid, PCONFIG, ARCH_CAPABILITIES and flush commands (MSRs).
+/// Leaf 7.0 EDX. Left out: AMX, TSX, hybrid, PCONFIG, flush commands and CORE_CAPABILITIES (MSRs).
 const LEAF_7_EDX: u32 = bit(4) // fast short REP MOVSB
     | bit(10) // VERW clears buffers
-    | bit(14); // SERIALIZE
+    | bit(14) // SERIALIZE
+    | bit(29); // ARCH_CAPABILITIES, the part of it that says what the CPU is like
 /// Leaf 7.0 EDX: instructions on ZMM registers.
 const LEAF_7_EDX_AVX512: u32 = bit(8) // VP2INTERSECT
     | bit(23); // FP16

@@ -83,6 +83,7 @@ features! {
     RDPID = 7, Ecx, 22, "RDPID, which reads TSC_AUX.";
     SPEC_CTRL = 7, Edx, 26, "SPEC_CTRL and PRED_CMD, as Intel tells it.";
     STIBP = 7, Edx, 27, "SPEC_CTRL.STIBP, as Intel tells it.";
+    ARCH_CAPABILITIES = 7, Edx, 29, "ARCH_CAPABILITIES.";
     SSBD = 7, Edx, 31, "SPEC_CTRL.SSBD, as Intel tells it.";
     SYSCALL = 0x8000_0001, Edx, 11, "EFER.SCE.";
     NX = 0x8000_0001, Edx, 20, "EFER.NXE.";

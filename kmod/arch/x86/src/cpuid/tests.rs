@@ -118,7 +118,9 @@ fn dangerous_features_are_never_offered() {
         for (bit, name) in [(4, "OSPKE"), (5, "WAITPKG"), (7, "CET_SS"), (23, "KL"), (29, "ENQCMD"), (31, "PKS")] {
             assert_eq!((leaf7.ecx >> bit) & 1, 0, "{name}");
         }
-        for (bit, name) in [(20, "CET_IBT"), (22, "AMX-BF16"), (24, "AMX-TILE"), (29, "ARCH_CAPABILITIES")] {
+        for (bit, name) in
+            [(20, "CET_IBT"), (22, "AMX-BF16"), (24, "AMX-TILE"), (28, "FLUSH_CMD"), (30, "CORE_CAPABILITIES")]
+        {
             assert_eq!((leaf7.edx >> bit) & 1, 0, "{name}");
         }
         assert_eq!(find(&entries, 0xd, 1).eax, 0x7, "neither XSAVES nor XFD");
