@@ -25,7 +25,7 @@ arch_select() {
 		axv_rustflags='-C target-feature=+crt-static'
 		axv_packages=(--workspace --bins)
 		axv_programs=(axvmm axvcpu-guests axvcpu-abuse axvcpu-peer axvcpu-bench axvcpu-load)
-		axv_host_modules=(kvm-amd kvm-intel vfat loop zram)
+		axv_host_modules=(kvm-amd kvm-intel msr vfat loop zram)
 		;;
 	aarch64)
 		axv_debian_arch=arm64

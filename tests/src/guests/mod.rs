@@ -27,6 +27,7 @@ mod promptness;
 mod registers;
 mod smp;
 mod spaces;
+mod speculation;
 mod stale;
 mod threads;
 mod x2apic;
@@ -43,6 +44,7 @@ pub fn cases() -> Vec<Case> {
         mmio::cases(),
         cpuid::cases(),
         msr::cases(),
+        speculation::cases(),
         instructions::cases(),
         events::cases(),
         interrupts::cases(),

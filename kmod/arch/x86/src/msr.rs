@@ -151,7 +151,6 @@ pub(crate) enum Written {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Msrs {
     pub(crate) tsc_aux: u64,
-    pub(crate) spec_ctrl: u64,
     tsc_adjust: u64,
     hwcr: u64,
     misc_enable: u64,
@@ -165,7 +164,6 @@ impl Msrs {
     pub(crate) const fn new(caps: &Capabilities) -> Self {
         Self {
             tsc_aux: 0,
-            spec_ctrl: 0,
             tsc_adjust: 0,
             hwcr: HWCR_TSC_FREQ_SEL,
             // What is off for the host is off for the guest, whatever it writes there, and it had better know.
@@ -265,7 +263,7 @@ impl<H: X86Hal> Guest<H> {
             EFER => Access::Done(regs.efer()),
             TSC_AUX if self.offered.tsc_aux => Access::Done(self.msrs.tsc_aux),
             TSC_ADJUST if self.offered.tsc_adjust => Access::Done(self.msrs.tsc_adjust),
-            SPEC_CTRL if self.offered.spec_ctrl != 0 => Access::Done(self.msrs.spec_ctrl),
+            SPEC_CTRL if self.offered.spec_ctrl != 0 => Access::Done(regs.spec_ctrl() & self.offered.spec_ctrl),
             ARCH_CAPABILITIES => self.offered.arch_capabilities.map_or(Access::User, Access::Done),
             // Write-only.
             PRED_CMD if self.offered.branch_barrier => Access::Fault,
@@ -341,10 +339,9 @@ impl<H: X86Hal> Guest<H> {
                 regs.set_efer(value);
             })),
             TSC_AUX if self.offered.tsc_aux => quiet(only(0xffff_ffff).map(|()| self.msrs.tsc_aux = value)),
-            SPEC_CTRL if self.offered.spec_ctrl != 0 => quiet(only(self.offered.spec_ctrl).map(|()| {
-                self.msrs.spec_ctrl = value;
-                regs.set_spec_ctrl(value);
-            })),
+            SPEC_CTRL if self.offered.spec_ctrl != 0 => {
+                quiet(only(self.offered.spec_ctrl).map(|()| regs.set_spec_ctrl(value)))
+            }
             PRED_CMD if self.offered.branch_barrier => Access::from(only(PRED_CMD_IBPB).map(|()| match value {
                 0 => Written::Quiet,
                 _ => Written::BranchBarrier,

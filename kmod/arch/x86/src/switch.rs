@@ -15,7 +15,7 @@ use crate::msr::SPEC_CTRL;
 pub(crate) struct Frame {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 .. R15. Not those that the hardware switches.
     pub(crate) gpr: [u64; 16],
-    /// The guest's SPEC_CTRL, if [`SWITCH_SPEC_CTRL`].
+    /// The guest's SPEC_CTRL. Exits keep it up to date, if [`DIRECT_SPEC_CTRL`].
     guest_spec_ctrl: u64,
     /// The host's SPEC_CTRL, if [`SWITCH_SPEC_CTRL`].
     host_spec_ctrl: u64,
@@ -41,6 +41,9 @@ pub(crate) const LAUNCHED: u32 = 1 << 5;
 pub(crate) const CLEAR_HISTORY: u32 = 1 << 6;
 /// [`Frame::flags`]: [`SWITCH_SPEC_CTRL`] stays set whatever the guest's value.
 const REWRITE_SPEC_CTRL: u32 = 1 << 7;
+/// [`Frame::flags`], VMX: the guest reads and writes SPEC_CTRL without an exit. [`SWITCH_SPEC_CTRL`] stays set too; whether there
+/// is a difference is found out at each entry and exit. Once set it stays.
+const DIRECT_SPEC_CTRL: u32 = 1 << 8;
 
 const _: () = {
     assert!(core::mem::offset_of!(Frame, guest_spec_ctrl) == 128);
@@ -77,23 +80,40 @@ impl Frame {
     /// At CPL 0, on the CPU of the window.
     #[inline]
     pub(crate) unsafe fn open(&mut self, caps: &Capabilities, flags: u32) {
-        self.flags = flags;
+        self.flags = flags | self.flags & DIRECT_SPEC_CTRL;
         if caps.spec_ctrl && !caps.virtual_spec_ctrl {
             // SAFETY: The caller's promise, and the CPU has it.
             self.host_spec_ctrl = unsafe { cpu::rdmsr(SPEC_CTRL) };
-            self.set_spec_ctrl(self.guest_spec_ctrl);
+            // A guest that writes it directly may have found bits that it was not told of, and that another CPU may lack.
+            self.set_spec_ctrl(self.guest_spec_ctrl & caps.spec_ctrl_bits);
         }
+    }
+
+    /// The guest's SPEC_CTRL, as it is or was at the last exit.
+    pub(crate) fn spec_ctrl(&self) -> u64 {
+        self.guest_spec_ctrl
     }
 
     /// Sets the guest's SPEC_CTRL. In a window the host's is known, so whether there is a difference is too; otherwise
     /// [`open`](Self::open) finds out.
     pub(crate) fn set_spec_ctrl(&mut self, guest: u64) {
         self.guest_spec_ctrl = guest;
-        if guest == self.host_spec_ctrl && self.flags & REWRITE_SPEC_CTRL == 0 {
+        if guest == self.host_spec_ctrl && self.flags & (REWRITE_SPEC_CTRL | DIRECT_SPEC_CTRL) == 0 {
             self.flags &= !SWITCH_SPEC_CTRL;
         } else {
             self.flags |= SWITCH_SPEC_CTRL;
         }
+    }
+
+    /// Whether the guest has begun to use SPEC_CTRL but its accesses exit: whether [`direct_spec_ctrl`](Self::direct_spec_ctrl)
+    /// is worth it. Those who never write it cost nothing more.
+    pub(crate) fn wants_direct_spec_ctrl(&self) -> bool {
+        self.guest_spec_ctrl != 0 && self.flags & DIRECT_SPEC_CTRL == 0
+    }
+
+    /// From now on the guest's accesses to SPEC_CTRL do not exit. In a window.
+    pub(crate) fn direct_spec_ctrl(&mut self) {
+        self.flags |= DIRECT_SPEC_CTRL | SWITCH_SPEC_CTRL;
     }
 }
 
@@ -116,7 +136,8 @@ macro_rules! begin {
     };
 }
 
-// The guest's SPEC_CTRL. Clobbers RAX, RCX, RDX.
+// The guest's SPEC_CTRL. If the guest writes it directly, this is the place where the two are compared: most guests set it once, to
+// what the host has. (The entry waits for the branches.) Clobbers RAX, RCX, RDX.
 macro_rules! load_spec_ctrl {
     () => {
         "test dword ptr [rdi + 144], 1
@@ -124,6 +145,13 @@ macro_rules! load_spec_ctrl {
         mov ecx, 0x48
         mov eax, [rdi + 128]
         mov edx, [rdi + 132]
+        test dword ptr [rdi + 144], 256
+        jz 7f
+        cmp eax, [rdi + 136]
+        jne 7f
+        cmp edx, [rdi + 140]
+        je 6f
+        7:
         wrmsr
         6:"
     };
@@ -179,7 +207,8 @@ macro_rules! save_registers {
     };
 }
 
-// Measures against what the guest has taught the CPU's predictors, before the first RET; then the host's SPEC_CTRL. The return
+// Measures against what the guest has taught the CPU's predictors, before the first RET; then the guest's SPEC_CTRL, if it may have
+// changed, to the frame, and the host's, unless the two are equal and no write is wanted for its own sake. The return
 // stack buffer gets 32 returns that lead nowhere. Clobbers RAX, RCX, RDX. To be followed by `speculate` before the first RET or
 // indirect branch.
 macro_rules! restore_speculation {
@@ -214,6 +243,18 @@ macro_rules! restore_speculation {
             test byte ptr [rsp + 16], 1
             jz 5f
             mov ecx, 0x48
+            test dword ptr [rsp + 16], 256
+            jz 4f
+            rdmsr
+            mov [rdi + 128], eax
+            mov [rdi + 132], edx
+            xor eax, [rdi + 136]
+            xor edx, [rdi + 140]
+            or eax, edx
+            jnz 4f
+            test byte ptr [rsp + 16], 128
+            jz 5f
+            4:
             mov eax, [rdi + 136]
             mov edx, [rdi + 140]
             wrmsr
@@ -341,3 +382,33 @@ pub(crate) use {
     annotate, annotate_call, annotate_place, begin, clear_buffers, clear_history, end, function_return, load_registers,
     load_spec_ctrl, restore_speculation, save_registers, speculate, untrain_returns,
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spec_ctrl_is_switched_where_it_differs() {
+        let mut frame = Frame { host_spec_ctrl: 1, ..Frame::new() };
+        frame.set_spec_ctrl(4);
+        assert_eq!((frame.spec_ctrl(), frame.flags), (4, SWITCH_SPEC_CTRL));
+        frame.set_spec_ctrl(1);
+        assert_eq!((frame.spec_ctrl(), frame.flags), (1, 0));
+        frame.flags = REWRITE_SPEC_CTRL;
+        frame.set_spec_ctrl(1);
+        assert_eq!(frame.flags, REWRITE_SPEC_CTRL | SWITCH_SPEC_CTRL, "the write counts, not the value");
+    }
+
+    #[test]
+    fn spec_ctrl_is_the_guests_once_it_has_been_used() {
+        let mut frame = Frame::new();
+        assert!(!frame.wants_direct_spec_ctrl(), "nobody has used it");
+        frame.set_spec_ctrl(1);
+        assert!(frame.wants_direct_spec_ctrl());
+        frame.direct_spec_ctrl();
+        assert!(!frame.wants_direct_spec_ctrl(), "it is");
+        // The guest may change it at any time, so it is looked at whatever it is now.
+        frame.set_spec_ctrl(0);
+        assert_eq!(frame.flags, DIRECT_SPEC_CTRL | SWITCH_SPEC_CTRL);
+    }
+}

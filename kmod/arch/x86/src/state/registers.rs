@@ -49,7 +49,8 @@ pub(crate) trait Registers {
     fn direct_msr(&self, index: u32) -> Option<u64>;
     /// Sets it; false if `index` is none.
     fn set_direct_msr(&mut self, index: u32, value: u64) -> bool;
-    /// SPEC_CTRL has changed.
+    /// SPEC_CTRL.
+    fn spec_ctrl(&self) -> u64;
     fn set_spec_ctrl(&mut self, value: u64);
     /// Nothing cached of the guest's translations is to be used again.
     fn flush_tlb(&mut self);

@@ -265,6 +265,14 @@ impl<H: X86Hal> Registers for SvmRegisters<H> {
         true
     }
 
+    fn spec_ctrl(&self) -> u64 {
+        if self.virtual_spec_ctrl {
+            self.vmcb.spec_ctrl()
+        } else {
+            self.frame.common.spec_ctrl()
+        }
+    }
+
     fn set_spec_ctrl(&mut self, value: u64) {
         if self.virtual_spec_ctrl {
             self.vmcb.set_spec_ctrl(value);

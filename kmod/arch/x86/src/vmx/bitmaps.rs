@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 //! The MSR bitmap (SDM vol. 3 section 25.6.9): every access exits, but for MSRs that are switched between host and guest anyway,
-//! and for those of the x2APIC while the CPU virtualizes them.
+//! for those of the x2APIC while the CPU virtualizes them, and for SPEC_CTRL once the guest has used it.
 //!
 //! There are no I/O bitmaps: the control that makes every port access exit needs none, and covers accesses that wrap around
 //! the end of the port space too.
@@ -10,6 +10,7 @@ use x86::msr;
 
 use crate::apic::{reg, X2APIC_FIRST};
 use crate::frame::Frames;
+use crate::msr::SPEC_CTRL;
 
 /// MSRs that the guest reads and writes directly: the VMCS or the window switches them, and hardware checks the values. Not those
 /// of SYSCALL, which guests write once: the CPU has them only while a guest can use them.
@@ -78,6 +79,12 @@ impl<H: AxVCpuHal> MsrBitmap<H> {
         self.set(X2APIC_FIRST + u32::from(reg::SELF_IPI / 16), true, !virtualized);
     }
 
+    /// Leaves SPEC_CTRL to the guest from now on. Whoever does it reads at each exit what the guest has made of it.
+    pub(crate) fn leave_spec_ctrl(&mut self) {
+        self.set(SPEC_CTRL, false, false);
+        self.set(SPEC_CTRL, true, false);
+    }
+
     /// Its address, for the VMCS.
     pub(crate) fn phys(&self) -> HostPhysAddr {
         self.frame.phys()
@@ -134,6 +141,15 @@ mod tests {
     fn only_the_switched_msrs_are_direct() {
         let bitmap = MsrBitmap::new().unwrap();
         assert_eq!(direct(&bitmap), DIRECT.into_iter().flat_map(|index| [(index, false), (index, true)]).collect());
+    }
+
+    #[test]
+    fn spec_ctrl_is_left_to_the_guest_when_asked() {
+        let mut bitmap = MsrBitmap::new().unwrap();
+        let closed = direct(&bitmap);
+        bitmap.leave_spec_ctrl();
+        let opened: BTreeSet<_> = direct(&bitmap).difference(&closed).copied().collect();
+        assert_eq!(opened, BTreeSet::from([(0x48, false), (0x48, true)]));
     }
 
     #[test]

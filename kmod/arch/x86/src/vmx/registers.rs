@@ -412,6 +412,10 @@ impl<H: X86Hal> Registers for VmxRegisters<H> {
         true
     }
 
+    fn spec_ctrl(&self) -> u64 {
+        self.frame.spec_ctrl()
+    }
+
     fn set_spec_ctrl(&mut self, value: u64) {
         self.frame.set_spec_ctrl(value);
     }

@@ -205,6 +205,10 @@ impl<H: X86Hal> Vmx<H> {
 
     /// Loads the guest's state that the VMCS does not switch.
     fn load_guest(&mut self, guest: &mut Guest<H>) {
+        if self.regs.frame.wants_direct_spec_ctrl() {
+            self.bitmap.leave_spec_ctrl();
+            self.regs.frame.direct_spec_ctrl();
+        }
         let state = &mut self.regs.state;
         // The system call MSRs are the host's still: see `load_syscall`.
         state.dirty |= group::SYSCALL;
