@@ -177,8 +177,8 @@ impl AddressSpace {
     }
 
     /// Resolves a nested page fault at `addr` without leaving the window, if it takes no more than a look at the host's page
-    /// table: the page is mapped there as the guest needs it, the host has seen it used (and written, before the guest may write),
-    /// and the guest has nothing mapped there. `None` if [`fault`](Self::fault) is to do it.
+    /// table: the page is mapped there as the guest needs it, the host has seen it written before the guest may write it,
+    /// the guest has nothing mapped there, and `spare` has the tables that it takes. `None` if [`fault`](Self::fault) is to do it.
     ///
     /// No reference to the page is needed: as long as the lock is held nobody gets past [`begin`](Invalidate::begin), which
     /// comes before any change of the host's mapping, and afterwards it finds what has been mapped here.
@@ -195,7 +195,7 @@ impl AddressSpace {
         let Some(region) = state.regions.find(page_addr).filter(|region| allows(region, access)).copied() else {
             return Some(Fault::NotMemory);
         };
-        if state.log.is_some() || !spare.is_full() {
+        if state.log.is_some() {
             return None;
         }
         let host = usize::try_from(region.host_of(page_addr)).ok()?;

@@ -20,7 +20,6 @@ mod raw {
         pub(super) fn axvcpu_split_pages(addr: usize, order: u32);
         pub(super) fn axvcpu_free_pages(addr: usize, order: u32);
         pub(super) fn axvcpu_virt_to_phys(addr: usize) -> u64;
-        pub(super) fn axvcpu_phys_to_virt(addr: u64) -> *mut u8;
         pub(super) fn axvcpu_page_to_phys(page: *mut bindings::page) -> u64;
         pub(super) fn axvcpu_mark_guest_page(page: *mut bindings::page, dirty: bool);
         pub(super) fn axvcpu_put_guest_page(page: *mut bindings::page);
@@ -66,7 +65,9 @@ pub(crate) fn alloc_pages(order: u32) -> Option<HostPhysAddr> {
         return None;
     }
     // SAFETY: `addr` is in the direct map, as the page allocator just returned it.
-    Some(HostPhysAddr::new(unsafe { raw::axvcpu_virt_to_phys(addr) }))
+    let phys = unsafe { raw::axvcpu_virt_to_phys(addr) };
+    DIRECT_MAP.store(addr.wrapping_sub(phys as usize), Ordering::Relaxed);
+    Some(HostPhysAddr::new(phys))
 }
 
 /// Allocates `1 << order` pages as [`alloc_pages`] does, but each to be freed by itself, with order 0.
@@ -86,27 +87,14 @@ pub(crate) unsafe fn free_pages(addr: HostPhysAddr, order: u32) {
     unsafe { raw::axvcpu_free_pages(phys_to_virt(addr) as usize, order) }
 }
 
-/// Where the direct map shows physical address 0, as soon as somebody has asked: it is one map, and stays where it is.
+/// Where the direct map shows physical address 0. It is one map, and stays where it is; every allocation tells it again.
 static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
 
-/// Where the direct map shows physical memory.
+/// Where the direct map shows physical memory. All that anybody here has the address of is a frame of [`alloc_pages`], or has been
+/// found with the help of one (a guest's page, through its tables), so the map's place is known.
 #[inline]
 pub(crate) fn phys_to_virt(addr: HostPhysAddr) -> *mut u8 {
-    let start = match DIRECT_MAP.load(Ordering::Relaxed) {
-        0 => find_direct_map(addr),
-        start => start,
-    };
-    start.wrapping_add(addr.as_u64() as usize) as *mut u8
-}
-
-/// Finds out with the help of an address that is memory: for any other, AArch64's arithmetic does not give a sum.
-#[cold]
-fn find_direct_map(memory: HostPhysAddr) -> usize {
-    // SAFETY: Pure arithmetic on the direct map's base.
-    let shown = unsafe { raw::axvcpu_phys_to_virt(memory.as_u64()) } as usize;
-    let start = shown.wrapping_sub(memory.as_u64() as usize);
-    DIRECT_MAP.store(start, Ordering::Relaxed);
-    start
+    DIRECT_MAP.load(Ordering::Relaxed).wrapping_add(addr.as_u64() as usize) as *mut u8
 }
 
 /// A page of guest memory that the host's memory management lent us, with one reference.

@@ -51,11 +51,6 @@ u64 axvcpu_virt_to_phys(unsigned long addr)
 	return __pa(addr);
 }
 
-void *axvcpu_phys_to_virt(u64 addr)
-{
-	return __va(addr);
-}
-
 u64 axvcpu_page_to_phys(struct page *page)
 {
 	return page_to_phys(page);
@@ -103,6 +98,8 @@ static u64 axvcpu_leaf(u64 entry, unsigned long pfn, unsigned int shift)
 	folio = page_folio(pfn_to_page(pfn));
 	if (!folio_test_swapbacked(folio) && !folio_test_hugetlb(folio))
 		return leaf;
+	/* As gup_fast does, since the guest's accesses do not show in the entry. */
+	folio_set_referenced(folio);
 	leaf |= AXVCPU_LEAF_USABLE;
 	if (axvcpu_entry_writable(entry))
 		leaf |= AXVCPU_LEAF_WRITABLE;

@@ -24,7 +24,6 @@ unsigned long axvcpu_alloc_pages(unsigned int order);
 void axvcpu_split_pages(unsigned long addr, unsigned int order);
 void axvcpu_free_pages(unsigned long addr, unsigned int order);
 u64 axvcpu_virt_to_phys(unsigned long addr);
-void *axvcpu_phys_to_virt(u64 addr);
 u64 axvcpu_page_to_phys(struct page *page);
 void axvcpu_mark_guest_page(struct page *page, bool dirty);
 void axvcpu_put_guest_page(struct page *page);

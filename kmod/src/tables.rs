@@ -14,7 +14,7 @@ use crate::ffi;
 /// Frames that one fault can need: tables, and one of the dirty log.
 const STOCK: usize = MAX_TABLES_PER_MAP + 1;
 
-/// Zeroed frames in stock, enough for one fault.
+/// Zeroed frames in stock: enough for one fault, when they have just been filled up.
 pub(crate) struct Spare {
     frames: [Option<HostPhysAddr>; STOCK],
 }
@@ -23,12 +23,6 @@ impl Spare {
     /// No frames: for operations that allocate none.
     pub(crate) const fn empty() -> Self {
         Self { frames: [None; STOCK] }
-    }
-
-    /// Whether no fault can run out of frames.
-    #[inline]
-    pub(crate) fn is_full(&self) -> bool {
-        self.frames.iter().all(Option::is_some)
     }
 
     /// Fills the stock. May sleep.
@@ -116,6 +110,14 @@ impl TableMemory for Memory<'_> {
 
     fn free(&mut self, table: HostPhysAddr) {
         self.retired.push(table);
+    }
+
+    fn give_back(&mut self, frame: HostPhysAddr) {
+        match self.spare.frames.iter_mut().find(|slot| slot.is_none()) {
+            Some(slot) => *slot = Some(frame),
+            // It came from there, so there is room; if there were none, it would be freed with the rest.
+            None => self.free(frame),
+        }
     }
 
     #[inline]

@@ -9,12 +9,12 @@
 #include <linux/pgtable.h>
 
 /*
- * Userspace may read it and has done so lately. Not an entry with a permission
- * overlay: what POR_EL0 says of that is not known where the guest's is loaded.
+ * Userspace may read it. Not an entry with a permission overlay: what POR_EL0
+ * says of that is not known where the guest's is loaded.
  */
 static inline bool axvcpu_entry_usable(u64 entry)
 {
-	const u64 needed = PTE_VALID | PTE_USER | PTE_AF;
+	const u64 needed = PTE_VALID | PTE_USER;
 
 	return (entry & (needed | PTE_SPECIAL | PTE_PO_IDX_MASK)) == needed;
 }

@@ -9,12 +9,12 @@
 #include <linux/pgtable.h>
 
 /*
- * Userspace may read it and has done so lately. Not an entry with a protection
- * key: what PKRU says of that is not known where the guest's PKRU is loaded.
+ * Userspace may read it. Not an entry with a protection key: what PKRU says of
+ * that is not known where the guest's PKRU is loaded.
  */
 static inline bool axvcpu_entry_usable(u64 entry)
 {
-	const u64 needed = _PAGE_PRESENT | _PAGE_USER | _PAGE_ACCESSED;
+	const u64 needed = _PAGE_PRESENT | _PAGE_USER;
 
 	return (entry & (needed | _PAGE_SPECIAL | _PAGE_PKEY_MASK)) == needed;
 }

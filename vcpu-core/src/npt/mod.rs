@@ -65,6 +65,9 @@ pub trait TableMemory {
     /// returns, an error included, the frame must not be reused until the TLBs have been flushed.
     fn free(&mut self, table: HostPhysAddr);
 
+    /// Takes a frame back that has not become a table: nobody knows of it, and it is still zeroed.
+    fn give_back(&mut self, frame: HostPhysAddr);
+
     /// Entry `index` of `table`, by one 64-bit load.
     fn read(&self, table: HostPhysAddr, index: usize) -> u64;
 

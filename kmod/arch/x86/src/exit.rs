@@ -190,24 +190,24 @@ impl<H: X86Hal> Guest<H> {
         if self.events.event_waits() || !is_long_code(regs) {
             return false;
         }
-        // SAFETY: The root is the module's nested page table of `npt_levels` levels, in the backend's format (`set_ept_root`);
-        // interrupts are off until the caller has the answer, and the object is gone by then.
-        let memory = unsafe { NestedMemory::<H, F>::new(self.root, self.caps.npt_levels) };
         let paging = Paging { cr0: regs.cr0(), cr3: regs.cr3(), cr4: regs.cr4(), efer: regs.efer() };
         let rip = regs.rip();
         // SAFETY: Interrupts have been off since the exit, and were before: the TLB had been flushed for all translations that had
         // been taken away, and with that the store forgotten.
         let known = self.store.as_ref().and_then(|store| unsafe { store.length::<H>(rip, &paging) });
-        let Some(length) = known.or_else(|| self.measure_store(&memory, rip, paging)) else { return false };
+        let Some(length) = known.or_else(|| self.measure_store::<F>(rip, paging)) else { return false };
         self.advance(regs, rip.wrapping_add(length.into()));
         true
     }
 
-    /// The length of the plain store at `rip`, if there is one, which is remembered.
+    /// The length of the plain store at `rip`, if there is one, which is remembered. Interrupts have been off since the exit.
     #[inline(never)]
-    fn measure_store<F: Format>(&mut self, memory: &NestedMemory<H, F>, rip: u64, paging: Paging) -> Option<u8> {
+    fn measure_store<F: Format>(&mut self, rip: u64, paging: Paging) -> Option<u8> {
+        // SAFETY: The root is the module's nested page table of `npt_levels` levels, in the backend's format (`set_ept_root`);
+        // interrupts are off until the caller has the answer, and the object is gone by then.
+        let memory = unsafe { NestedMemory::<H, F>::new(self.root, self.caps.npt_levels) };
         let mut bytes = [0; MAX_LENGTH];
-        let recorded = Recorded::new(memory);
+        let recorded = Recorded::new(&memory);
         let count = paging.read(&recorded, rip, u64::MAX, &mut bytes);
         let Found { length, .. } = length::find(bytes.get(..count)?, true, length::Instruction::Store)?;
         self.store = recorded.known(rip, paging, bytes, length);

@@ -191,6 +191,7 @@ mod tests {
             Some(frame)
         }
         fn free(&mut self, _table: HostPhysAddr) {}
+        fn give_back(&mut self, _frame: HostPhysAddr) {}
         fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
             // SAFETY: An entry of a frame.
             unsafe { word(table, index).read() }

@@ -49,6 +49,10 @@ mod tests {
             self.0.remove(&table.as_u64()).unwrap();
         }
 
+        fn give_back(&mut self, frame: HostPhysAddr) {
+            self.free(frame);
+        }
+
         fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
             self.0[&table.as_u64()][index]
         }

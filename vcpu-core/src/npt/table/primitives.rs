@@ -80,7 +80,7 @@ impl<F: Format> NestedPageTable<F> {
         for frame in frames.iter_mut().take(missing) {
             *frame = mem.alloc();
             if frame.is_none() {
-                frames.iter().flatten().for_each(|&unused| mem.free(unused));
+                frames.iter().flatten().for_each(|&unused| mem.give_back(unused));
                 return Err(AxError::NoMemory);
             }
         }

@@ -275,7 +275,7 @@ fn a_call_that_runs_out_of_frames_changes_nothing() {
         let mut table = Table::new(Levels::Five, &mut mem).unwrap();
         mem.budget = Some(budget);
         assert_eq!(table.map(gpa(0), hpa(0), K4, RWX, WB, &mut mem), Err(AxError::NoMemory));
-        assert_eq!(mem.live_count(), 1);
+        assert_eq!((mem.live_count(), mem.given_back), (1, budget));
         assert_sound(&table, &mem);
     }
     let mut mem = Frames { budget: Some(0), ..Frames::default() };

@@ -22,6 +22,8 @@ pub(crate) struct Frames {
     frames: Vec<Option<Box<[u64; ENTRIES]>>>,
     /// How many more allocations succeed; `None` for all.
     budget: Option<usize>,
+    /// Frames that were not used after all.
+    given_back: usize,
     observer: Option<Observer>,
 }
 
@@ -78,6 +80,12 @@ impl TableMemory for Frames {
         let frame = self.frames.get_mut(Self::number(table)).and_then(Option::take);
         assert!(frame.is_some(), "{table:?} is freed, but not allocated");
         self.observe();
+    }
+
+    fn give_back(&mut self, frame: HostPhysAddr) {
+        assert_eq!(self.frame(frame), &[0; ENTRIES]);
+        self.frames[Self::number(frame)] = None;
+        self.given_back += 1;
     }
 
     fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
