@@ -52,6 +52,10 @@ sed 's|^cmdline = "|&panic=-1 rdinit=/none init=/none |' /lab/vm.toml >/tmp/pani
 raw exclusive <<'EOT'
 \000\040\241\322\001\174\137\210
 EOT
+# movz x0, #0x800, lsl 16; ldp x1, x2, [x0]: two registers at once from the distributor.
+raw distributor <<'EOT'
+\000\000\241\322\001\010\100\251
+EOT
 # Two registers at once from the clock, which must be 0x31 and 0x10, and then text to the serial
 # port from a lane of a vector register:
 #       mov x1, #3 << 20; msr cpacr_el1, x1; isb
@@ -78,7 +82,8 @@ for hypervisor in axvcpu kvm; do
 	ends "a guest switches itself off" $hypervisor /tmp/shutdown.toml 0 ''
 	ends "a kernel that panics resets" $hypervisor /tmp/panic.toml 4 'reset (by PSCI)'
 	ends "what the hardware does not decode is emulated" $hypervisor /tmp/undecoded.toml 0 'pairs and lanes'
-	ends "an access that needs memory is named" $hypervisor /tmp/exclusive.toml 8 'accesses 0x9000000.*0x885f7c01.*exclusive'
+	ends "an access that needs memory is not, but named" $hypervisor /tmp/exclusive.toml 8 'accesses 0x9000000.*0x885f7c01.*exclusive'
+	ends "nor is one of the interrupt controller" $hypervisor /tmp/distributor.toml 8 'interrupt controller, at 0x8000000'
 done
 # KVM tells nobody.
 ends "the last CPU leaves" axvcpu /tmp/off.toml 12 'nothing can wake it'

@@ -21,6 +21,8 @@ pub const DISTRIBUTOR_SIZE: u64 = 0x1_0000;
 pub const REDISTRIBUTORS: u64 = 0x080a_0000;
 /// Their size for one vCPU.
 pub const REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// Where the interrupt controller is, whose registers are the hypervisor's.
+pub const INTERRUPT_CONTROLLER: Range<u64> = DISTRIBUTOR..SERIAL;
 /// The serial port's registers, one page.
 pub const SERIAL: u64 = 0x0900_0000;
 /// The clock's registers, one page.

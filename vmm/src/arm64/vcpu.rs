@@ -10,6 +10,7 @@ use axvcpu_uapi::exit::{AccessFlags, AxVCpuExitReason};
 
 use super::emulate::{self, Fault, Memory};
 use super::hypervisor::Arm64Vcpu;
+use super::layout::INTERRUPT_CONTROLLER;
 use super::machine::Machine;
 use super::power::{self, answer, Power, Turn, AFFINITY_INFO};
 use super::{boot, state};
@@ -123,6 +124,11 @@ impl<V: Arm64Vcpu> Runner<V> {
             format!("its page tables lead to {addr}, where there is no memory")
         } else if flags.contains(AccessFlags::EXECUTE) {
             format!("it runs into {addr}, where there is no memory")
+        } else if INTERRUPT_CONTROLLER.contains(&addr.as_u64()) {
+            // No hypervisor takes single accesses to it from us.
+            format!(
+                "it accesses the interrupt controller, at {addr}, by an instruction that the hardware does not decode"
+            )
         } else {
             self.count(UserExit::Mmio);
             let fault = Fault { addr, write: flags.contains(AccessFlags::WRITE) };

@@ -20,7 +20,9 @@ use crate::sandbox::Ioctls;
 pub const ARCH: u32 = system::ARCH_AARCH64;
 
 /// What to do about a CPU whose extension is too old.
-pub const TOO_OLD_CURE: &str = "A CPU with a GICv3 interface and stage 2 translation of 4 KiB pages is needed.";
+pub const TOO_OLD_CURE: &str =
+    "A CPU with a GICv3 interface and stage 2 translation of 4 KiB pages is needed, and a kernel \
+     with pages of 4 KiB. The kernel's log says what is missing.";
 
 /// What it is asked for while the guest runs, and at the end.
 pub const IOCTLS: Ioctls = Ioctls {
