@@ -7,7 +7,7 @@ use crate::eventfd::eventfd;
 use crate::gic_code;
 use crate::harness::{Case, CaseResult};
 use crate::machine::{GICD, HOLE};
-use crate::{code, ensure_eq, table};
+use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::arm64::{GIC_CLEAR_SPI, GIC_SET_SPI};
 use std::os::fd::AsFd;
 
@@ -164,6 +164,8 @@ fn timer() -> CaseResult {
         "hvc #0"
     );
     let (mut m, mut others) = machine(code, handler, 1)?;
-    ensure_eq!(all(&mut m, &mut others)?.first().map(|(count, _)| *count), Some(50), "ticks");
+    let ticks = all(&mut m, &mut others)?.first().map_or(0, |(count, _)| *count);
+    // One more may come on the way out.
+    ensure!(ticks >= 50, "only {ticks} ticks");
     Ok(())
 }
