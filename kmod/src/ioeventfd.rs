@@ -5,7 +5,7 @@
 //! address that is not memory an AArch64 CPU does, too, an x86 CPU only the address: there the kernel takes only attachments to
 //! which width and value do not matter. For others see the client library, which signals them after the exit.
 //!
-//! Locks: `changes`, a mutex, serialises attaching and detaching, and nothing is taken under it. vCPUs take none.
+//! Locks: `count`, a mutex, serialises attaching and detaching, and nothing is taken under it. vCPUs take none.
 
 use axvcpu_uapi::{
     exit::AccessWidth,
@@ -42,10 +42,13 @@ struct IoEventfd {
 /// The eventfds attached to a VM.
 #[pin_data]
 pub(crate) struct IoEventfds {
+    /// How many there are.
     #[pin]
-    changes: Mutex<()>,
-    /// Ordered by kind of address and address.
-    table: Published<IoEventfd>,
+    count: Mutex<usize>,
+    /// Those at ports, ordered by number.
+    ports: Published<IoEventfd>,
+    /// Those at addresses, ordered by these.
+    memory: Published<IoEventfd>,
 }
 
 impl Pattern {
@@ -78,13 +81,9 @@ impl Pattern {
         Ok(Self { port, address: arg.address, width: arg.width, data })
     }
 
-    fn place(&self) -> (bool, u64) {
-        (self.port, self.address)
-    }
-
-    /// Whether one write can be both.
+    /// Whether one write can be both, which are in the same table.
     fn overlaps(&self, other: &Self) -> bool {
-        self.place() == other.place()
+        self.address == other.address
             && (self.width == other.width || self.width == 0 || other.width == 0)
             && (self.data == other.data || self.data.is_none() || other.data.is_none())
     }
@@ -94,16 +93,15 @@ impl IoEventfds {
     /// None.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            changes <- new_mutex!(()),
-            table: Published::new(),
+            count <- new_mutex!(0),
+            ports: Published::new(),
+            memory: Published::new(),
         })
     }
 
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
-        let _changes = self.changes.lock();
-        // SAFETY: We hold the mutex under which tables are replaced.
-        unsafe { self.table.current() }.len()
+        *self.count.lock()
     }
 
     /// `IOEVENTFD`.
@@ -123,20 +121,21 @@ impl IoEventfds {
         } else {
             return Err(EINVAL);
         };
-        let _changes = self.changes.lock();
+        let table = if pattern.port { &self.ports } else { &self.memory };
+        let mut count = self.count.lock();
         // SAFETY: We hold the mutex, and have built the new table before it replaces this one.
-        let old = unsafe { self.table.current() };
+        let old = unsafe { table.current() };
         if added.is_some() {
             if old.iter().any(|other| other.pattern.overlaps(&pattern)) {
                 return Err(EEXIST);
             }
-            if old.len() >= MAX_EVENTFDS {
+            if *count >= MAX_EVENTFDS {
                 return Err(ENOSPC);
             }
         } else if !old.iter().any(|other| other.pattern == pattern) {
             return Err(ENOENT);
         }
-        let at = old.partition_point(|other| other.pattern.place() < pattern.place());
+        let at = old.partition_point(|other| other.pattern.address < pattern.address);
         let (before, behind) = old.split_at_checked(at).ok_or(EINVAL)?;
         let mut new = KVVec::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
         for part in [before, added.as_slice(), behind] {
@@ -144,36 +143,48 @@ impl IoEventfds {
                 new.push(entry.clone(), GFP_KERNEL_ACCOUNT)?;
             }
         }
+        let changed = count.wrapping_sub(old.len()).wrapping_add(new.len());
         // SAFETY: We hold the mutex.
-        unsafe { self.table.replace(new) }?;
+        unsafe { table.replace(new) }?;
+        *count = changed;
         Ok(0)
     }
 
-    /// Those at one place.
+    /// Those of `table` at `address`.
     #[inline]
-    fn at<'a>(&'a self, place: (bool, u64), irq_off: &'a IrqOff) -> impl Iterator<Item = &'a IoEventfd> {
-        let table = self.table.read(irq_off);
-        let first = table.partition_point(|entry| entry.pattern.place() < place);
-        table.get(first..).unwrap_or(&[]).iter().take_while(move |entry| entry.pattern.place() == place)
+    fn at<'a>(
+        table: &'a Published<IoEventfd>,
+        address: u64,
+        irq_off: &'a IrqOff,
+    ) -> impl Iterator<Item = &'a IoEventfd> {
+        let table = table.read(irq_off);
+        let first = table.partition_point(|entry| entry.pattern.address < address);
+        table.get(first..).unwrap_or(&[]).iter().take_while(move |entry| entry.pattern.address == address)
     }
 
     /// The guest has written `data` to a port. Whether an eventfd was attached to that, which is signalled then.
     #[cfg(CONFIG_X86_64)] // There are no ports elsewhere.
     #[inline]
     pub(crate) fn port_write(&self, port: u16, width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
-        self.write((true, port.into()), width, data, irq_off)
+        Self::write(&self.ports, port.into(), width, data, irq_off)
     }
 
     /// The guest writes `data` to `address`, which is not memory: the same.
     #[cfg(CONFIG_ARM64)] // Elsewhere it is not known: `KNOWS_STORES`.
     #[inline]
     pub(crate) fn store(&self, address: u64, width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
-        self.write((false, address), width, data, irq_off)
+        Self::write(&self.memory, address, width, data, irq_off)
     }
 
     #[inline]
-    fn write(&self, place: (bool, u64), width: AccessWidth, data: u64, irq_off: &IrqOff) -> bool {
-        let found = self.at(place, irq_off).find(|entry| {
+    fn write(
+        table: &Published<IoEventfd>,
+        address: u64,
+        width: AccessWidth,
+        data: u64,
+        irq_off: &IrqOff,
+    ) -> bool {
+        let found = Self::at(table, address, irq_off).find(|entry| {
             let Pattern { width: wanted, data: value, .. } = entry.pattern;
             (wanted == 0 || wanted as usize == width.size()) && value.is_none_or(|value| value == data)
         });
@@ -188,7 +199,7 @@ impl IoEventfds {
     #[cfg(CONFIG_X86_64)] // Elsewhere more is known: `KNOWS_STORES`.
     #[inline]
     pub(crate) fn memory_write(&self, address: u64, irq_off: &IrqOff, complete: impl FnOnce() -> bool) -> bool {
-        match self.at((false, address), irq_off).next() {
+        match Self::at(&self.memory, address, irq_off).next() {
             Some(entry) if complete() => {
                 entry.event.signal();
                 true
