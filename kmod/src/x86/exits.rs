@@ -67,7 +67,7 @@ struct Entries<'a, 'b> {
 }
 
 impl Turns for Entries<'_, '_> {
-    #[inline]
+    #[inline(always)] // At each exit.
     fn go_on(&mut self, kind: ExitKind, timer: TimerUpdate) -> bool {
         run::follow(self.between.timer, timer);
         let again = self.between.may_go_on(kind);

@@ -210,7 +210,7 @@ impl<H: X86Hal> Guest<H> {
         let recorded = Recorded::new(&memory);
         let count = paging.read(&recorded, rip, u64::MAX, &mut bytes);
         let Found { length, .. } = length::find(bytes.get(..count)?, true, length::Instruction::Store)?;
-        self.store = recorded.known(rip, paging, bytes, length);
+        self.store = recorded.known(rip, paging, bytes.get(..length.into())?);
         Some(length)
     }
 

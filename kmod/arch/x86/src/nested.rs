@@ -67,7 +67,19 @@ impl<H: AxVCpuHal, F: Format> GuestMemory for NestedMemory<H, F> {
 }
 
 /// Words of guest memory that are read on the way to an instruction: an entry of each level of the guest's page tables.
-const MAX_WORDS: usize = 5;
+const PATH_WORDS: usize = 5;
+/// Those, and the aligned words that an instruction can be in.
+const MAX_WORDS: usize = PATH_WORDS + (MAX_LENGTH + 7).div_ceil(8);
+
+/// An aligned word of memory. Other vCPUs may write it at the same time.
+///
+/// # Safety
+/// `at` is a multiple of 8, in a page that stays.
+#[inline]
+unsafe fn load_word<H: AxVCpuHal>(at: HostPhysAddr) -> u64 {
+    // SAFETY: The caller's promise.
+    unsafe { AtomicU64::from_ptr(H::phys_to_virt(at).cast()) }.load(Ordering::Relaxed).to_le()
+}
 
 /// An instruction that has been read, and what that depended on.
 ///
@@ -77,15 +89,15 @@ const MAX_WORDS: usize = 5;
 /// same, so is the instruction.
 ///
 /// # Invariants
-/// The addresses were [located](NestedMemory::locate), and no translation has been taken away since.
+/// The addresses of the first `count` words were [located](NestedMemory::locate) and are multiples of 8, and no translation has been
+/// taken away since.
 #[derive(Clone, Copy)]
 pub(crate) struct Known {
     rip: u64,
     paging: Paging,
+    /// Entries of page tables, and what the instruction is in.
     words: [(HostPhysAddr, u64); MAX_WORDS],
     count: usize,
-    code: HostPhysAddr,
-    bytes: [u8; MAX_LENGTH],
     length: u8,
 }
 
@@ -99,17 +111,10 @@ impl Known {
         if self.rip != rip || self.paging != *paging {
             return None;
         }
-        let load = |at: HostPhysAddr| H::phys_to_virt(at);
         for &(at, value) in self.words.get(..self.count)? {
-            // SAFETY: Entries of page tables are aligned. The page is there: it was mapped, by the type invariant, and whoever has
-            // taken that away since the interrupts are off waits until they are on.
-            if unsafe { AtomicU64::from_ptr(load(at).cast()) }.load(Ordering::Relaxed).to_le() != value {
-                return None;
-            }
-        }
-        for (offset, &byte) in self.bytes.get(..self.length.into())?.iter().enumerate() {
-            // SAFETY: As above; the instruction was read in one piece, so it is all in this page.
-            if unsafe { AtomicU8::from_ptr(load(self.code).add(offset)) }.load(Ordering::Relaxed) != byte {
+            // SAFETY: Aligned by the type invariant. The page is there: it was mapped, by the same, and whoever has taken that away
+            // since the interrupts are off waits until they are on.
+            if unsafe { load_word::<H>(at) } != value {
                 return None;
             }
         }
@@ -120,7 +125,7 @@ impl Known {
 /// Guest memory, with a record of what is read of it.
 pub(crate) struct Recorded<'a, H: AxVCpuHal, F: Format> {
     memory: &'a NestedMemory<H, F>,
-    words: [Cell<(HostPhysAddr, u64)>; MAX_WORDS],
+    words: [Cell<(HostPhysAddr, u64)>; PATH_WORDS],
     count: Cell<usize>,
     code: Cell<Option<HostPhysAddr>>,
 }
@@ -130,19 +135,35 @@ impl<'a, H: AxVCpuHal, F: Format> Recorded<'a, H, F> {
     pub(crate) fn new(memory: &'a NestedMemory<H, F>) -> Self {
         Self {
             memory,
-            words: [const { Cell::new((HostPhysAddr::new(0), 0)) }; MAX_WORDS],
+            words: [const { Cell::new((HostPhysAddr::new(0), 0)) }; PATH_WORDS],
             count: Cell::new(0),
             code: Cell::new(None),
         }
     }
 
-    /// The instruction at `rip`, for which all has been read: it is `length` long and begins with `bytes`. `None` if it is not in one
-    /// piece.
-    pub(crate) fn known(&self, rip: u64, paging: Paging, bytes: [u8; MAX_LENGTH], length: u8) -> Option<Known> {
-        let (code, count) = (self.code.get()?, self.count.get());
-        // INVARIANT: Located in this stretch with interrupts off.
-        let words = core::array::from_fn(|index| self.words.get(index).map_or((code, 0), Cell::get));
-        (count <= MAX_WORDS).then_some(Known { rip, paging, words, count, code, bytes, length })
+    /// The instruction at `rip`, for which all has been read: it consists of `bytes`. `None` if it is not in one piece, or another one
+    /// by now.
+    pub(crate) fn known(&self, rip: u64, paging: Paging, bytes: &[u8]) -> Option<Known> {
+        let (code, mut count) = (self.code.get()?, self.count.get());
+        let mut words = core::array::from_fn(|index| self.words.get(index).map_or((code, 0), Cell::get));
+        if count > PATH_WORDS {
+            return None;
+        }
+        let (mut at, mut offset, mut rest) = (code.align_down(8), (code.as_u64() & 7) as usize, bytes);
+        while !rest.is_empty() {
+            // SAFETY: Aligned as just seen. The instruction was located in one piece, so this is all in its page, which stays as long as
+            // `memory`.
+            let value = unsafe { load_word::<H>(at) };
+            let (part, others) = rest.split_at_checked(8usize.wrapping_sub(offset)).unwrap_or((rest, &[]));
+            if !value.to_le_bytes().get(offset..)?.starts_with(part) {
+                return None;
+            }
+            *words.get_mut(count)? = (at, value);
+            (at, offset, rest, count) = (at.checked_add(8)?, 0, others, count.wrapping_add(1));
+        }
+        // INVARIANT: Entries of page tables, which are aligned, and the words just read; all located in this stretch with interrupts
+        // off.
+        Some(Known { rip, paging, words, count, length: u8::try_from(bytes.len()).ok()? })
     }
 }
 
@@ -226,13 +247,17 @@ mod tests {
             Self { frames: [frames, tables.0].concat(), table }
         }
 
-        fn known(&self) -> Known {
+        /// What is `length` bytes long at `rip`.
+        fn known(&self, rip: u64, length: usize) -> Known {
             // SAFETY: The table stays as it is.
             let memory = unsafe { NestedMemory::<TestHal, Npt>::new(self.table.root(), Levels::Four) };
             let recorded = Recorded::new(&memory);
             let mut bytes = [0; MAX_LENGTH];
-            assert_eq!(PAGING.read(&recorded, 0x4000, u64::MAX, &mut bytes), MAX_LENGTH);
-            recorded.known(0x4000, PAGING, bytes, 2).unwrap()
+            assert_eq!(PAGING.read(&recorded, rip, u64::MAX, &mut bytes), MAX_LENGTH);
+            let known = recorded.known(rip, PAGING, &bytes[..length]).unwrap();
+            bytes[length - 1] ^= 1;
+            assert!(recorded.known(rip, PAGING, &bytes[..length]).is_none(), "another one by now");
+            known
         }
     }
 
@@ -252,7 +277,7 @@ mod tests {
     #[test]
     fn an_instruction_is_known_again_until_something_that_led_to_it_changes() {
         let machine = Machine::new(&[0x89, 0x03, 0x90]);
-        let known = machine.known();
+        let known = machine.known(0x4000, 2);
         assert_eq!(length(&known, 0x4000, &PAGING), Some(2));
         assert_eq!(length(&known, 0x4002, &PAGING), None, "elsewhere");
         assert_eq!(length(&known, 0x4000, &Paging { cr3: 0x1000, ..PAGING }), None, "by other tables");
@@ -266,17 +291,26 @@ mod tests {
                 entry.write(old);
             }
         }
-        for (offset, expected) in [(0, None), (1, None), (2, Some(2))] {
-            // SAFETY: In a frame.
-            unsafe {
-                let byte = TestHal::phys_to_virt(machine.frames[4]).add(offset);
-                let old = byte.read();
-                byte.write(!old);
-                assert_eq!(length(&known, 0x4000, &PAGING), expected, "byte {offset}");
-                byte.write(old);
+        assert_eq!(length(&known, 0x4000, &PAGING), Some(2));
+    }
+
+    #[test]
+    fn an_instruction_is_another_one_if_a_word_that_it_is_in_changes() {
+        let machine = Machine::new(&[0x89, 0x03, 0x90]);
+        for (rip, size, words) in [(0x4000, 2, 0..8), (0x4006, 2, 0..8), (0x4007, 2, 0..16), (0x400f, 15, 8..32)] {
+            let known = machine.known(rip, size);
+            for offset in 0..40 {
+                let expected = (!words.contains(&offset)).then_some(size as u8);
+                // SAFETY: In a frame.
+                unsafe {
+                    let byte = TestHal::phys_to_virt(machine.frames[4]).add(offset);
+                    let old = byte.read();
+                    byte.write(!old);
+                    assert_eq!(length(&known, rip, &PAGING), expected, "{size} bytes at {rip:#x}, byte {offset}");
+                    byte.write(old);
+                }
             }
         }
-        assert_eq!(length(&known, 0x4000, &PAGING), Some(2));
     }
 
     #[test]
@@ -289,7 +323,7 @@ mod tests {
             let mut bytes = [0; MAX_LENGTH];
             // The page behind is not mapped.
             assert_eq!(PAGING.read(&recorded, rip, u64::MAX, &mut bytes) as u64, 0x5000 - rip);
-            assert!(recorded.known(rip, PAGING, bytes, 2).is_none(), "{rip:#x}");
+            assert!(recorded.known(rip, PAGING, &bytes[..1]).is_none(), "{rip:#x}");
         }
     }
 }

@@ -15,7 +15,7 @@ use axvcpu_uapi::vcpu::ExitKind;
 use vcpu_core::{AccessFlags, AccessWidth, AxError, AxResult, AxVCpuExitReason as Reason, GuestPhysAddr};
 
 use crate::apic::TimerUpdate;
-use crate::backend::{Backend, Exited, Frequent, Simple};
+use crate::backend::{Backend, Exited, Frequent};
 use crate::events::{Activity, Injection, Plan};
 use crate::hal::X86Hal;
 use crate::regs::{rflags, DR7_GD};
@@ -155,19 +155,13 @@ impl<H: X86Hal> Guest<H> {
                 return Ok(Go::Back);
             }
             // The other exits have nothing to do with it.
-            let timer = if self.exit_kind == ExitKind::MsrWrite {
-                self.timer_update(hw.watches_deadline())
-            } else {
-                TimerUpdate::Unchanged
-            };
+            let wrote_msr = self.exit_kind == ExitKind::MsrWrite;
+            let timer = if wrote_msr { self.timer_update(hw.watches_deadline()) } else { TimerUpdate::Unchanged };
             if !turns.go_on(self.exit_kind, timer) {
                 return Ok(Go::Back);
             }
-            match frequent {
-                None => return Ok(Go::On),
-                Some(_) if self.events.event_waits() => return Ok(Go::On),
-                Some(Frequent::Instruction(Simple::Wrmsr, _)) if !self.apic_rests(hw) => return Ok(Go::On),
-                Some(_) => {}
+            if frequent.is_none() || self.events.event_waits() || wrote_msr && !self.apic_rests(hw) {
+                return Ok(Go::On);
             }
             if plan.inject.is_some() {
                 plan = Plan::NOTHING;
