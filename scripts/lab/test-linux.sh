@@ -151,19 +151,27 @@ settle() {
 settle
 free_before=$free_kib slab_before=$slab_kib
 module_in
-killed=0
-for _ in $(seq "$kills"); do
+# A busy machine gives a guest more time at one moment than at another: what has ended before its turn
+# tells how long a boot takes now.
+killed=0 tries=0
+while [ $killed -lt "$kills" ] && [ $tries -lt $((kills * 4)) ]; do
+	tries=$((tries + 1))
 	axvmm --config /tmp/vm.toml >/tmp/kill.out 2>&1 </dev/null &
 	vmm=$!
-	usleep $(($(od -An -N4 -tu4 /dev/urandom) % boot_ms * 1000))
+	pause_ms=$(($(od -An -N4 -tu4 /dev/urandom) % boot_ms))
+	usleep $((pause_ms * 1000))
 	kill -9 $vmm 2>/dev/null
 	wait $vmm 2>/dev/null
-	[ $? -eq 137 ] && killed=$((killed + 1))
+	if [ $? -eq 137 ]; then
+		killed=$((killed + 1))
+	elif [ $pause_ms -gt 1000 ]; then
+		boot_ms=$pause_ms
+	fi
 done
 if [ $killed -ge $((kills * 3 / 4)) ]; then
-	ok "killed $killed of $kills guests while they ran"
+	ok "killed $killed of $tries guests while they ran"
 else
-	not_ok "killed $kills guests while they ran" "only $killed of them still ran"
+	not_ok "killed $kills guests while they ran" "of $tries only $killed still ran"
 fi
 if settle; then
 	if [ -n "$built_in" ]; then
