@@ -82,13 +82,15 @@ fi
 if [ "$(nproc)" -gt 1 ]; then
 	axvmm --config /tmp/vm.toml >/tmp/hop.out 2>&1 </dev/null &
 	vmm=$!
+	# Two masks of all that it may run on.
+	mask=$((0x$(taskset -p $$ | sed 's/.* //')))
 	(
-		hops=0 cpu=1
+		hops=0 cpu=$((mask & -mask))
 		while kill -0 $vmm 2>/dev/null; do
 			for thread in "/proc/$vmm/task"/*; do
-				taskset -p $cpu "${thread##*/}" >/dev/null 2>&1 && hops=$((hops + 1))
+				taskset -p "$(printf %x $cpu)" "${thread##*/}" >/dev/null 2>&1 && hops=$((hops + 1))
 			done
-			cpu=$((3 - cpu))
+			cpu=$((mask - cpu))
 			usleep 10000
 			echo $hops >/tmp/hops
 		done

@@ -104,12 +104,13 @@ host_boot() {
 	trap - EXIT
 }
 
-# What QEMU must be told of the machine, in host_machine, and the kernel, in
+# What QEMU must be told of the machine, in host_machine and host_spare_cpus, and the kernel, in
 # host_cmdline: its console, and on a PC not to count the timer's ticks at first, since
 # a busy machine may keep QEMU from giving them in time. Nor to compare its time-stamp
 # counters with another clock: they are one counter of this machine's, but a CPU that
 # waits for its turn between the two readings would find them unstable.
 host_machine_words() {
+	host_spare_cpus=0
 	case $axv_arch in
 	x86_64)
 		host_cmdline='console=ttyS0 no_timer_check tsc=nowatchdog'
@@ -119,6 +120,14 @@ host_machine_words() {
 			host_machine=(-accel kvm -cpu host)
 		else
 			host_machine=(-accel tcg -cpu EPYC)
+			# QEMU's other CPUs clear a flag of the first one's with every FXRSTOR and XRSTOR, and
+			# write the word back that also tells whether its guest has nested paging and whether
+			# it takes interrupts (cpu_clear_ignne in QEMU 10): a guest there may lose its state,
+			# and so may the host. With several CPUs the first one is there for nobody.
+			if ((host_cpus > 1)); then
+				host_spare_cpus=1
+				host_cmdline+=' isolcpus=0'
+			fi
 		fi
 		;;
 	aarch64)
@@ -136,12 +145,13 @@ host_machine_words() {
 # of host_boot.
 host_run_qemu() {
 	local run=$1 fs_pid=''
+	: "${host_cpus:=2}"
 	host_machine_words
 	local -a qemu=(
 		"${host_machine[@]}"
 		-nodefaults -no-user-config -display none -no-reboot
 		-L "$axv_root/usr/share/qemu" -L "$axv_root/usr/share/seabios"
-		-smp "${host_cpus:=2}" -m "${host_memory:=2048}"
+		-smp "$((host_cpus + host_spare_cpus))" -m "${host_memory:=2048}"
 		-kernel "$(kernel_dir "$host_kernel")/vmlinuz" -initrd "$run/initrd.img"
 		-append "$host_cmdline loglevel=7 panic=-1 oops=panic $host_options"
 		-chardev "file,id=log,path=$host_log" -serial chardev:log

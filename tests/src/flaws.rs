@@ -45,8 +45,9 @@ pub const ASSERTS: Flaw = Flaw { on: &[Emulated::Qemu, Emulated::BochsSvm], what
 /// is known.
 pub const DR6_LATE: Flaw = Flaw { on: &[Emulated::BochsSvm], what: "does not set DR6 before the intercept of #DB" };
 
-/// Seen twice in some six hundred runs of vCPUs on two busy CPUs; why is not known (`holds_the_host` of the module's
-/// `svm/registers.rs` has what is). The module notices and ends the vCPU: EUCLEAN.
+/// The first CPU's flags may be put back to what they were by any FXRSTOR or XRSTOR of another one (`cpu_clear_ignne`), an exit
+/// then be done twice: once in some six hundred runs. The lab leaves that CPU alone where there are several; the module notices
+/// and ends the vCPU: EUCLEAN.
 pub const STATE_LOST: Flaw = Flaw {
     on: &[Emulated::Qemu],
     what: "has stored the host's state in place of the guest's at an exit, as it does hardly ever",

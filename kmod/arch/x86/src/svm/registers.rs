@@ -42,10 +42,10 @@ impl<H: X86Hal> SvmRegisters<H> {
     /// Whether the VMCB holds what VMRUN saves of the host, where an exit has to leave the guest's state. RIP and RAX tell: a guest
     /// does not know the second, and could only end itself by having both.
     ///
-    /// It has been seen twice in some six hundred runs of a test on QEMU's emulated CPU (10.0) with two CPUs, on a busy machine:
-    /// host state but for CR2, which an exit does not load, as if the exit's storing and loading had been done twice. The next
-    /// entry then walks the host's page tables through the nested ones. It was not VM_HSAVE_PA: made to point to the VMCB, the
-    /// register leaves the host's CR2 there as well. How it comes about that emulator's source does not show.
+    /// QEMU's emulated CPU (10.0) has done that: an exit switches nested paging off in a word of flags, another CPU's XRSTOR, which
+    /// clears a flag of the first CPU's there without a lock (`cpu_clear_ignne`), switches it on again, and the host's next
+    /// instruction is a nested page fault, whose exit stores the host's state. The next entry then walks the host's page tables
+    /// through the nested ones.
     #[inline]
     pub(super) fn holds_the_host(&self) -> bool {
         self.vmcb.rip() == self.behind_vmrun && self.vmcb.rax() == self.vmcb.phys().as_u64()
