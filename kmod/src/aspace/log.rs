@@ -106,10 +106,6 @@ impl AddressSpace {
         if refused.is_some() {
             return Err(EEXIST);
         }
-        // Large leaves across the ends go, so that taking permissions away never has to split one.
-        for end in [range.start, range.end.wrapping_sub(1)] {
-            self.drop_mappings(&mut self.state.lock(), GuestPhysAddr::new(end), 1);
-        }
         for part in parts(&range) {
             self.write_protect(part)?;
         }
@@ -119,6 +115,11 @@ impl AddressSpace {
     /// Takes the write permission of what is mapped in a range away, and makes sure that no vCPU uses it any more.
     fn write_protect(&self, range: core::ops::Range<u64>) -> Result {
         let mut state = self.state.lock();
+        // Large leaves across the ends go, so that taking permissions away has none to split: not before, as there may be some
+        // again if somebody has stopped the log meanwhile.
+        for end in [range.start, range.end.wrapping_sub(1)] {
+            self.drop_mappings(&mut state, GuestPhysAddr::new(end), 1);
+        }
         let State { table: Some(table), retired, .. } = &mut *state else { return Err(EINVAL) };
         let flush = table
             .restrict(
