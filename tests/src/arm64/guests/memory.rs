@@ -6,7 +6,7 @@ use crate::harness::{self, Case, CaseResult, Stop};
 use crate::machine::{Machine, CODE, DATA, RAM, RAM_SIZE, TABLES, VECTORS};
 use crate::{code, ensure, ensure_eq, table};
 use axvcpu_uapi::addr::GuestPhysAddr;
-use axvcpu_uapi::arm64::General;
+use axvcpu_uapi::arm64::{General, System};
 use axvcpu_uapi::client::Apic;
 use axvcpu_uapi::exit::{AccessFlags, AccessWidth, AxVCpuExitReason as Exit};
 use std::sync::Arc;
@@ -160,25 +160,14 @@ fn walk_of_no_memory() -> CaseResult {
     machine.expect(Exit::NestedPageFault { addr: GuestPhysAddr::new(0x0800_0000), access_flags })
 }
 
-/// Two vCPUs. With its MMU on (as [`with_tables`]), vCPU 0 stores a count at X3 again and again; vCPU 1, whose MMU is off,
-/// takes the entry at X1 away and makes it X2 again, with what the architecture wants around it, each for a while. Both do so until the word at
-/// X5 is no more 0, and then tell how often.
+/// Two vCPUs. vCPU 0, whose MMU is on, stores a count at X3 again and again; vCPU 1, whose MMU is off, takes the entry at X1 away
+/// and makes it X2 again, with what the architecture wants around it, each for a while. Both do so until the word at X5 is no
+/// more 0, and then tell how often.
 fn storing_while_tables_change() -> &'static [u8] {
     code!(
         storing_while_tables_change,
         "mov x0, #0",
         "cbnz x19, 3f",
-        "msr ttbr0_el1, x1",
-        "msr tcr_el1, x2",
-        "mov x4, #0xff",
-        "msr mair_el1, x4",
-        "isb",
-        "mrs x4, sctlr_el1",
-        "orr x4, x4, #1",
-        "orr x4, x4, #4",
-        "orr x4, x4, #0x1000",
-        "msr sctlr_el1, x4",
-        "isb",
         "2: add x0, x0, #1",
         "str x0, [x3]",
         "ldr x6, [x5]",
@@ -218,9 +207,11 @@ fn tables_change() -> CaseResult {
     machine.write_u64(TABLES + 0x1000, ENTRY)?;
     // What finds no entry tries again: ERET, as the synchronous vector.
     machine.write(VECTORS + 0x200, &0xd69f_03e0_u32.to_le_bytes())?;
-    machine.modify(|general| {
-        (general.x[1], general.x[2], general.x[3], general.x[5]) = (TABLES, TCR, 0x8010_0000, STOP);
-    })?;
+    let mut system: System = machine.vcpu.get()?;
+    (system.ttbr0_el1, system.tcr_el1, system.mair_el1) = (TABLES, TCR, 0xff);
+    system.sctlr_el1 |= 0x1005;
+    machine.vcpu.set(&system)?;
+    machine.modify(|general| (general.x[3], general.x[5]) = (0x8010_0000, STOP))?;
     let mut others = vec![Machine::vcpu_of(&machine.vm, &machine.space, 1, Apic::None)?];
     let mut general: General = others[0].get()?;
     (general.x[1], general.x[2], general.x[5], general.x[19]) = (TABLES + 0x1000, ENTRY, STOP, 1);
