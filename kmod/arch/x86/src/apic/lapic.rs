@@ -432,7 +432,7 @@ impl<H: AxVCpuHal> Lapic<H> {
 
     /// The guest's TSC was written or its offset changed: `clock` reads the new one.
     pub fn tsc_changed(&mut self, clock: &dyn Fn() -> Clock) {
-        self.timer.tsc_changed(&clock());
+        self.timer.estimate(&clock());
         self.poll_timer(&clock());
     }
 

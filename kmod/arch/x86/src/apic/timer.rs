@@ -240,17 +240,13 @@ impl Timer {
         self.postponed
     }
 
-    /// Estimates when a timer that waits for a deadline expires.
+    /// Estimates when a timer that waits for a deadline expires: anew if the deadline was [postponed](Self::postpone), or if the
+    /// guest's TSC was changed by other means than passing, so that the deadline lies elsewhere now.
     pub fn estimate(&mut self, clock: &Clock) {
         self.postponed = false;
         if self.mode == TimerMode::TscDeadline && self.expiry.is_some() {
             self.expiry = Some(clock.host_time_of(self.deadline));
         }
-    }
-
-    /// The guest's TSC was changed by other means than passing: the deadline lies elsewhere now.
-    pub fn tsc_changed(&mut self, clock: &Clock) {
-        self.estimate(clock);
     }
 
     /// Sets a saved state of the counting modes: initial count, current count and divide configuration, after

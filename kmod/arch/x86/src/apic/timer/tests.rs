@@ -195,7 +195,7 @@ fn a_moved_tsc_moves_the_deadline() {
     let mut timer = timer(TimerMode::TscDeadline);
     timer.set_deadline(26_000, &at(0));
     assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(10_000));
-    timer.tsc_changed(&Clock { now_ns: 100, tsc: 13_000, tsc_khz: KHZ });
+    timer.estimate(&Clock { now_ns: 100, tsc: 13_000, tsc_khz: KHZ });
     assert_eq!(timer.update(Watch::Nobody), TimerUpdate::Arm(5_100));
 }
 
