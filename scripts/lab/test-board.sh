@@ -24,11 +24,13 @@ ends() {
 	fi
 }
 
-# raw NAME: a guest of the instructions on standard input, as octal escapes of printf.
+# raw NAME [CPUS]: a guest of the instructions on standard input, as octal escapes of printf.
 raw() {
 	# shellcheck disable=SC2059 # that is what it is for
 	printf "$(tr -d '\n')" >"/tmp/$1.bin"
 	cat >"/tmp/$1.toml" <<-EOT
+		[base]
+		cpu_num = ${2-1}
 		[kernel]
 		kernel_path = "$1.bin"
 		entry_point = 0x40200000
@@ -69,6 +71,27 @@ raw undecoded <<'EOT'
 \001\006\240\322\101\020\030\325\337\077\003\325\000\040\241\322\044\040\241\322\204\200\077\221\201\010\100\051\041\304\000\121\102\100\000\121\041\000\002\052\341\000\000\065\043\001\000\020\141\024\100\070\201\000\000\064\040\000\047\036
 \000\000\000\015\374\377\377\027\000\200\260\122\000\001\200\162\002\000\000\324\160\141\151\162\163\040\141\156\144\040\154\141\156\145\163\012\000\000\000\000
 EOT
+# The same a thousand times, while a second CPU puts an instruction there that reads memory, and this one
+# back, again and again:
+#       movz x4, #0x901, lsl 16; add x4, x4, #0xfe0; adr x5, 9f
+#       movz x0, #0xc400, lsl 16; movk x0, #3; mov x1, #1; adr x2, 5f; hvc #0; cbnz x0, 4f
+#       mov w6, #1000
+#    1: ldp w1, w2, [x4]; subs w6, w6, #1; b.ne 1b
+#       movz x0, #0x900, lsl 16; adr x3, 8f
+#    2: ldrb w1, [x3], #1; cbz w1, 4f; strb w1, [x0]; b 2b
+#    4: movz w0, #0x8400, lsl 16; movk w0, #8; hvc #0
+#    5: adr x1, 1b; ldr w2, [x1]; ldr w3, 7f
+#    6: str w3, [x1]; ic ialluis; dsb ish; str w2, [x1]; ic ialluis; dsb ish; b 6b
+#    7: ldp w1, w2, [x5]
+#    8: .asciz "changed\n"
+#    9: .word 0, 0
+raw changing 2 <<'EOT'
+\044\040\241\322\204\200\077\221\105\004\000\020\000\200\270\322\140\000\200\362\041\000\200\322\002\002\000\020\002\000\000\324
+\140\001\000\265\006\175\200\122\201\010\100\051\306\004\000\161\301\377\377\124\000\040\241\322\143\002\000\020\141\024\100\070
+\141\000\000\064\001\000\000\071\375\377\377\027\000\200\260\122\000\001\200\162\002\000\000\324\201\376\377\020\042\000\100\271
+\003\001\000\030\043\000\000\271\037\161\010\325\237\073\003\325\042\000\000\271\037\161\010\325\237\073\003\325\372\377\377\027
+\241\010\100\051\143\150\141\156\147\145\144\012\000\000\000\000\000\000\000\000\000\000\000\000
+EOT
 # movz w0, #0x8400, lsl 16; movk w0, #2; hvc #0: PSCI's CPU_OFF.
 raw off <<'EOT'
 \000\200\260\122\100\000\200\162\002\000\000\324
@@ -82,6 +105,7 @@ for hypervisor in axvcpu kvm; do
 	ends "a guest switches itself off" $hypervisor /tmp/shutdown.toml 0 ''
 	ends "a kernel that panics resets" $hypervisor /tmp/panic.toml 4 'reset (by PSCI)'
 	ends "what the hardware does not decode is emulated" $hypervisor /tmp/undecoded.toml 0 'pairs and lanes'
+	ends "also where another CPU changes the instruction meanwhile" $hypervisor /tmp/changing.toml 0 '^changed'
 	ends "an access that needs memory is not, but named" $hypervisor /tmp/exclusive.toml 8 'accesses 0x9000000.*0x885f7c01.*exclusive'
 	ends "nor is one of the interrupt controller" $hypervisor /tmp/distributor.toml 8 'interrupt controller, at 0x8000000'
 done

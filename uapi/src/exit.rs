@@ -104,7 +104,7 @@ pub enum AxVCpuExitReason {
         /// Arguments (x86: RBX, RCX, RDX, RSI, RDI, R8).
         args: [u64; 6],
     },
-    /// A read of device memory, decoded by the hardware's syndrome (AArch64).
+    /// A read of device memory within a page of 4 KiB, decoded by the hardware's syndrome (AArch64).
     MmioRead {
         /// Address.
         addr: GuestPhysAddr,
@@ -117,7 +117,7 @@ pub enum AxVCpuExitReason {
         /// Whether the value is sign-extended.
         signed_ext: bool,
     },
-    /// A write of device memory, decoded by the hardware's syndrome (AArch64).
+    /// A write of device memory within a page of 4 KiB, decoded by the hardware's syndrome (AArch64).
     MmioWrite {
         /// Address.
         addr: GuestPhysAddr,

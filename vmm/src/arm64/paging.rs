@@ -2,8 +2,7 @@
 //! The walker of a guest's stage 1: virtual address in, guest physical address out (Arm ARM D8.2, "Translation process").
 //!
 //! It knows the three granules with 48-bit and, where a guest has switched it on (TCR_EL1.DS, and IPS with 64 KiB pages),
-//! 52-bit addresses. Permissions and the access flag are not looked at: it is asked about accesses that the CPU has let
-//! through.
+//! 52-bit addresses. What the tables allow is told with the address, for whom the CPU has not looked at it already.
 
 use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
 use axvcpu_uapi::arm64::System;
@@ -19,12 +18,33 @@ const HALF_BIT: u32 = 55;
 /// The bits of an address that TTBR0_EL1 and a descriptor with 48-bit addresses may have.
 const ADDRESS_48: u64 = (1 << 48) - 1;
 
-/// Why an address has no translation.
+/// Why an address cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The guest's tables end before it.
-    #[error("{0} is not mapped by the guest's page tables")]
-    Unmapped(GuestVirtAddr),
+    #[error("{at} is not mapped by the guest's page tables")]
+    Unmapped {
+        /// The virtual address.
+        at: GuestVirtAddr,
+        /// The level at which they end.
+        level: i8,
+    },
+    /// Its entry has the access flag clear.
+    #[error("the access flag is clear in the guest's page tables for {at}")]
+    NotAccessed {
+        /// The virtual address.
+        at: GuestVirtAddr,
+        /// The entry's level.
+        level: i8,
+    },
+    /// They do not allow this access.
+    #[error("the guest's page tables do not allow the access to {at}")]
+    Denied {
+        /// The virtual address.
+        at: GuestVirtAddr,
+        /// The entry's level.
+        level: i8,
+    },
     /// A table is no memory.
     #[error("the guest's page tables for {at} lie at {table}, where there is no memory")]
     NoTable {
@@ -35,10 +55,82 @@ pub enum Fault {
     },
 }
 
+impl Fault {
+    /// Where, and by which fault status code (ESR_EL1.DFSC, Arm ARM D24.2.37), the CPU reports it to the guest. A table that
+    /// is no memory is no fault of this stage.
+    #[must_use]
+    pub fn status(&self) -> Option<(GuestVirtAddr, u64)> {
+        match *self {
+            Self::Unmapped { at, level: -1 } => Some((at, 0b10_1011)),
+            Self::Unmapped { at, level } => Some((at, 0b00_0100 | level as u64)),
+            Self::NotAccessed { at, level } => Some((at, 0b00_1000 | level as u64)),
+            Self::Denied { at, level } => Some((at, 0b00_1100 | level as u64)),
+            Self::NoTable { .. } => None,
+        }
+    }
+}
+
+/// How an address is to be accessed, as far as it may be refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manner {
+    /// A write.
+    pub write: bool,
+    /// With the rights of EL0.
+    pub unprivileged: bool,
+    /// PSTATE.PAN: what EL0 may access, EL1 may not.
+    pub pan: bool,
+}
+
+/// Where an address leads, and what the tables say of accesses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The guest physical address.
+    pub addr: GuestPhysAddr,
+    at: GuestVirtAddr,
+    /// The level of the entry.
+    level: i8,
+    accessed: bool,
+    writable: bool,
+    /// Whether EL0 may access it.
+    user: bool,
+    /// Whether PSTATE.PAN concerns it.
+    guarded: bool,
+}
+
+impl Translation {
+    /// Whether the address may be accessed so. Entries that the CPU would mark as accessed or as written by itself
+    /// (TCR_EL1.HA, HD) count as what they are without that: to a guest a fault there is nothing new.
+    ///
+    /// # Errors
+    /// [`Fault::NotAccessed`], [`Fault::Denied`].
+    pub fn check(&self, manner: Manner) -> Result<(), Fault> {
+        let Self { at, level, .. } = *self;
+        let allowed = if manner.unprivileged { self.user } else { !(manner.pan && self.guarded) };
+        match (self.accessed, allowed && (self.writable || !manner.write)) {
+            (false, _) => Err(Fault::NotAccessed { at, level }),
+            (true, false) => Err(Fault::Denied { at, level }),
+            (true, true) => Ok(()),
+        }
+    }
+}
+
+/// Bits of a descriptor: EL0 has access, writes are refused, it has been accessed, EL0 cannot execute it.
+const USER: u64 = 1 << 6;
+const READ_ONLY: u64 = 1 << 7;
+const ACCESSED: u64 = 1 << 10;
+const USER_EXECUTE_NEVER: u64 = 1 << 54;
+/// Bits of a table's descriptor, for all that is behind it: EL0 cannot execute, EL0 has no access, writes are refused.
+const TABLE_USER_EXECUTE_NEVER: u64 = 1 << 60;
+const TABLE_NO_USER: u64 = 1 << 61;
+const TABLE_READ_ONLY: u64 = 1 << 62;
+/// SCTLR_EL1.EPAN: PSTATE.PAN concerns also what EL0 may execute only.
+const SCTLR_EPAN: u64 = 1 << 57;
+
 /// The registers by which a guest's addresses are translated.
 #[derive(Clone, Copy, Debug)]
 pub struct Stage1 {
     on: bool,
+    epan: bool,
     tcr: u64,
     ttbr: [u64; 2],
 }
@@ -53,6 +145,8 @@ struct Half {
     tagged: bool,
     /// Whether descriptors have 52-bit addresses.
     wide: bool,
+    /// Whether a table's descriptor says nothing of accesses.
+    flat: bool,
 }
 
 impl Stage1 {
@@ -60,53 +154,69 @@ impl Stage1 {
     #[must_use]
     pub fn new(system: &System) -> Self {
         let System { sctlr_el1, tcr_el1, ttbr0_el1, ttbr1_el1, .. } = *system;
-        Self { on: sctlr_el1 & SCTLR_M != 0, tcr: tcr_el1, ttbr: [ttbr0_el1, ttbr1_el1] }
+        let (on, epan) = (sctlr_el1 & SCTLR_M != 0, sctlr_el1 & SCTLR_EPAN != 0);
+        Self { on, epan, tcr: tcr_el1, ttbr: [ttbr0_el1, ttbr1_el1] }
     }
 
     /// Translates `at`. `read` reads an entry of a table, if there is memory.
     ///
     /// # Errors
-    /// [`Fault`].
+    /// [`Fault::Unmapped`], [`Fault::NoTable`].
     pub fn translate(
         &self,
         at: GuestVirtAddr,
         read: impl Fn(GuestPhysAddr) -> Option<u64>,
-    ) -> Result<GuestPhysAddr, Fault> {
+    ) -> Result<Translation, Fault> {
         let address = at.as_u64();
         if !self.on {
-            return Ok(GuestPhysAddr::new(address & ((1 << HALF_BIT) - 1)));
+            let addr = GuestPhysAddr::new(address & ((1 << HALF_BIT) - 1));
+            return Ok(Translation { addr, at, level: 0, accessed: true, writable: true, user: true, guarded: false });
         }
         let high = address >> HALF_BIT & 1;
-        let half = self.half(high == 1).ok_or(Fault::Unmapped(at))?;
+        let half = self.half(high == 1).ok_or(Fault::Unmapped { at, level: 0 })?;
         // All bits above those that are translated are those of the half, tags aside.
         let top = if half.tagged { 56 } else { 64 };
         let extended = if high == 1 { u64::MAX } else { 0 };
         if (address ^ extended) & mask(top) & !mask(half.input) != 0 {
-            return Err(Fault::Unmapped(at));
+            return Err(Fault::Unmapped { at, level: 0 });
         }
         let stride = half.granule - 3;
         let levels = (half.input - half.granule).div_ceil(stride);
         let mut table = half.root(self.ttbr[high as usize]);
-        for level in (0..levels).rev() {
-            let shift = half.granule + level * stride;
+        let mut limits = 0;
+        for remaining in (0..levels).rev() {
+            let (shift, level) = (half.granule + remaining * stride, 3 - remaining as i8);
             // The first table may be a part of a page.
             let bits = stride.min(half.input - shift);
             let entry = GuestPhysAddr::new(table | (address >> shift & mask(bits)) << 3);
             let entry = read(entry).ok_or(Fault::NoTable { at, table: entry })?;
             // Bit 1 tells tables from blocks, and is set in an entry for a page.
-            match (entry & 0b11, level) {
+            match (entry & 0b11, remaining) {
                 (0b11, 0) | (0b01, 1..) => {
                     let page = half.output(entry) & !mask(shift);
-                    return Ok(GuestPhysAddr::new(page | address & mask(shift)));
+                    let user = entry & USER != 0 && limits & TABLE_NO_USER == 0;
+                    let user_executes = entry & USER_EXECUTE_NEVER == 0 && limits & TABLE_USER_EXECUTE_NEVER == 0;
+                    return Ok(Translation {
+                        addr: GuestPhysAddr::new(page | address & mask(shift)),
+                        at,
+                        level,
+                        accessed: entry & ACCESSED != 0,
+                        writable: entry & READ_ONLY == 0 && limits & TABLE_READ_ONLY == 0,
+                        user,
+                        guarded: user || self.epan && user_executes,
+                    });
                 }
-                (0b11, _) => table = half.output(entry) & !mask(half.granule),
-                _ => return Err(Fault::Unmapped(at)),
+                (0b11, _) => {
+                    table = half.output(entry) & !mask(half.granule);
+                    limits |= if half.flat { 0 } else { entry };
+                }
+                _ => return Err(Fault::Unmapped { at, level }),
             }
         }
-        Err(Fault::Unmapped(at))
+        Err(Fault::Unmapped { at, level: 3 })
     }
 
-    /// What TCR_EL1 says of a half, if it is translated at all.
+    /// What TCR_EL1 says of a half, if it is translated at all. (HPD0, HPD1: tables limit nothing.)
     fn half(&self, high: bool) -> Option<Half> {
         let field = |lower: u32, upper: u32, bits: u32| (self.tcr >> if high { upper } else { lower }) & mask(bits);
         // EPDn: no walks.
@@ -124,7 +234,7 @@ impl Stage1 {
         // TnSZ, which the CPU takes for its least or greatest value if it is beyond (Arm ARM D8.2.5).
         let input = (64 - field(0, 16, 6) as u32).clamp(16.max(granule + 1), most);
         let wide = if granule == 16 { self.tcr >> 32 & 0b111 == IPS_52 } else { ds };
-        Some(Half { granule, input, tagged: field(37, 38, 1) != 0, wide })
+        Some(Half { granule, input, tagged: field(37, 38, 1) != 0, wide, flat: field(41, 42, 1) != 0 })
     }
 }
 
@@ -173,7 +283,7 @@ mod tests {
 
     fn walk(stage1: &Stage1, tables: &Tables, at: u64) -> Result<u64, Fault> {
         let read = |at: GuestPhysAddr| tables.get(&at.as_u64()).copied();
-        stage1.translate(GuestVirtAddr::new(at), read).map(GuestPhysAddr::as_u64)
+        stage1.translate(GuestVirtAddr::new(at), read).map(|translation| translation.addr.as_u64())
     }
 
     #[test]
@@ -219,7 +329,8 @@ mod tests {
                     // One bit more than is translated.
                     if input < 48 {
                         let beyond = address ^ 1 << input;
-                        assert_eq!(walk(&stage1, &tables, beyond), Err(Fault::Unmapped(GuestVirtAddr::new(beyond))));
+                        let unmapped = Fault::Unmapped { at: GuestVirtAddr::new(beyond), level: 0 };
+                        assert_eq!(walk(&stage1, &tables, beyond), Err(unmapped));
                     }
                 }
             }
@@ -243,18 +354,72 @@ mod tests {
         let tables =
             Tables::from([(0x1000, 0x2003), (0x1008, 0x9_9003), (0x1010, 0), (0x2000, 0x3003), (0x3000, 0x4001)]);
         let below = stage1(SMALL, [0x1000, 0]);
-        let unmapped = |at| Err(Fault::Unmapped(GuestVirtAddr::new(at)));
-        assert_eq!(walk(&below, &tables, 0), unmapped(0));
-        assert_eq!(walk(&below, &tables, 0x8000_0000), unmapped(0x8000_0000));
+        let unmapped = |at, level| Err(Fault::Unmapped { at: GuestVirtAddr::new(at), level });
+        assert_eq!(walk(&below, &tables, 0), unmapped(0, 3));
+        assert_eq!(walk(&below, &tables, 0x8000_0000), unmapped(0x8000_0000, 1));
         let (at, table) = (GuestVirtAddr::new(0x4000_0000), GuestPhysAddr::new(0x9_9000));
         assert_eq!(walk(&below, &tables, 0x4000_0000), Err(Fault::NoTable { at, table }));
-        assert_eq!(walk(&below, &tables, 1 << 39), unmapped(1 << 39));
-        assert_eq!(walk(&below, &tables, u64::MAX), unmapped(u64::MAX), "EPD1");
+        assert_eq!(walk(&below, &tables, 1 << 39), unmapped(1 << 39, 0));
+        assert_eq!(walk(&below, &tables, u64::MAX), unmapped(u64::MAX, 0), "EPD1");
         // A tag is a part of the address unless TBI0 says otherwise.
         let tables = Tables::from([(0x1000, 0x4000_0001)]);
         let tag = 0x5a << 56;
-        assert_eq!(walk(&below, &tables, tag | 5), unmapped(tag | 5));
+        assert_eq!(walk(&below, &tables, tag | 5), unmapped(tag | 5, 0));
         assert_eq!(walk(&stage1(SMALL | 1 << 37, [0x1000, 0]), &tables, tag | 5), Ok(0x4000_0005));
+    }
+
+    #[test]
+    fn what_tables_and_pages_allow() {
+        // Reads and writes of EL1, reads and writes of EL0, reads of EL1 with PAN: as letters.
+        let manners = [(false, false, 'r'), (true, false, 'w'), (false, true, 'u'), (true, true, 'v')];
+        let allowed = |stage1: &Stage1, tables: &Tables| -> String {
+            let read = |at: GuestPhysAddr| tables.get(&at.as_u64()).copied();
+            let translation = stage1.translate(GuestVirtAddr::new(0x1000), read).unwrap();
+            let manner = |(write, unprivileged, letter)| (Manner { write, unprivileged, pan: false }, letter);
+            let pan = (Manner { write: false, unprivileged: false, pan: true }, 'p');
+            let all = manners.map(manner).into_iter().chain([pan]);
+            all.filter(|(manner, _)| translation.check(*manner).is_ok()).map(|(_, letter)| letter).collect()
+        };
+        let page = 0x9000 | ACCESSED | 3;
+        let (small, flat) = (stage1(SMALL, [0x1000, 0]), stage1(SMALL | 1 << 41, [0x1000, 0]));
+        let epan = Stage1 { epan: true, ..small };
+        for (entry, table, by, expected) in [
+            (page, 0, small, "rwp"),
+            (page | USER, 0, small, "rwuv"),
+            (page | READ_ONLY, 0, small, "rp"),
+            (page | READ_ONLY | USER, 0, small, "ru"),
+            (page & !ACCESSED | USER, 0, small, ""),
+            // From a table, unless they are not looked at.
+            (page | USER, TABLE_READ_ONLY, small, "ru"),
+            (page | USER, TABLE_NO_USER, small, "rwp"),
+            (page | USER, TABLE_NO_USER | TABLE_READ_ONLY, small, "rp"),
+            (page | USER, TABLE_NO_USER | TABLE_READ_ONLY, flat, "rwuv"),
+            // What EL0 may execute is guarded, too, if the guest wants that.
+            (page, 0, epan, "rw"),
+            (page | USER_EXECUTE_NEVER, 0, epan, "rwp"),
+            (page, TABLE_USER_EXECUTE_NEVER, epan, "rwp"),
+        ] {
+            for level in [0x1000, 0x2000] {
+                let mut tables = Tables::from([(0x1000, 0x2003), (0x2000, 0x3003), (0x3008, entry)]);
+                *tables.get_mut(&level).unwrap() |= table;
+                assert_eq!(allowed(&by, &tables), expected, "{entry:#x} behind {table:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn faults_have_the_status_codes_of_the_architecture() {
+        let at = GuestVirtAddr::new(0x1000);
+        for (fault, code) in [
+            (Fault::Unmapped { at, level: -1 }, 0x2b),
+            (Fault::Unmapped { at, level: 0 }, 0x04),
+            (Fault::Unmapped { at, level: 3 }, 0x07),
+            (Fault::NotAccessed { at, level: 2 }, 0x0a),
+            (Fault::Denied { at, level: 3 }, 0x0f),
+        ] {
+            assert_eq!(fault.status(), Some((at, code)), "{fault:?}");
+        }
+        assert_eq!(Fault::NoTable { at, table: GuestPhysAddr::new(0) }.status(), None);
     }
 
     #[test]

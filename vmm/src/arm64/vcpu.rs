@@ -20,9 +20,16 @@ use crate::hypervisor::{Kick, Result};
 use crate::stats::UserExit;
 use crate::vcpu::Runner;
 
+/// How often one after the other an access that is not decoded may be gone when it is looked at.
+const PATIENCE: u32 = 1000;
+
 /// What a vCPU's thread keeps.
 #[derive(Default)]
-pub struct Local(Option<Started>);
+pub struct Local {
+    started: Option<Started>,
+    /// Accesses that were gone when they were looked at, since the last that was not.
+    gone: u32,
+}
 
 /// What it takes to start a vCPU, where the hypervisor leaves that to us.
 struct Started {
@@ -38,13 +45,15 @@ impl Local {
     /// What the hypervisor reports.
     pub fn for_all<V: Arm64Vcpu>(vcpus: &[V]) -> Result<Vec<Self>> {
         let power = Power::new(vcpus.len());
-        vcpus.iter().map(|vcpu| Ok(Self(Some(Started { power: Arc::clone(&power), reset: vcpu.get()? })))).collect()
+        let local =
+            |vcpu: &V| Ok(Self { started: Some(Started { power: Arc::clone(&power), reset: vcpu.get()? }), gone: 0 });
+        vcpus.iter().map(local).collect()
     }
 
     /// A handle that makes the vCPU return that `kick` makes return while it runs.
     #[must_use]
     pub fn kicker(&self, kick: Box<dyn Kick>) -> Box<dyn Kick> {
-        match &self.0 {
+        match &self.started {
             Some(started) => Box::new(power::Kicker { vcpu: kick, power: Arc::clone(&started.power) }),
             None => kick,
         }
@@ -54,7 +63,7 @@ impl Local {
 impl<V: Arm64Vcpu> Runner<V> {
     /// Before the guest runs on. Says whether it may.
     pub(crate) fn before_entry(&mut self) -> std::result::Result<bool, Stop> {
-        let Some(started) = &self.local.0 else { return Ok(true) };
+        let Some(started) = &self.local.started else { return Ok(true) };
         match started.power.wait(self.id as usize, || self.machine.control.is_stopping()) {
             Turn::GoesOn => Ok(true),
             Turn::Stops => Ok(false),
@@ -73,7 +82,7 @@ impl<V: Arm64Vcpu> Runner<V> {
 
     /// Handles an exit that only AArch64 has.
     pub(crate) fn handle_own(&mut self, exit: &Exit) -> std::result::Result<(), Stop> {
-        match (exit.reason, &self.local.0) {
+        match (exit.reason, &self.local.started) {
             (AxVCpuExitReason::CpuUp { target_cpu, entry_point, arg }, Some(started)) => {
                 self.count(UserExit::Power);
                 let at = entry_point.as_u64();
@@ -133,7 +142,15 @@ impl<V: Arm64Vcpu> Runner<V> {
             self.count(UserExit::Mmio);
             let fault = Fault { addr, write: flags.contains(AccessFlags::WRITE) };
             match emulate::step(&mut self.vcpu, &mut Board(&self.machine), fault, zero_block()) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.local.gone = 0;
+                    return Ok(());
+                }
+                // Another vCPU has changed the instruction or the tables. The CPU will find what is there now.
+                Err(error) if error.may_pass() && self.local.gone < PATIENCE => {
+                    self.local.gone += 1;
+                    return Ok(());
+                }
                 Err(emulate::Error::Registers(error)) => return Err(error.into()),
                 Err(error) => format!("it accesses {addr}, where there is no memory: {error}"),
             }

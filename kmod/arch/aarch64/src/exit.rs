@@ -122,7 +122,8 @@ pub struct DeviceAccess {
 }
 
 impl DeviceAccess {
-    /// The access that the exit in `frame` is about, if the hardware has decoded it.
+    /// The access that the exit in `frame` is about, if the hardware has decoded it and it lies in one page: what is behind that
+    /// belongs to somebody else, and only the guest's tables say whether and where there is more.
     #[inline]
     pub fn of(frame: &TrapFrame) -> Option<Self> {
         let syndrome = Syndrome(frame.esr);
@@ -130,6 +131,9 @@ impl DeviceAccess {
             return None;
         }
         let transfer = syndrome.transfer()?;
+        if (frame.far & OFFSET).wrapping_add(transfer.width.size() as u64) > OFFSET.wrapping_add(1) {
+            return None;
+        }
         let store = syndrome.is_write().then(|| frame.register(transfer.general) & transfer.width.mask());
         Some(Self { transfer, store })
     }
@@ -244,6 +248,10 @@ mod tests {
         // STR XZR.
         let zero = frame(0x24 << 26 | 1 << 24 | 3 << 22 | 31 << 16 | 1 << 15 | 1 << 6 | TRANSLATION, 0, 0);
         assert_eq!(mmio(&zero), Some(Exit::MmioWrite { addr, width: AccessWidth::Qword, data: 0 }));
+        // LDR X5, at the end of a page and across it.
+        let load = 0x24 << 26 | 1 << 24 | 3 << 22 | 5 << 16 | 1 << 15 | TRANSLATION;
+        assert!(mmio(&frame(load, 0x7ff8, 0)).is_some());
+        assert_eq!(mmio(&frame(load, 0x7ff9, 0)), None);
         // LDP and the like.
         assert_eq!(mmio(&frame(0x24 << 26 | TRANSLATION, 0, 0)), None);
         assert_eq!(mmio(&frame(0x20 << 26 | 1 << 24 | TRANSLATION, 0, 0)), None);

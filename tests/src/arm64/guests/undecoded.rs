@@ -15,12 +15,15 @@ use axvmm::arm64::emulate::{self, decode, Access, Base, Error, Fault, Memory, Of
 use axvmm::arm64::vcpu::zero_block;
 use std::sync::Arc;
 
+mod rights;
+
 /// The cases.
 pub(super) fn cases() -> Vec<Case> {
     table! {
         "undecoded/every-form" => forms;
         "undecoded/random-instructions" => random_instructions, in 60;
         "undecoded/half-in-memory" => half_in_memory;
+        "undecoded/half-not-allowed" => rights::half_not_allowed;
         "undecoded/literal" => literal;
         "undecoded/every-granule-and-tagged-at-el0" => granules;
         "undecoded/what-needs-memory-is-refused" => refused;

@@ -9,6 +9,8 @@
 pub struct Access {
     /// Whether it writes memory.
     pub store: bool,
+    /// Whether it has the rights of EL0 at EL1, too.
+    pub unprivileged: bool,
     /// What its address begins with.
     pub base: Base,
     /// What is added to that.
@@ -128,7 +130,7 @@ const FORMS: &[(Pattern, Decoder)] = &[
     (pattern("..11 1.00 ..0. .... .... 00.. .... ...."), unscaled),
     (pattern("..11 1.00 ..0. .... .... 01.. .... ...."), post_indexed),
     // LDTR and STTR.
-    (pattern("..11 1000 ..0. .... .... 10.. .... ...."), unscaled),
+    (pattern("..11 1000 ..0. .... .... 10.. .... ...."), unprivileged),
     (pattern("..11 1.00 ..0. .... .... 11.. .... ...."), pre_indexed),
     // LDAPR.
     (pattern("..11 1000 1011 1111 1100 00.. .... ...."), ordered),
@@ -148,7 +150,8 @@ pub fn decode(word: u32, zero_block: Option<u64>) -> Result<Access, Refused> {
     if let (true, Some(size)) = (DC_ZVA.fits(word), zero_block) {
         let pieces = (0..size / 8).map(|i| Piece { offset: 8 * i, size: 8, place: Place::Zero }).collect();
         let base = Base::Block(fields.rt(), size);
-        return Ok(Access { store: true, base, offset: Offset::Fixed(0), writeback: None, pieces, clears: 0 });
+        let offset = Offset::Fixed(0);
+        return Ok(Access { store: true, unprivileged: false, base, offset, writeback: None, pieces, clears: 0 });
     }
     let form = FORMS.iter().find(|(pattern, _)| pattern.fits(word));
     form.map_or(Err(Refused::Unknown), |(_, decoder)| decoder(fields))
@@ -280,7 +283,8 @@ impl Transfer {
                 }
             }
         }
-        Ok(Access { store: self.store, base, offset, writeback, pieces, clears: if self.store { 0 } else { clears } })
+        let (store, clears) = (self.store, if self.store { 0 } else { clears });
+        Ok(Access { store, unprivileged: false, base, offset, writeback, pieces, clears })
     }
 }
 
@@ -296,6 +300,10 @@ fn imm9(fields: Fields) -> Offset {
 
 fn unscaled(fields: Fields) -> Result<Access, Refused> {
     at(fields, imm9(fields))
+}
+
+fn unprivileged(fields: Fields) -> Result<Access, Refused> {
+    Ok(Access { unprivileged: true, ..unscaled(fields)? })
 }
 
 fn post_indexed(fields: Fields) -> Result<Access, Refused> {
@@ -375,7 +383,8 @@ fn structure(fields: Fields, pieces: Vec<Piece>, clears: u32) -> Access {
     });
     let store = !fields.bit(22);
     let clears = if store { 0 } else { clears };
-    Access { store, base: fields.base(), offset: Offset::Fixed(0), writeback, pieces, clears }
+    let (base, offset) = (fields.base(), Offset::Fixed(0));
+    Access { store, unprivileged: false, base, offset, writeback, pieces, clears }
 }
 
 /// LD1 to LD4 and ST1 to ST4 of whole registers.

@@ -6,19 +6,23 @@
 //! - All of the access is translated before the first byte is moved, and registers change when all has been moved.
 //! - Memory is accessed in the pieces in which the architecture has it, of 8 bytes at most: each register of a pair, each half
 //!   of a vector register, each element of a structure. A piece that crosses into another page is moved byte by byte.
+//! - The CPU has let the access through to one page of devices only. What else it touches must be allowed by the guest's own
+//!   tables; if it is not, the guest takes the data abort that the CPU would have made.
 //! - What it cannot do is an error that names the instruction, never a guess.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `decode.rs` | what an instruction's word means |
+//! | `abort.rs` | the data abort |
 //! | `mod.rs` | the way there (through the guest's page tables) and back, and the registers |
 
 use axvcpu_uapi::addr::{GuestPhysAddr, GuestVirtAddr};
 use axvcpu_uapi::arm64::{Fp, General, System, PSTATE_EL0, PSTATE_MODE};
 
-use crate::arm64::paging::{self, Stage1};
+use crate::arm64::paging::{self, Manner, Stage1};
 use crate::hypervisor::{self, Registers};
 
+mod abort;
 mod decode;
 #[cfg(test)]
 mod tests;
@@ -30,6 +34,8 @@ const SCTLR_E0E: u64 = 1 << 24;
 const SCTLR_EE: u64 = 1 << 25;
 /// PSTATE.SP: EL1 uses SP_EL1.
 const PSTATE_SP: u64 = 1 << 0;
+/// PSTATE.UAO: unprivileged loads and stores are as others.
+const PSTATE_UAO: u64 = 1 << 23;
 /// PSTATE.BTYPE and SS: what the instruction before leaves for the next one.
 const PSTATE_ONCE: u64 = 0b11 << 10 | 1 << 21;
 /// Within so much, addresses that follow each other do so after translation, whatever the granule.
@@ -66,7 +72,7 @@ pub enum Error {
     /// The hypervisor gives or takes no registers.
     #[error("{0}")]
     Registers(#[from] hypervisor::Error),
-    /// The guest's page tables do not lead to the instruction, or to all that it accesses.
+    /// The guest's page tables do not lead to the instruction, or are no memory.
     #[error("{0}")]
     Address(#[from] paging::Fault),
     /// The instruction is in no memory.
@@ -97,7 +103,17 @@ pub enum Error {
     },
 }
 
-/// Carries out the load or store at which the vCPU has left the guest with `fault`, and lets the guest go on behind it.
+impl Error {
+    /// Whether it may be because the guest has changed the instruction or its page tables since it left: if it executes the
+    /// instruction once more, that may be over.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Address(_) | Self::Fetch(_) | Self::Elsewhere { .. })
+    }
+}
+
+/// Carries out the load or store at which the vCPU has left the guest with `fault`, and lets the guest go on behind it, or with
+/// the data abort that it takes.
 /// `zero_block` is the size of the block in bytes that DC ZVA zeroes, if the guest may use it (DCZID_EL0).
 ///
 /// # Errors
@@ -124,9 +140,26 @@ where
         Base::Block(reg, size) => x(&general, reg) & !(size - 1),
     };
     let start = base.wrapping_add(distance(&general, access.offset));
-    let parts = parts(&stage1, memory, &access, start)?;
-    let reached = |part: &Part| part.at.as_u64() / PAGE == fault.addr.as_u64() / PAGE;
-    if access.store != fault.write || !parts.iter().any(reached) {
+    let unprivileged = el0 || access.unprivileged && general.pstate & PSTATE_UAO == 0;
+    let manner = Manner { write: access.store, unprivileged, pan: general.pstate & abort::PSTATE_PAN != 0 };
+    let lookup = |at: GuestVirtAddr| {
+        let translation = stage1.translate(at, |at| entry(memory, at))?;
+        if !same_page(translation.addr, fault.addr) {
+            translation.check(manner)?;
+        }
+        Ok(translation.addr)
+    };
+    let parts = match parts(lookup, &access, start) {
+        Ok(parts) => parts,
+        Err(refused) => {
+            let (at, status) = refused.status().ok_or(refused)?;
+            let mut system = system;
+            abort::take(&mut general, &mut system, at, status, access.store);
+            vcpu.set(&system)?;
+            return Ok(vcpu.set(&general)?);
+        }
+    };
+    if access.store != fault.write || !parts.iter().any(|part| same_page(part.at, fault.addr)) {
         return Err(Error::Elsewhere { pc, word });
     }
 
@@ -188,7 +221,7 @@ fn entry(memory: &impl Memory, at: GuestPhysAddr) -> Option<u64> {
 }
 
 fn fetch(stage1: &Stage1, memory: &impl Memory, pc: GuestVirtAddr) -> Result<u32, Error> {
-    let at = stage1.translate(pc, |at| entry(memory, at))?;
+    let at = stage1.translate(pc, |at| entry(memory, at))?.addr;
     let mut word = [0; 4];
     if !memory.ram_read(at, &mut word) {
         return Err(Error::Fetch(pc));
@@ -207,17 +240,25 @@ struct Part {
     at: GuestPhysAddr,
 }
 
-/// The parts of an access that begins at `start`, each translated.
-fn parts(stage1: &Stage1, memory: &impl Memory, access: &Access, start: u64) -> Result<Vec<Part>, Error> {
+/// Whether two addresses are in the same page.
+fn same_page(a: GuestPhysAddr, b: GuestPhysAddr) -> bool {
+    a.as_u64() / PAGE == b.as_u64() / PAGE
+}
+
+/// The parts of an access that begins at `start`, each translated by `lookup`, which is asked once for each page.
+fn parts(
+    lookup: impl Fn(GuestVirtAddr) -> Result<GuestPhysAddr, paging::Fault>,
+    access: &Access,
+    start: u64,
+) -> Result<Vec<Part>, paging::Fault> {
     let mut parts = Vec::with_capacity(access.pieces.len());
     let mut page: Option<(u64, u64)> = None;
-    let mut translate = |address: u64| -> Result<GuestPhysAddr, Error> {
+    let mut translate = |address: u64| {
         let within = address % PAGE;
         let physical = match page {
             Some((virtual_page, physical)) if virtual_page == address - within => physical,
             _ => {
-                let at = GuestVirtAddr::new(address - within);
-                let physical = stage1.translate(at, |at| entry(memory, at))?.as_u64();
+                let physical = lookup(GuestVirtAddr::new(address))?.as_u64() & !(PAGE - 1);
                 page = Some((address - within, physical));
                 physical
             }

@@ -21,7 +21,8 @@ fn line(access: &Access) -> String {
         Base::Pc => "pc".into(),
         Base::Block(reg, size) => format!("r{reg}&-{size}"),
     };
-    let mut text = format!("{} {base}{}", if access.store { "store" } else { "load" }, by(&access.offset));
+    let level = if access.unprivileged { " as EL0" } else { "" };
+    let mut text = format!("{}{level} {base}{}", if access.store { "store" } else { "load" }, by(&access.offset));
     if let Some(writeback) = &access.writeback {
         text += &format!(" then {}", by(writeback));
     }
@@ -85,7 +86,7 @@ fn words_of_an_assembler() {
             "ld3r {v5.1d, v6.1d, v7.1d}, [x1], #24",
             "load r1+0 then +24 v5[0]:8*1@0 v6[0]:8*1@8 v7[0]:8*1@16 clears 0xe0",
         ),
-        (0x3880_5822, "ldtrsb x2, [x1, #5]", "load r1+5 x2:1Sign64@0"),
+        (0x3880_5822, "ldtrsb x2, [x1, #5]", "load as EL0 r1+5 x2:1Sign64@0"),
         (0xd50b_7427, "dc zva, x7", "store r7&-16+0 0:8@0 0:8@8"),
     ] {
         let access = decode(word, Some(16)).unwrap_or_else(|why| panic!("{assembly}: {why}"));
@@ -278,4 +279,91 @@ fn a_register_that_crosses_pages_goes_byte_by_byte() {
     expected.push((DEVICE + 5, (8..16).collect()));
     assert_eq!(memory.written, expected);
     assert_eq!(cpu.general.x[1], DEVICE + 13);
+}
+
+/// A guest that maps [`DEVICE`], which EL0 may access, and behind it in the virtual address space [`CODE`] by `entry`.
+fn with_tables(word: u32, entry: u64) -> (Cpu, Bytes) {
+    const TABLES: u64 = CODE + 0x1000;
+    let (mut cpu, mut memory) = guest(word);
+    cpu.general.pc = 0x6000;
+    cpu.system.sctlr_el1 = 1 | 1 << 23;
+    (cpu.system.ttbr0_el1, cpu.system.tcr_el1, cpu.system.vbar_el1) = (TABLES, 25 | 1 << 23, 0x8000);
+    memory.ram.extend((TABLES..TABLES + 0x3000).map(|at| (at, 0)));
+    let page = |at: u64| at | 1 << 10 | 3;
+    for (at, value) in [
+        (TABLES, (TABLES + 0x1000) | 3),
+        (TABLES + 0x1000, (TABLES + 0x2000) | 3),
+        (TABLES + 0x2000 + 8 * 4, page(DEVICE) | 1 << 6),
+        (TABLES + 0x2000 + 8 * 5, entry),
+        (TABLES + 0x2000 + 8 * 6, page(CODE) | 1 << 6),
+    ] {
+        assert!(memory.ram_write(GuestPhysAddr::new(at), &u64::to_le_bytes(value)));
+    }
+    (cpu, memory)
+}
+
+#[test]
+fn what_the_cpu_has_not_looked_at_must_be_allowed() {
+    const ALL: u64 = CODE | 1 << 10 | 3;
+    const USER: u64 = 1 << 6;
+    const READ_ONLY: u64 = 1 << 7;
+    const PAN: u64 = abort::PSTATE_PAN;
+    // stp x2, x3, [x1]; ldp x2, x3, [x1]; sttr x2, [x1]
+    const STP: u32 = 0xa900_0c22;
+    const LDP: u32 = 0xa940_0c22;
+    const STTR: u32 = 0xf800_0822;
+    for (word, entry, pstate, abort) in [
+        (STP, ALL | USER, 0, None),
+        (STP, ALL, 0, Some(0x0f)),
+        (LDP, ALL, 0, Some(0x0f)),
+        (STP, ALL | USER | READ_ONLY, 0, Some(0x0f)),
+        (LDP, ALL | USER | READ_ONLY, 0, None),
+        (LDP, ALL & !(1 << 10) | USER, 0, Some(0x0b)),
+        (LDP, 0, 0, Some(0x07)),
+        (STP, ALL, 0b0101, None),
+        (STP, ALL | READ_ONLY, 0b0101, Some(0x0f)),
+        (STP, ALL | USER, 0b0101 | PAN, Some(0x0f)),
+        (STP, ALL, 0b0100 | PAN, None),
+        (STTR, ALL, 0b0101, Some(0x0f)),
+        (STTR, ALL, 0b0101 | PSTATE_UAO, None),
+        (STTR, ALL | USER, 0b0101 | PAN, None),
+    ] {
+        let (mut cpu, mut memory) = with_tables(word, entry);
+        cpu.general.x[1] = if word == STTR { 0x4ffc } else { 0x4ff8 };
+        cpu.general.pstate = pstate | 1 << 29;
+        let before = (cpu.clone(), memory.clone());
+        let write = word != LDP;
+        run(&mut cpu, &mut memory, write).unwrap();
+        let Some(status) = abort else {
+            assert_eq!(cpu.general.pc, 0x6004, "{word:#x} {entry:#x} {pstate:#x}");
+            continue;
+        };
+        let (class, vector) = match pstate & PSTATE_MODE {
+            0b0000 => (0x24, 0x400),
+            0b0100 => (0x25, 0),
+            _ => (0x25, 0x200),
+        };
+        let (mut general, mut system) = (before.0.general, before.0.system);
+        (general.pc, general.pstate) = (0x8000 + vector, 0x3c5 | 1 << 29 | pstate & PAN);
+        (system.elr_el1, system.spsr_el1, system.far_el1) = (0x6000, pstate | 1 << 29, 0x5000);
+        system.esr_el1 = class << 26 | 1 << 25 | u64::from(write) << 6 | status;
+        assert_eq!(cpu, Cpu { general, system, fp: before.0.fp }, "{word:#x} {entry:#x} {pstate:#x}");
+        assert!(memory == before.1, "nothing is moved");
+    }
+}
+
+#[test]
+fn processor_state_after_an_abort_follows_sctlr() {
+    for (sctlr, pstate, expected) in [
+        (1 << 23, abort::PSTATE_PAN, abort::PSTATE_PAN),
+        (1 << 23, 1 << 12, 0),
+        (0, 0, abort::PSTATE_PAN),
+        (1 << 23 | 1 << 44, 0, 1 << 12),
+        (1 << 23, 0xf << 28 | 1 << 24 | 1 << 21 | 1 << 20 | 0b11 << 10, 0xf << 28 | 1 << 24),
+    ] {
+        let (mut general, mut system) = (General { pstate, ..General::default() }, System::default());
+        system.sctlr_el1 = sctlr;
+        abort::take(&mut general, &mut system, GuestVirtAddr::new(0), 0x0f, false);
+        assert_eq!(general.pstate, 0x3c5 | expected, "{sctlr:#x} {pstate:#x}");
+    }
 }
