@@ -101,14 +101,14 @@ impl Only {
 
 /// Builds a table: `table! { "group/what" => function; ... }`. After the function `[abi]` marks a case that is about
 /// axvcpu's own interface, and `[differs]` one whose guest sees something else on KVM: neither runs there. `in SECONDS`
-/// gives a case a time limit of its own.
+/// gives a case a time limit of its own. `#[cfg(...)]` before an entry leaves it out elsewhere.
 #[macro_export]
 macro_rules! table {
     (@only) => { None };
     (@only abi) => { Some($crate::harness::Only::Abi) };
     (@only differs) => { Some($crate::harness::Only::Differs) };
-    ($($name:literal => $run:path $([$only:tt])? $(, in $seconds:literal)?;)*) => {
-        vec![$($crate::harness::Case {
+    ($($(#[$attribute:meta])* $name:literal => $run:path $([$only:tt])? $(, in $seconds:literal)?;)*) => {
+        Vec::from([$($(#[$attribute])* $crate::harness::Case {
             name: $name,
             limit: {
                 let limit = $crate::harness::TIME_LIMIT;
@@ -120,7 +120,7 @@ macro_rules! table {
             },
             only: $crate::table!(@only $($only)?),
             run: $run,
-        },)*]
+        },)*])
     };
 }
 

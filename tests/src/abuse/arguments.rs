@@ -19,7 +19,7 @@ use axvcpu_uapi::{
 use std::os::fd::{AsFd, AsRawFd};
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = table! {
+    table! {
         "arguments/unknown-numbers" => unknown;
         "arguments/wrong-sizes-and-directions" => sizes;
         "arguments/bad-pointers" => pointers;
@@ -28,13 +28,11 @@ pub(super) fn cases() -> Vec<Case> {
         "arguments/register-set-buffers" => register_buffers;
         "arguments/values" => values;
         "arguments/run-page-requests" => requests;
-    };
-    #[cfg(target_arch = "x86_64")]
-    cases.extend(table! {
+        #[cfg(target_arch = "x86_64")]
         "arguments/cpuid-table-buffers" => cpuid_buffers;
+        #[cfg(target_arch = "x86_64")]
         "arguments/setup-cpuid-arrays" => setup_arrays;
-    });
-    cases
+    }
 }
 
 const KINDS: [Kind; 4] = [Kind::System, Kind::Vm, Kind::AddressSpace, Kind::Vcpu];

@@ -13,13 +13,14 @@ use axvcpu_uapi::ioctl::{READ_DIRTY_LOG, START_DIRTY_LOG, STOP_DIRTY_LOG};
 use std::os::fd::AsFd;
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = table! {
+    table! {
         "dirty-log/ranges" => ranges;
         "dirty-log/without-a-log" => without;
-    };
-    #[cfg(target_arch = "x86_64")]
-    cases.extend(with_guests::cases());
-    cases
+        #[cfg(target_arch = "x86_64")]
+        "dirty-log/buffers" => with_guests::buffers;
+        #[cfg(target_arch = "x86_64")]
+        "dirty-log/started-and-stopped-under-load" => with_guests::load, in 60;
+    }
 }
 
 const GRANULE: u64 = DIRTY_LOG_GRANULE;

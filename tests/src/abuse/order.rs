@@ -12,16 +12,15 @@ use axvcpu_uapi::{ioctl, AbiStruct};
 use std::os::fd::{AsFd, AsRawFd};
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = table! {
+    table! {
         "order/before-setup" => before_setup;
         "order/setup-steps" => steps;
         "order/once-only" => once;
         "order/wrong-objects-for-set-ept-root" => wrong_objects;
         "order/every-call-on-every-wrong-file" => wrong_files;
-    };
-    #[cfg(target_arch = "x86_64")]
-    cases.extend(table! { "order/event-slots" => event_slots; });
-    cases
+        #[cfg(target_arch = "x86_64")]
+        "order/event-slots" => event_slots;
+    }
 }
 
 fn before_setup() -> CaseResult {

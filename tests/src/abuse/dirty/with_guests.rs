@@ -2,9 +2,9 @@
 //! The dirty log while guests write: what cannot be stored, and logs that come and go under everything.
 
 use super::GRANULE;
-use crate::harness::{Case, CaseResult, Stop};
+use crate::harness::{CaseResult, Stop};
 use crate::machine::{Machine, Mode};
-use crate::{code, ensure_eq, raw, table};
+use crate::{code, ensure_eq, raw};
 use axvcpu_uapi::addr::GuestPhysAddr;
 use axvcpu_uapi::aspace::DirtyLogRead;
 use axvcpu_uapi::client::{Backing, Errno, Memory};
@@ -16,15 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-pub(super) fn cases() -> Vec<Case> {
-    table! {
-        "dirty-log/buffers" => buffers;
-        "dirty-log/started-and-stopped-under-load" => load, in 60;
-    }
-}
-
 /// What cannot be stored stays in the log.
-fn buffers() -> CaseResult {
+pub(super) fn buffers() -> CaseResult {
     let code = code!(buffers, 64, "mov ebx, 0x100000", "mov [rbx], rax", "out 0x80, al", "hlt");
     let mut m = Machine::new(Mode::Long, code)?;
     let size = 4 << 20;
@@ -46,7 +39,7 @@ fn buffers() -> CaseResult {
 }
 
 /// Logs start and stop, are read and fail to be read, while the guest writes and slots come and go.
-fn load() -> CaseResult {
+pub(super) fn load() -> CaseResult {
     let code = code!(
         load,
         64,
