@@ -18,8 +18,8 @@ cp /lab/tests/tap.sh /lab/tests/guest-smp.sh /lab/bin/axvcpu-load /tmp/add/lab/
 (cd /tmp/add && find . | cpio -o -H newc 2>/dev/null) | cat /lab/guest/initrd.img - >/tmp/smp.img
 
 # When the host's time of day began to run, by its own clock since boot, in hundredths of a
-# second: half of one more than its whole seconds tell, and by the quickest of several looks,
-# as each takes its time on a busy machine.
+# second: by its whole seconds, as the guest tells its own, and by the quickest of several
+# looks, as each takes its time on a busy machine.
 quickest=''
 for _ in 1 2 3 4 5 6 7 8 9 10; do
 	begin=$(now)
@@ -27,7 +27,7 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
 	took=$(($(now) - begin))
 	if [ -z "$quickest" ] || [ $took -lt "$quickest" ]; then
 		quickest=$took
-		host_epoch=$((seconds * 100 + 50 - (begin + took / 2) / 10))
+		host_epoch=$((seconds * 100 - (begin + took / 2) / 10))
 	fi
 done
 
@@ -53,17 +53,18 @@ within() {
 # process is started here.
 smp_tick() {
 	IFS='. ' read -r seconds hundredths _ </proc/uptime
+	ours=$((seconds * 100 + ${hundredths#0}))
 	case $1 in
 	uptime)
-		set -- $((seconds * 100 + ${hundredths#0} - $2))
+		set -- $((ours - $2))
 		[ -n "$uptime_off" ] && [ "$uptime_off" -le "$1" ] || uptime_off=$1
 		;;
 	date)
-		set -- $((host_epoch + seconds * 100 + ${hundredths#0} - $2 * 100 - 50))
+		set -- $((host_epoch + ours - $2 * 100))
 		[ -n "$date_off" ] && [ "$date_off" -le "$1" ] || date_off=$1
 		;;
 	hwclock)
-		set -- $((host_epoch + seconds * 100 + ${hundredths#0} - $2 * 100 - 50))
+		set -- $((host_epoch + ours - $2 * 100))
 		[ -n "$clock_off" ] && [ "$clock_off" -le "$1" ] || clock_off=$1
 		;;
 	esac

@@ -113,8 +113,8 @@ impl Error {
 }
 
 /// Carries out the load or store at which the vCPU has left the guest with `fault`, and lets the guest go on behind it, or with
-/// the data abort that it takes.
-/// `zero_block` is the size of the block in bytes that DC ZVA zeroes, if the guest may use it (DCZID_EL0).
+/// the data abort that it takes. `zero_block` is the size of the block in bytes that DC ZVA zeroes, if the guest may use it
+/// (DCZID_EL0).
 ///
 /// # Errors
 /// [`Error`].
@@ -122,7 +122,7 @@ pub fn step<V>(vcpu: &mut V, memory: &mut impl Memory, fault: Fault, zero_block:
 where
     V: Registers<General> + Registers<System> + Registers<Fp>,
 {
-    let (mut general, system): (General, System) = (vcpu.get()?, vcpu.get()?);
+    let (mut general, mut system): (General, System) = (vcpu.get()?, vcpu.get()?);
     let stage1 = Stage1::new(&system);
     let pc = GuestVirtAddr::new(general.pc);
     let word = fetch(&stage1, memory, pc)?;
@@ -153,7 +153,6 @@ where
         Ok(parts) => parts,
         Err(refused) => {
             let (at, status) = refused.status().ok_or(refused)?;
-            let mut system = system;
             abort::take(&mut general, &mut system, at, status, access.store);
             vcpu.set(&system)?;
             return Ok(vcpu.set(&general)?);

@@ -45,7 +45,8 @@ fn is_abort(esr: u64) -> bool {
 }
 
 impl Bench {
-    /// Runs the instruction in `window`, a multiple of four pages, of which the first is `first` and the second `second`.
+    /// Runs the instruction at `pc`, which accesses the end of page `window` behind [`WINDOW`] and the beginning of the next:
+    /// the first is at `first`, and the other's entry is `second`.
     fn across(&mut self, window: u64, first: u64, second: u64, pc: u64, pstate: u64, sctlr: u64) -> Result<End, Stop> {
         self.m.write_u64(LEVEL3 + 8 * window, first | PAGE | USER)?;
         self.m.write_u64(LEVEL3 + 8 * (window + 1), second)?;
